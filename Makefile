@@ -1,0 +1,24 @@
+# `make help` says what there is.
+.DEFAULT_GOAL := help
+.PHONY: help demo test lint clean
+
+# Tests that boot QEMU take a processor each.
+TEST_THREADS ?= 2
+
+help: ## This list
+	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 8
+
+demo: ## Migrate a running guest between two agents on this machine
+	scripts/setup demo
+	scripts/demo
+
+test: ## Every test
+	scripts/setup test
+	cargo test --workspace --locked --no-fail-fast -- --test-threads=$(TEST_THREADS)
+
+lint: ## Formatting, clippy, documentation, shell scripts, API
+	scripts/setup test
+	scripts/lint
+
+clean: ## Remove everything that was built or fetched
+	rm -rf target

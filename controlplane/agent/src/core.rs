@@ -1,0 +1,148 @@
+//! What all migrations of one agent share.
+
+use std::sync::{Arc, Mutex};
+use std::time::Duration;
+use std::{collections::HashMap, io};
+
+use ramferry_fabric::{shm, tcp};
+use thiserror::Error;
+use tokio::runtime::Handle;
+
+use crate::config::Config;
+use crate::destination::DestinationSession;
+use crate::journal::{Journal, Recovered};
+use crate::metrics::Metrics;
+use crate::migrations::Registry;
+use crate::{MigrationRole, destination, source};
+
+/// Version of the protocol between agents.
+pub(crate) const PROTOCOL_VERSION: u32 = 1;
+/// Time for one exchange with the VMM or the peer that nobody waits for with
+/// the guest paused.
+pub(crate) const EXCHANGE_TIMEOUT: Duration = Duration::from_secs(10);
+
+/// The agent's shared state.
+pub(crate) struct Agent {
+    pub(crate) config: Config,
+    pub(crate) journal: Journal,
+    pub(crate) metrics: Metrics,
+    pub(crate) registry: Registry,
+    pub(crate) sessions: Mutex<HashMap<String, Arc<DestinationSession>>>,
+    pub(crate) tcp: tcp::Listener,
+    pub(crate) shm: shm::Listener,
+    pub(crate) boot_id: String,
+    pub(crate) runtime: Handle,
+    /// What moving device state cost last, if it was ever done.
+    device_state_cost: Mutex<Option<Duration>>,
+}
+
+/// Why the agent's core cannot start.
+#[derive(Debug, Error)]
+#[non_exhaustive]
+pub enum CoreError {
+    /// A socket could not be opened.
+    #[error("cannot listen on {address}: is another agent running, or its directory missing?")]
+    Listen {
+        /// Address or path.
+        address: String,
+        /// Why.
+        #[source]
+        source: ramferry_fabric::LinkError,
+    },
+    /// The kernel does not tell its boot id.
+    #[error("cannot read /proc/sys/kernel/random/boot_id; is /proc mounted?")]
+    BootId(#[source] io::Error),
+    /// The directory for sockets cannot be made.
+    #[error("cannot make the run directory {path:?}; set run_dir to a directory that the agent may write")]
+    RunDir {
+        /// The directory.
+        path: std::path::PathBuf,
+        /// Why.
+        #[source]
+        source: io::Error,
+    },
+}
+
+impl Agent {
+    /// Opens the data plane's sockets, and takes up what the journal holds.
+    pub(crate) fn start(
+        config: Config,
+        journal: Journal,
+        recovered: Vec<Recovered>,
+        metrics: Metrics,
+    ) -> Result<Arc<Self>, CoreError> {
+        std::fs::create_dir_all(&config.run_dir)
+            .map_err(|source| CoreError::RunDir { path: config.run_dir.clone(), source })?;
+        let shm_path = config.run_dir.join(format!("shm-{}.sock", std::process::id()));
+        let shm = shm::Listener::bind(&shm_path)
+            .map_err(|source| CoreError::Listen { address: shm_path.display().to_string(), source })?;
+        let tcp = tcp::Listener::bind(config.data_listen)
+            .map_err(|source| CoreError::Listen { address: config.data_listen.to_string(), source })?;
+        let boot_id =
+            std::fs::read_to_string("/proc/sys/kernel/random/boot_id").map_err(CoreError::BootId)?;
+        let registry = Registry::new(config.max_migrations);
+        let agent = Arc::new(Self {
+            config,
+            journal,
+            metrics,
+            registry,
+            sessions: Mutex::default(),
+            tcp,
+            shm,
+            boot_id: boot_id.trim().to_owned(),
+            runtime: Handle::current(),
+            device_state_cost: Mutex::default(),
+        });
+        for found in recovered {
+            match found.created.role {
+                MigrationRole::Source => source::recover(&agent, found),
+                MigrationRole::Destination => destination::recover(&agent, found),
+            }
+        }
+        Ok(agent)
+    }
+
+    /// Ends what can be ended before a shutdown: source migrations that are not
+    /// handed over are cancelled. Returns when that is done, or after `grace`.
+    pub(crate) async fn shut_down(&self, grace: Duration) {
+        let entries = self.registry.all();
+        for entry in entries.iter().filter(|entry| entry.role == MigrationRole::Source) {
+            source::cancel(entry);
+        }
+        let ended = async {
+            for entry in entries.iter().filter(|entry| !entry.has_ended()) {
+                let mut view = entry.subscribe();
+                // Fails only when the entry is gone.
+                let _ = view.wait_for(|view| crate::migrations::is_final(view.state())).await;
+            }
+        };
+        if tokio::time::timeout(grace, ended).await.is_err() {
+            tracing::warn!(
+                ?grace,
+                "migrations are still under way; the journal takes them up at the next start"
+            );
+        }
+    }
+
+    /// What moving device state will cost: what it cost last, or an estimate
+    /// from what a small QEMU guest takes and the memory that its VMM copies.
+    pub(crate) fn device_state_cost(&self, private_bytes: u64) -> Duration {
+        const LEAST: Duration = Duration::from_millis(10);
+        const BYTES_PER_SECOND: f64 = 1e9;
+        let copied = Duration::from_secs_f64(private_bytes as f64 / BYTES_PER_SECOND);
+        self.device_state_cost.lock().expect("no panic while it is held").unwrap_or(LEAST + copied)
+    }
+
+    pub(crate) fn note_device_state_cost(&self, cost: Duration) {
+        *self.device_state_cost.lock().expect("no panic while it is held") = Some(cost);
+    }
+
+    pub(crate) fn session(&self, id: &str) -> Option<Arc<DestinationSession>> {
+        self.sessions.lock().expect("no panic while it is held").get(id).cloned()
+    }
+
+    /// The path of a unix socket for `purpose` of migration `id`.
+    pub(crate) fn socket_path(&self, id: &str, purpose: &str) -> std::path::PathBuf {
+        self.config.run_dir.join(format!("{id}.{purpose}.sock"))
+    }
+}

@@ -1,0 +1,402 @@
+//! Migrations whose destination is this host.
+
+mod negotiate;
+mod outside;
+
+use std::sync::{Arc, Mutex};
+
+use ramferry_engine::{Destination, DestinationEvent, Failure, Reason};
+use ramferry_fabric::{Admission, FabricKind, MappedDomain, SessionToken};
+use ramferry_guest::{Guest, GuestError};
+use ramferry_mover::{DestinationHandle, DestinationParts, PeerAnswer, spawn_destination};
+use ramferry_proto::v1;
+use ramferry_proto::v1::exchange_control_response::Answer;
+use ramferry_ram::{Access, Layout, Memory, PageSets, RamFile};
+use tokio::net::UnixStream;
+use tokio::sync::mpsc;
+use tonic::Status;
+
+pub(crate) use self::negotiate::{guest_refusal, negotiate};
+use self::outside::Outside;
+use crate::MigrationRole;
+use crate::core::Agent;
+use crate::device_stream::{self, Incoming};
+use crate::journal::{Durability, MigrationLog, Record, Recovered};
+use crate::migrations::{Claim, Entry};
+use crate::publish::Publisher;
+use crate::status::causes;
+
+/// Answers that wait for the network.
+const ANSWERS: usize = 1024;
+/// Runs that one message of presence carries.
+const PRESENCE_RUNS: usize = 16 * 1024;
+
+/// What a control stream's caller receives.
+pub(crate) type AnswerStream = mpsc::Receiver<Result<v1::ExchangeControlResponse, Status>>;
+type AnswerSender = mpsc::Sender<Result<v1::ExchangeControlResponse, Status>>;
+
+/// One migration to this host, as long as its driver runs.
+pub(crate) struct DestinationSession {
+    pub(crate) agent: Arc<Agent>,
+    pub(crate) entry: Arc<Entry>,
+    pub(crate) handle: DestinationHandle,
+    /// `None` after a restart: only the outcome can be asked.
+    pub(crate) token: Option<SessionToken>,
+    pub(crate) device_state: Incoming,
+    incoming: tokio::sync::Mutex<mpsc::Receiver<v1::DeviceState>>,
+    /// The control stream's answers; those that come before it is opened wait.
+    answers: Mutex<Answers>,
+    guest: Option<Arc<dyn Guest>>,
+    run_guest: bool,
+    plan: Mutex<Option<Plan>>,
+}
+
+#[derive(Default)]
+struct Answers {
+    stream: Option<AnswerSender>,
+    /// Counts the streams that were opened.
+    opened: u64,
+    waiting: Vec<Answer>,
+}
+
+/// What [`DestinationSession::prepare`] works from.
+pub(crate) struct Plan {
+    pub(crate) layout: Layout,
+    pub(crate) files: Vec<RamFile>,
+    pub(crate) fabric: FabricKind,
+    pub(crate) streams: u32,
+}
+
+/// What [`start`] needs beside the agent and the entry.
+pub(crate) struct Start {
+    pub(crate) engine: Destination,
+    pub(crate) token: Option<SessionToken>,
+    pub(crate) guest: Option<Arc<dyn Guest>>,
+    pub(crate) run_guest: bool,
+    pub(crate) plan: Option<Plan>,
+    pub(crate) publisher: Publisher,
+    pub(crate) log: MigrationLog,
+    pub(crate) claim: Claim,
+}
+
+/// Starts the driver of a migration to this host.
+pub(crate) fn start(agent: &Arc<Agent>, entry: Arc<Entry>, start: Start) {
+    let Start { engine, token, guest, run_guest, plan, publisher, log, claim } = start;
+    let id = entry.id.clone();
+    let watched = guest.clone();
+    let (device_state, incoming) = device_stream::queue();
+    let (handle, thread) = spawn_destination(engine, |handle| {
+        let session = Arc::new(DestinationSession {
+            agent: Arc::clone(agent),
+            entry,
+            handle,
+            token,
+            device_state,
+            incoming: tokio::sync::Mutex::new(incoming),
+            answers: Mutex::default(),
+            guest,
+            run_guest,
+            plan: Mutex::new(plan),
+        });
+        agent.sessions.lock().expect("no panic while it is held").insert(id.clone(), Arc::clone(&session));
+        Outside::new(session, log, publisher, claim)
+    });
+    let agent = Arc::clone(agent);
+    tokio::task::spawn_blocking(move || {
+        if thread.join().is_err() {
+            tracing::error!(id, "the destination's driver panicked");
+        }
+        agent.sessions.lock().expect("no panic while it is held").remove(&id);
+    });
+    if let Some(guest) = watched {
+        tokio::spawn(async move {
+            let lost = guest.lost().await;
+            handle.send(DestinationEvent::Failed(Failure::new(Reason::GuestFailed, causes(&lost))));
+        });
+    }
+}
+
+/// Takes up a migration that the journal holds.
+pub(crate) fn recover(agent: &Arc<Agent>, found: Recovered) {
+    let mut view = crate::summary::restored(&found);
+    let ended = found.records.iter().any(|record| matches!(record, Record::Ended { .. }));
+    if ended {
+        let entry = Entry::new(found.created.request_id.clone(), MigrationRole::Destination, view);
+        return agent.registry.insert(&entry);
+    }
+    // The last of the two counts: docs/architecture.md, "Who may run the guest".
+    let decided = found.records.iter().rev().find_map(|record| match record {
+        Record::Committed => Some(Destination::recover_committed()),
+        Record::Aborted { reason, message } => {
+            Some(Destination::recover_aborted(crate::source::failure_of(reason, message.clone())))
+        }
+        _ => None,
+    });
+    view.set_state(v1::MigrationState::SwitchingOver);
+    let entry = Entry::new(found.created.request_id.clone(), MigrationRole::Destination, view);
+    agent.registry.insert(&entry);
+    let claim =
+        agent.registry.reclaim(MigrationRole::Destination, &found.created.id, found.created.guest_pid);
+    tracing::warn!(
+        id = found.created.id,
+        decided = decided.is_some(),
+        "taking up a migration that a restart interrupted"
+    );
+    let engine = decided.unwrap_or_else(Destination::recover_prepared);
+    let agent = Arc::clone(agent);
+    tokio::spawn(async move {
+        let guest = crate::source::attach(&found.created.spec.destination_qmp_path, &found.created).await;
+        let publisher =
+            Publisher::new(&agent.metrics, MigrationRole::Destination, &entry.id, "unknown", "unknown");
+        let run_guest = found.created.guest_was_running;
+        start(
+            &agent,
+            entry,
+            Start { engine, token: None, guest, run_guest, plan: None, publisher, log: found.log, claim },
+        );
+    });
+}
+
+/// The final answer about a migration that has no driver, if it is known.
+pub(crate) fn outcome(entry: &Entry) -> Option<Answer> {
+    let view = entry.view();
+    match view.state() {
+        v1::MigrationState::Succeeded => Some(Answer::Running(v1::DestinationRunning::default())),
+        v1::MigrationState::Failed | v1::MigrationState::Cancelled => {
+            let error = view.error.unwrap_or_default();
+            Some(Answer::Aborted(v1::DestinationAborted { reason: error.reason, message: error.message }))
+        }
+        _ => None,
+    }
+}
+
+/// Answers for a migration that was never heard of: durably that it never will run here.
+pub(crate) fn abort_unknown(agent: &Arc<Agent>, id: &str) -> Result<Answer, Status> {
+    let failure = Failure::new(
+        Reason::DestinationAborted,
+        "this agent's journal knows no such migration: it never ran here",
+    );
+    let created = crate::journal::Created {
+        id: id.to_owned(),
+        request_id: String::new(),
+        role: MigrationRole::Destination,
+        spec: crate::journal::SpecRecord::default(),
+        guest_pid: 0,
+        created_unix_ms: crate::source::unix_milliseconds(),
+        guest_was_running: false,
+        session: None,
+    };
+    let unrecorded = |error: crate::journal::JournalError| {
+        crate::status::status(tonic::Code::Unavailable, error.reason(), causes(&error), [])
+    };
+    let mut log = agent.journal.create(MigrationRole::Destination, id, &created).map_err(unrecorded)?;
+    let record = Record::Aborted { reason: failure.reason.as_str().into(), message: failure.message.clone() };
+    log.append(&record, Durability::Synced).map_err(unrecorded)?;
+    let mut view = v1::Migration {
+        id: id.to_owned(),
+        error: Some(v1::MigrationError {
+            reason: failure.reason.as_str().into(),
+            message: failure.message.clone(),
+        }),
+        ..Default::default()
+    };
+    view.set_state(v1::MigrationState::Failed);
+    log.append(&crate::summary::ended_record(&view), Durability::Buffered).map_err(unrecorded)?;
+    agent.registry.insert(&Entry::new(String::new(), MigrationRole::Destination, view));
+    Ok(Answer::Aborted(aborted(&failure)))
+}
+
+pub(crate) fn aborted(failure: &Failure) -> v1::DestinationAborted {
+    v1::DestinationAborted { reason: failure.reason.as_str().into(), message: failure.message.clone() }
+}
+
+impl DestinationSession {
+    /// A control stream was opened: what waits goes out on it first. An older
+    /// stream ends. Returns the answers and the stream's number.
+    pub(crate) fn attach(&self) -> (AnswerStream, u64) {
+        let mut answers = self.answers();
+        let waiting = std::mem::take(&mut answers.waiting);
+        let (sender, stream) = mpsc::channel(ANSWERS + waiting.len() + 1);
+        for answer in waiting {
+            sender.try_send(Ok(response(answer))).expect("there is room for what waited");
+        }
+        answers.stream = Some(sender);
+        answers.opened += 1;
+        (stream, answers.opened)
+    }
+
+    /// Control stream `number` ended.
+    pub(crate) fn detach(&self, number: u64) {
+        let mut answers = self.answers();
+        if answers.opened == number {
+            answers.stream = None;
+            drop(answers);
+            self.handle.send(DestinationEvent::PeerLost);
+        }
+    }
+
+    /// Answers from a thread that may block. Before the first stream is opened
+    /// answers wait for it; later they are lost with a lost stream.
+    pub(crate) fn answer_blocking(&self, answer: Answer) -> bool {
+        let sender = {
+            let mut answers = self.answers();
+            if answers.opened == 0 {
+                answers.waiting.push(answer);
+                return true;
+            }
+            answers.stream.clone()
+        };
+        sender.is_some_and(|sender| sender.blocking_send(Ok(response(answer))).is_ok())
+    }
+
+    /// Answers from where nothing may block; the queue of a new stream has room.
+    pub(crate) fn answer_soon(&self, answer: Answer) {
+        if let Some(sender) = &self.answers().stream {
+            let _ = sender.try_send(Ok(response(answer)));
+        }
+    }
+
+    async fn answer(&self, answer: Answer) -> bool {
+        let sender = self.answers().stream.clone();
+        match sender {
+            Some(sender) => sender.send(Ok(response(answer))).await.is_ok(),
+            None => false,
+        }
+    }
+
+    fn answers(&self) -> std::sync::MutexGuard<'_, Answers> {
+        self.answers.lock().expect("no panic while it is held")
+    }
+
+    async fn prepare(self: &Arc<Self>) -> Result<DestinationParts, Failure> {
+        let plan = self.plan.lock().expect("no panic while it is held").take();
+        let plan = plan.ok_or_else(|| Failure::new(Reason::Internal, "the migration was prepared twice"))?;
+        self.guest()?.prepare_destination().await.map_err(|error| guest_failure(&error))?;
+        let session = Arc::clone(self);
+        tokio::task::spawn_blocking(move || session.build(plan))
+            .await
+            .map_err(|error| Failure::new(Reason::Internal, error.to_string()))?
+    }
+
+    fn build(self: &Arc<Self>, plan: Plan) -> Result<DestinationParts, Failure> {
+        let ram = |error: ramferry_ram::RamError| Failure::new(Reason::GuestFailed, causes(&error));
+        let memory = Arc::new(Memory::new(plan.layout, plan.files, Access::ReadWrite).map_err(ram)?);
+        let domain = Arc::new(MappedDomain::new(Arc::clone(&memory)));
+        let token = self.token.clone().expect("a session that is prepared has a token");
+        let admission: Admission = match plan.fabric {
+            FabricKind::Shm => self.agent.shm.admit(token, Arc::clone(&domain), plan.streams),
+            _ => self.agent.tcp.admit(token, Arc::clone(&domain), plan.streams),
+        };
+        let answering = Arc::clone(self);
+        Ok(DestinationParts {
+            links: Box::new(move || admission.failure()),
+            domain,
+            memory,
+            registration_workers: self.agent.config.registration_workers,
+            answer: Box::new(move |answer| answering.answer_of_the_data_plane(answer)),
+        })
+    }
+
+    fn answer_of_the_data_plane(&self, answer: PeerAnswer) -> bool {
+        match answer {
+            PeerAnswer::Presence(pages) => self.tell_presence(&pages),
+            PeerAnswer::WindowsRegistered(windows) => {
+                let windows = windows.into_iter().map(|window| v1::RegisteredWindow {
+                    id: window.id.0,
+                    remote_key: window.key.as_ref().map_or(0, |key| key.0),
+                    nanoseconds: u64::try_from(window.elapsed.as_nanos()).unwrap_or(u64::MAX),
+                    error: window.key.err().unwrap_or_default(),
+                });
+                self.answer_blocking(Answer::WindowsRegistered(v1::WindowsRegistered {
+                    windows: windows.collect(),
+                }))
+            }
+            PeerAnswer::WindowsReleased(ids) => {
+                let ids = ids.into_iter().map(|id| id.0).collect();
+                self.answer_blocking(Answer::WindowsReleased(v1::WindowsReleased { ids }))
+            }
+            PeerAnswer::Digests(digests) => {
+                let blocks = digests.iter().map(|digest| digest.as_bytes().to_vec()).collect();
+                self.answer_blocking(Answer::Digests(v1::Digests { blocks }))
+            }
+        }
+    }
+
+    fn tell_presence(&self, pages: &PageSets) -> bool {
+        for (block, set) in pages.iter() {
+            let runs: Vec<_> = set.runs().collect();
+            for runs in runs.chunks(PRESENCE_RUNS) {
+                let runs = runs.iter().flat_map(|run| [run.first, run.count]).collect();
+                let pages = vec![v1::PageRuns { block: block.0, runs }];
+                if !self.answer_blocking(Answer::Presence(v1::DestinationPresence { pages, last: false })) {
+                    return false;
+                }
+            }
+        }
+        self.answer_blocking(Answer::Presence(v1::DestinationPresence { pages: Vec::new(), last: true }))
+    }
+
+    /// Lets the VMM listen for device state, and connects to it.
+    async fn start_incoming(self: &Arc<Self>) -> Result<DestinationEvent, Failure> {
+        let path = self.agent.socket_path(&self.entry.id, "destination");
+        let _ = std::fs::remove_file(&path);
+        self.guest()?.start_incoming(&path).await.map_err(|error| guest_failure(&error))?;
+        let connected = UnixStream::connect(&path).await;
+        let _ = std::fs::remove_file(&path);
+        let stream = connected.map_err(|error| {
+            Failure::new(Reason::GuestFailed, format!("cannot reach the VMM at {path:?}: {error}"))
+        })?;
+        let session = Arc::clone(self);
+        tokio::spawn(async move {
+            let mut incoming = session.incoming.lock().await;
+            let send = |state| session.answer(Answer::DeviceState(state));
+            if let Err(error) = device_stream::relay(stream, &mut incoming, send).await {
+                tracing::info!(id = session.entry.id, %error, "the device state's stream broke");
+            }
+        });
+        let session = Arc::clone(self);
+        tokio::spawn(async move {
+            let event = match session.wait_loaded().await {
+                Ok(()) => DestinationEvent::DeviceStateLoaded,
+                Err(failure) => DestinationEvent::Failed(failure),
+            };
+            session.handle.send(event);
+        });
+        Ok(DestinationEvent::IncomingReady)
+    }
+
+    async fn wait_loaded(&self) -> Result<(), Failure> {
+        self.guest()?.wait_loaded().await.map_err(|error| guest_failure(&error))
+    }
+
+    async fn resume(&self) -> Result<DestinationEvent, Failure> {
+        if self.run_guest {
+            self.guest()?.resume_destination().await.map_err(|error| guest_failure(&error))?;
+        }
+        Ok(DestinationEvent::GuestResumed)
+    }
+
+    async fn discard(&self) -> Result<DestinationEvent, Failure> {
+        if let Some(guest) = &self.guest {
+            guest.discard().await.map_err(|error| guest_failure(&error))?;
+        }
+        Ok(DestinationEvent::GuestDiscarded)
+    }
+
+    fn guest(&self) -> Result<&Arc<dyn Guest>, Failure> {
+        self.guest.as_ref().ok_or_else(|| {
+            Failure::new(
+                Reason::GuestFailed,
+                "the destination guest's QMP socket cannot be reached; does it still run?",
+            )
+        })
+    }
+}
+
+fn guest_failure(error: &GuestError) -> Failure {
+    Failure::new(Reason::GuestFailed, causes(error))
+}
+
+fn response(answer: Answer) -> v1::ExchangeControlResponse {
+    v1::ExchangeControlResponse { answer: Some(answer) }
+}

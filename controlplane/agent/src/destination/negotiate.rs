@@ -1,0 +1,233 @@
+//! Making a session: the destination's refusals, all before anything is
+//! changed, and what it chooses.
+
+use std::path::Path;
+use std::sync::Arc;
+
+use ramferry_engine::Destination;
+use ramferry_fabric::{FabricKind, SessionToken};
+use ramferry_guest::{GuestError, GuestInfo, Qemu, Side, Timeouts};
+use ramferry_proto::v1;
+use ramferry_ram::{Block, Layout, RamFile};
+use tonic::{Code, Status};
+
+use super::{Plan, Start, start};
+use crate::MigrationRole;
+use crate::core::{Agent, PROTOCOL_VERSION};
+use crate::journal::{Created, SpecRecord, is_migration_id};
+use crate::migrations::Entry;
+use crate::publish::Publisher;
+use crate::request::{fabric, fabric_on_the_wire, registration_mode};
+use crate::source::{DEFAULT_STREAMS, refused, unix_milliseconds};
+use crate::status::{Violation, causes, internal, invalid_argument, precondition, status};
+
+/// Makes a session, or with `validate_only` only all its checks.
+pub(crate) async fn negotiate(
+    agent: &Arc<Agent>,
+    request: v1::NegotiateSessionRequest,
+) -> Result<v1::NegotiateSessionResponse, Status> {
+    if request.protocol_version != PROTOCOL_VERSION {
+        let message = format!(
+            "the source's agent ({}) speaks version {} of the protocol, this one ({}) version {PROTOCOL_VERSION}: upgrade the older agent",
+            request.agent_version,
+            request.protocol_version,
+            env!("CARGO_PKG_VERSION")
+        );
+        return Err(status(Code::FailedPrecondition, "PROTOCOL_VERSION", message, []));
+    }
+    if !is_migration_id(&request.migration_id) {
+        return Err(invalid_argument(
+            "migration_id",
+            "MIGRATION_ID_INVALID",
+            "an id is 1 to 64 of [A-Za-z0-9._-]",
+        ));
+    }
+    let layout = layout(&request.blocks)?;
+    let (chosen, reason) = choose(agent, &request)?;
+    let mode = registration_mode(request.registration_mode)?;
+    let mut claim = if request.validate_only {
+        None
+    } else {
+        let claim = agent.registry.claim(MigrationRole::Destination, &request.migration_id);
+        Some(claim.map_err(|refusal| refused(&refusal))?)
+    };
+    let (guest, info, files) = inspect(agent, &request).await?;
+    check_guests(&request, &layout, &info)?;
+    let mut response = v1::NegotiateSessionResponse {
+        protocol_version: PROTOCOL_VERSION,
+        session_token: Vec::new(),
+        fabric: fabric_on_the_wire(chosen).into(),
+        fabric_reason: reason.clone(),
+        fabric_address: address(agent, chosen),
+        streams: if request.streams == 0 { DEFAULT_STREAMS } else { request.streams },
+        vmm_version: format!("{} ({})", info.vmm, info.machine),
+        agent_version: env!("CARGO_PKG_VERSION").into(),
+    };
+    let Some(mut claim) = claim.take() else {
+        return Ok(response);
+    };
+    claim.claim_guest(info.pid).map_err(|refusal| refused(&refusal))?;
+    let token = SessionToken::random().map_err(|error| internal("NO_RANDOMNESS", &error))?;
+    response.session_token = token.as_bytes().to_vec();
+    let log =
+        agent.journal.create(MigrationRole::Destination, &request.migration_id, &created(&request, &info));
+    let log = log.map_err(|error| status(Code::Unavailable, error.reason(), causes(&error), []))?;
+    let plan = Plan { layout: info.layout, files, fabric: chosen, streams: response.streams };
+    let entry = entry(&request, chosen, &reason);
+    agent.registry.insert(&entry);
+    tracing::info!(id = request.migration_id, fabric = %chosen, reason, "session made");
+    let publisher = Publisher::new(
+        &agent.metrics,
+        MigrationRole::Destination,
+        &request.migration_id,
+        mode.as_str(),
+        chosen.as_str(),
+    );
+    let parts = Start {
+        engine: Destination::new(),
+        token: Some(token),
+        guest: Some(Arc::new(guest)),
+        run_guest: request.guest_running,
+        plan: Some(plan),
+        publisher,
+        log,
+        claim,
+    };
+    start(agent, entry, parts);
+    Ok(response)
+}
+
+fn layout(blocks: &[v1::MemoryBlock]) -> Result<Layout, Status> {
+    let block = |block: &v1::MemoryBlock| Block {
+        name: block.name.clone(),
+        guest_address: block.guest_address,
+        length_bytes: block.length_bytes,
+        page_bytes: block.page_bytes,
+    };
+    Layout::new(blocks.iter().map(block).collect())
+        .map_err(|error| invalid_argument("blocks", "LAYOUT_INVALID", error.to_string()))
+}
+
+/// The fabric, and why.
+fn choose(agent: &Agent, request: &v1::NegotiateSessionRequest) -> Result<(FabricKind, String), Status> {
+    let offers = |kind: FabricKind| request.fabrics.contains(&i32::from(fabric_on_the_wire(kind)));
+    let same_host = request.boot_id == agent.boot_id;
+    let unavailable = |message: &str| Err(precondition("FABRIC_UNAVAILABLE", message, [], []));
+    match fabric(request.fabric)? {
+        Some(FabricKind::Verbs) => {
+            unavailable("fabric verbs was asked for, and this agent has none; ask for tcp, or for auto")
+        }
+        Some(FabricKind::Shm) if !same_host => unavailable(
+            "fabric shm was asked for, and the agents are on different hosts; ask for tcp, or for auto",
+        ),
+        Some(kind) if !offers(kind) => {
+            unavailable("the source's agent does not have the fabric that was asked for; ask for auto")
+        }
+        Some(kind) => Ok((kind, "asked for".into())),
+        None if same_host && offers(FabricKind::Shm) => {
+            Ok((FabricKind::Shm, "both agents are on one host".into()))
+        }
+        None if offers(FabricKind::Tcp) => Ok((
+            FabricKind::Tcp,
+            "the agents are on different hosts, and verbs is not available on both".into(),
+        )),
+        None => unavailable("source and destination have no fabric in common; upgrade the older agent"),
+    }
+}
+
+fn address(agent: &Agent, chosen: FabricKind) -> String {
+    match chosen {
+        FabricKind::Shm => agent.shm.path().display().to_string(),
+        FabricKind::Tcp | FabricKind::Verbs => agent.tcp.local_addr().to_string(),
+    }
+}
+
+async fn inspect(
+    agent: &Agent,
+    request: &v1::NegotiateSessionRequest,
+) -> Result<(Qemu, GuestInfo, Vec<RamFile>), Status> {
+    let path = agent.config.guest_dirs.resolve(Path::new(&request.destination_qmp_path));
+    let path = path.map_err(|error| {
+        let violation = Violation {
+            kind: "GUEST".into(),
+            subject: request.destination_qmp_path.clone(),
+            description: causes(&error),
+        };
+        precondition(error.reason(), format!("the destination guest: {}", causes(&error)), [violation], [])
+    })?;
+    let inspected = Qemu::inspect(&path, Side::Destination, Timeouts::default()).await;
+    inspected.map_err(|error| guest_refusal("destination", &error))
+}
+
+/// A guest's refusal as a status: which side, why, and the remedy.
+pub(crate) fn guest_refusal(side: &str, error: &GuestError) -> Status {
+    let remedy = error.remedy();
+    let message = format!("the {side} guest cannot be migrated: {}; {remedy}", causes(error));
+    let violation = Violation { kind: "GUEST".into(), subject: side.to_owned(), description: remedy };
+    precondition(error.reason(), message, [violation], [("side", side.to_owned())])
+}
+
+fn check_guests(
+    request: &v1::NegotiateSessionRequest,
+    source: &Layout,
+    info: &GuestInfo,
+) -> Result<(), Status> {
+    let refuse = |reason: &str, message: String| {
+        let violation =
+            Violation { kind: "GUEST".into(), subject: "destination".into(), description: message.clone() };
+        Err(precondition(reason, message, [violation], []))
+    };
+    if request.machine_type != info.machine {
+        return refuse(
+            "MACHINE_TYPE_DIFFERS",
+            format!(
+                "the source guest is a {:?}, the destination guest a {:?}; start the destination with the source's -machine type, version included",
+                request.machine_type, info.machine
+            ),
+        );
+    }
+    if request.vcpus != info.vcpus {
+        return refuse(
+            "VCPUS_DIFFER",
+            format!(
+                "the source guest has {} vCPUs, the destination guest {}; start the destination with the source's -smp",
+                request.vcpus, info.vcpus
+            ),
+        );
+    }
+    match source.check_same(&info.layout) {
+        Ok(()) => Ok(()),
+        Err(mismatch) => refuse(
+            "LAYOUT_DIFFERS",
+            format!("{mismatch}; start the destination with the source's memory options"),
+        ),
+    }
+}
+
+fn created(request: &v1::NegotiateSessionRequest, info: &GuestInfo) -> Created {
+    Created {
+        id: request.migration_id.clone(),
+        request_id: String::new(),
+        role: MigrationRole::Destination,
+        spec: SpecRecord { destination_qmp_path: request.destination_qmp_path.clone(), ..Default::default() },
+        guest_pid: info.pid,
+        created_unix_ms: unix_milliseconds(),
+        guest_was_running: request.guest_running,
+        session: None,
+    }
+}
+
+fn entry(request: &v1::NegotiateSessionRequest, chosen: FabricKind, reason: &str) -> Arc<Entry> {
+    let mut view = v1::Migration {
+        id: request.migration_id.clone(),
+        spec: Some(v1::MigrationSpec {
+            destination_qmp_path: request.destination_qmp_path.clone(),
+            ..Default::default()
+        }),
+        fabric: fabric_on_the_wire(chosen).into(),
+        fabric_reason: reason.to_owned(),
+        ..Default::default()
+    };
+    view.set_state(v1::MigrationState::Pending);
+    Entry::new(String::new(), MigrationRole::Destination, view)
+}

@@ -1,0 +1,170 @@
+//! What the destination's driver leaves to the agent: the guest, the journal,
+//! the source's agent, and what is shown of all that.
+
+use std::sync::Arc;
+use std::time::Instant;
+
+use ramferry_engine::{DestinationAction, DestinationEvent, DestinationOutcome, Failure, Reason};
+use ramferry_mover::{DestinationInput, DestinationOutside, DestinationSnapshot};
+use ramferry_proto::v1;
+use ramferry_proto::v1::exchange_control_response::Answer;
+
+use super::DestinationSession;
+use crate::journal::{Durability, MigrationLog, Record};
+use crate::migrations::Claim;
+use crate::publish::Publisher;
+use crate::status::causes;
+
+pub(crate) struct Outside {
+    session: Arc<DestinationSession>,
+    log: MigrationLog,
+    publisher: Publisher,
+    claim: Option<Claim>,
+    committed: Option<Instant>,
+    journal_nanoseconds: u64,
+}
+
+impl Outside {
+    pub(crate) fn new(
+        session: Arc<DestinationSession>,
+        log: MigrationLog,
+        publisher: Publisher,
+        claim: Claim,
+    ) -> Self {
+        Self { session, log, publisher, claim: Some(claim), committed: None, journal_nanoseconds: 0 }
+    }
+
+    fn spawn<F>(&self, work: F)
+    where
+        F: Future<Output = Result<DestinationInput, Failure>> + Send + 'static,
+    {
+        let handle = self.session.handle.clone();
+        self.session.agent.runtime.spawn(async move {
+            match work.await {
+                Ok(input) => handle.send(input),
+                Err(failure) => handle.send(DestinationEvent::Failed(failure)),
+            }
+        });
+    }
+
+    /// Writes a record that an answer depends on.
+    fn write(&mut self, record: &Record, done: DestinationEvent) {
+        let event = match self.log.append(record, Durability::Synced) {
+            Ok(()) => done,
+            Err(error) => DestinationEvent::Failed(Failure::new(Reason::JournalFailed, causes(&error))),
+        };
+        self.session.handle.send(event);
+    }
+
+    fn commit(&mut self) {
+        let started = Instant::now();
+        self.committed = Some(started);
+        self.write(&Record::Committed, DestinationEvent::CommittedSynced);
+        self.journal_nanoseconds = nanoseconds(started);
+    }
+
+    fn answer_running(&mut self) {
+        let running = v1::DestinationRunning {
+            resume_nanoseconds: self.committed.map_or(0, nanoseconds),
+            journal_nanoseconds: self.journal_nanoseconds,
+        };
+        self.session.answer_blocking(Answer::Running(running));
+    }
+
+    fn finish(&mut self, outcome: DestinationOutcome) {
+        let (state, failure) = match outcome {
+            DestinationOutcome::Running => (v1::MigrationState::Succeeded, None),
+            DestinationOutcome::Aborted(failure) if failure.reason == Reason::Cancelled => {
+                (v1::MigrationState::Cancelled, Some(failure))
+            }
+            DestinationOutcome::Aborted(failure) => (v1::MigrationState::Failed, Some(failure)),
+        };
+        let entry = &self.session.entry;
+        self.publisher.ended(state, failure.as_ref().map(|failure| failure.reason.as_str()));
+        match &failure {
+            Some(failure) => tracing::warn!(id = entry.id, %failure, "the destination's part ended"),
+            None => tracing::info!(id = entry.id, "the guest runs here"),
+        }
+        let error = failure.map(|failure| v1::MigrationError {
+            reason: failure.reason.as_str().into(),
+            message: failure.message,
+        });
+        let mut ended = entry.view();
+        ended.error = error.clone();
+        ended.set_state(state);
+        if let Err(error) = self.log.append(&crate::summary::ended_record(&ended), Durability::Buffered) {
+            // The outcome stands without it: after a restart it is found again.
+            tracing::error!(error = causes(&error), "the end of a migration was not recorded");
+        }
+        self.claim = None;
+        entry.update(|view| {
+            view.error = error;
+            view.set_state(state);
+        });
+    }
+}
+
+impl DestinationOutside for Outside {
+    fn act(&mut self, action: DestinationAction) {
+        let session = Arc::clone(&self.session);
+        match action {
+            DestinationAction::Prepare => {
+                self.spawn(async move {
+                    session.prepare().await.map(|parts| DestinationInput::Ready(Box::new(parts)))
+                });
+            }
+            DestinationAction::AcknowledgeRound { round } => {
+                session.answer_blocking(Answer::RoundEnded(v1::RoundEnded { round }));
+            }
+            DestinationAction::StartIncoming => {
+                self.spawn(async move { session.start_incoming().await.map(Into::into) });
+            }
+            DestinationAction::TellIncomingReady => {
+                session.answer_blocking(Answer::IncomingReady(v1::IncomingReady {}));
+            }
+            DestinationAction::TellDeviceStateLoaded => {
+                session.answer_blocking(Answer::DeviceStateLoaded(v1::DeviceStateLoaded {}));
+            }
+            DestinationAction::WriteCommitted => self.commit(),
+            DestinationAction::ResumeGuest => {
+                self.spawn(async move { session.resume().await.map(Into::into) });
+            }
+            DestinationAction::AnswerRunning => self.answer_running(),
+            DestinationAction::WriteAborted(failure) => {
+                let record =
+                    Record::Aborted { reason: failure.reason.as_str().into(), message: failure.message };
+                self.write(&record, DestinationEvent::AbortedSynced);
+            }
+            DestinationAction::DiscardGuest => {
+                self.spawn(async move { session.discard().await.map(Into::into) });
+            }
+            DestinationAction::AnswerAborted(failure) => {
+                session.answer_blocking(Answer::Aborted(super::aborted(&failure)));
+            }
+            DestinationAction::Finish(outcome) => self.finish(outcome),
+            DestinationAction::DrainRound { .. } | DestinationAction::Digest | DestinationAction::Release => {
+                unreachable!("the mover carries {action:?} out")
+            }
+        }
+    }
+
+    fn publish(&mut self, snapshot: &DestinationSnapshot) {
+        self.publisher.destination(snapshot);
+        self.session.entry.update(|view| {
+            if !snapshot.state.is_final() {
+                view.set_state(crate::source::state_on_the_wire(snapshot.state));
+            }
+            let progress = view.progress.get_or_insert_default();
+            progress.ram_bytes = snapshot.ram_bytes;
+            progress.registered_bytes = snapshot.counted.registered_bytes;
+            progress.registration_time =
+                Some(crate::source::duration_on_the_wire(snapshot.counted.registration));
+            progress.pinned_bytes = snapshot.pinned_bytes;
+            progress.pinned_peak_bytes = progress.pinned_peak_bytes.max(snapshot.pinned_bytes);
+        });
+    }
+}
+
+fn nanoseconds(since: Instant) -> u64 {
+    u64::try_from(since.elapsed().as_nanos()).unwrap_or(u64::MAX)
+}

@@ -1,0 +1,118 @@
+//! Carries the VMM's device state between the unix socket that the VMM writes
+//! to or reads from, and the control stream to the other agent. The VMM's
+//! return path goes the other way at the same time.
+
+use std::io;
+
+use bytes::BytesMut;
+use ramferry_proto::v1::DeviceState;
+use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
+use tokio::net::UnixStream;
+use tokio::sync::mpsc;
+
+/// Device state that one message carries.
+const MESSAGE_BYTES: usize = 256 * 1024;
+/// Messages from the other agent that wait for the VMM.
+const QUEUE: usize = 64;
+
+/// Where device state that the other agent sends is put.
+pub(crate) type Incoming = mpsc::Sender<DeviceState>;
+
+/// The queue between the control stream and [`relay`].
+pub(crate) fn queue() -> (Incoming, mpsc::Receiver<DeviceState>) {
+    mpsc::channel(QUEUE)
+}
+
+/// Relays until both directions have ended, or one has failed. `send` hands a
+/// message to the other agent; it says `false` when that is lost.
+pub(crate) async fn relay<S, F>(
+    vmm: UnixStream,
+    incoming: &mut mpsc::Receiver<DeviceState>,
+    send: S,
+) -> io::Result<()>
+where
+    S: Fn(DeviceState) -> F,
+    F: Future<Output = bool>,
+{
+    let (mut from_vmm, mut to_vmm) = vmm.into_split();
+    let outward = async {
+        let mut buffer = BytesMut::new();
+        loop {
+            buffer.reserve(MESSAGE_BYTES);
+            let read = from_vmm.read_buf(&mut buffer).await?;
+            let message = DeviceState { data: buffer.split().freeze(), end: read == 0 };
+            if !send(message).await {
+                return Err(io::Error::from(io::ErrorKind::BrokenPipe));
+            }
+            if read == 0 {
+                return Ok(());
+            }
+        }
+    };
+    let inward = async {
+        while let Some(DeviceState { data, end }) = incoming.recv().await {
+            to_vmm.write_all(&data).await?;
+            if end {
+                break;
+            }
+        }
+        to_vmm.shutdown().await
+    };
+    // The VMM closes its end once it has all it needs; what still comes for it
+    // then is of no use to it.
+    let inward = async { inward.await.or_else(|error| if is_closed(&error) { Ok(()) } else { Err(error) }) };
+    tokio::try_join!(outward, inward).map(|((), ())| ())
+}
+
+fn is_closed(error: &io::Error) -> bool {
+    matches!(
+        error.kind(),
+        io::ErrorKind::BrokenPipe | io::ErrorKind::ConnectionReset | io::ErrorKind::NotConnected
+    )
+}
+
+#[cfg(test)]
+mod tests {
+    use bytes::Bytes;
+
+    use super::*;
+
+    #[tokio::test]
+    async fn both_directions_are_carried_to_their_ends() {
+        let (vmm, ours) = UnixStream::pair().unwrap();
+        let (incoming, mut queue) = queue();
+        let (sent, mut carried) = mpsc::unbounded_channel();
+        let relaying = tokio::spawn(async move {
+            relay(ours, &mut queue, |message| std::future::ready(sent.send(message).is_ok())).await
+        });
+        let (mut read, mut write) = vmm.into_split();
+        write.write_all(b"state").await.unwrap();
+        drop(write);
+        incoming.send(DeviceState { data: Bytes::from_static(b"path"), end: false }).await.unwrap();
+        incoming.send(DeviceState { data: Bytes::new(), end: true }).await.unwrap();
+        let mut back = Vec::new();
+        read.read_to_end(&mut back).await.unwrap();
+        assert_eq!(back, b"path");
+        relaying.await.unwrap().unwrap();
+        let mut data = Vec::new();
+        let mut ended = false;
+        while let Some(message) = carried.recv().await {
+            assert!(!ended);
+            data.extend_from_slice(&message.data);
+            ended = message.end;
+        }
+        assert!(ended);
+        assert_eq!(data, b"state");
+    }
+
+    #[tokio::test]
+    async fn a_peer_that_is_lost_ends_the_relay() {
+        let (vmm, ours) = UnixStream::pair().unwrap();
+        let (_incoming, mut queue) = queue();
+        let relaying =
+            tokio::spawn(async move { relay(ours, &mut queue, |_| std::future::ready(false)).await });
+        let (_read, mut write) = vmm.into_split();
+        write.write_all(b"state").await.unwrap();
+        assert!(relaying.await.unwrap().is_err());
+    }
+}

@@ -1,0 +1,145 @@
+//! One migration's log.
+
+use std::fs::{self, File};
+use std::io;
+use std::os::unix::fs::{FileExt as _, OpenOptionsExt as _};
+use std::path::{Path, PathBuf};
+
+use serde::Serialize;
+use tracing::warn;
+
+use super::frame::{self, BODY_LIMIT_BYTES};
+use super::{Created, JournalError, Record, Recovered};
+
+/// Longest log that is read back: more than a migration can write.
+const LOG_LIMIT_BYTES: u64 = 8 * 1024 * 1024;
+
+/// Whether a record must be on the disk before `append` returns.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Durability {
+    /// It is: a crash of the host cannot take it back.
+    Synced,
+    /// It survives the agent, and perhaps not the host.
+    Buffered,
+}
+
+/// The log of one migration, at its end.
+#[derive(Debug)]
+pub struct MigrationLog {
+    path: PathBuf,
+    file: File,
+    length: u64,
+    poisoned: bool,
+}
+
+impl MigrationLog {
+    /// Adds a record. On [`JournalError::Append`] and [`JournalError::TooLarge`]
+    /// the log is as it was; on [`JournalError::Uncertain`] nobody knows, and every
+    /// later append fails.
+    pub fn append(&mut self, record: &Record, durability: Durability) -> Result<(), JournalError> {
+        let frame = encode(record)?;
+        self.write(&frame, durability)
+    }
+
+    /// Writes the first record of a log that will be renamed from `written_at` to `path`.
+    pub(super) fn begin(written_at: &Path, path: &Path, created: &Created) -> Result<Self, JournalError> {
+        let frame = encode(created)?;
+        let file = fs::OpenOptions::new()
+            .read(true)
+            .write(true)
+            .create(true)
+            .truncate(true)
+            .mode(0o600)
+            .open(written_at)
+            .map_err(|source| JournalError::Io { path: written_at.to_owned(), source })?;
+        let mut log = Self { path: path.to_owned(), file, length: 0, poisoned: false };
+        log.write(&frame, Durability::Synced)?;
+        Ok(log)
+    }
+
+    /// Reads a log back and cuts a torn tail off.
+    pub(super) fn recover(path: &Path) -> Result<Recovered, JournalError> {
+        let at = |source| JournalError::Io { path: path.to_owned(), source };
+        let corrupt = |offset: u64, why| JournalError::Corrupt { path: path.to_owned(), offset, why };
+        let file = fs::OpenOptions::new().read(true).write(true).open(path).map_err(at)?;
+        let length = file.metadata().map_err(at)?.len();
+        if length > LOG_LIMIT_BYTES {
+            return Err(corrupt(LOG_LIMIT_BYTES, "it is longer than any log"));
+        }
+        let mut bytes = vec![0; usize::try_from(length).expect("LOG_LIMIT_BYTES fits")];
+        file.read_exact_at(&mut bytes, 0).map_err(at)?;
+
+        let frames = frame::decode(&bytes)
+            .map_err(|damage| corrupt(damage.offset as u64, "a record is broken and whole ones follow it"))?;
+        let (first, rest) =
+            frames.bodies.split_first().ok_or_else(|| corrupt(0, "its first record is not whole"))?;
+        let unknown = |offset: usize| {
+            move |source| JournalError::Unknown { path: path.to_owned(), offset: offset as u64, source }
+        };
+        let created = serde_json::from_slice(first.1).map_err(unknown(first.0))?;
+        let records = rest
+            .iter()
+            .map(|&(offset, body)| serde_json::from_slice(body).map_err(unknown(offset)))
+            .collect::<Result<_, _>>()?;
+
+        let whole = frames.end as u64;
+        if whole < length {
+            warn!(path = %path.display(), bytes = length - whole, "journal: cutting off a record not finished");
+            file.set_len(whole).map_err(at)?;
+        }
+        // An earlier agent may have buffered what is about to be acted upon.
+        file.sync_all().map_err(at)?;
+        let log = Self { path: path.to_owned(), file, length: whole, poisoned: false };
+        Ok(Recovered { created, records, log })
+    }
+
+    fn write(&mut self, frame: &[u8], durability: Durability) -> Result<(), JournalError> {
+        if self.poisoned {
+            return Err(JournalError::Poisoned { path: self.path.clone() });
+        }
+        let room = LOG_LIMIT_BYTES - self.length;
+        if frame.len() as u64 > room {
+            return Err(JournalError::TooLarge { length_bytes: frame.len(), limit_bytes: room });
+        }
+        if let Err(source) = self.file.write_all_at(frame, self.length) {
+            return Err(self.take_back(source));
+        }
+        if durability == Durability::Synced {
+            // After a failed fsync the kernel may have dropped the pages or
+            // written them: no later call can tell.
+            if let Err(source) = self.file.sync_data() {
+                self.poisoned = true;
+                return Err(JournalError::Uncertain { path: self.path.clone(), source });
+            }
+        }
+        self.length += frame.len() as u64;
+        Ok(())
+    }
+
+    /// Cuts off a frame of which only a part was written.
+    fn take_back(&mut self, source: io::Error) -> JournalError {
+        match self.file.set_len(self.length) {
+            Ok(()) => JournalError::Append { path: self.path.clone(), source },
+            Err(cut) => {
+                warn!(path = %self.path.display(), error = %cut, "journal: cannot cut off half a record");
+                self.poisoned = true;
+                JournalError::Uncertain { path: self.path.clone(), source }
+            }
+        }
+    }
+}
+
+fn encode<T: Serialize>(record: &T) -> Result<Vec<u8>, JournalError> {
+    let body =
+        serde_json::to_vec(record).expect("records hold only what JSON can: string keys, numbers, text");
+    frame::encode(&body)
+        .ok_or(JournalError::TooLarge { length_bytes: body.len(), limit_bytes: BODY_LIMIT_BYTES as u64 })
+}
+
+#[cfg(test)]
+impl MigrationLog {
+    /// A log over any file, to make its writes fail.
+    pub(super) fn over(path: &Path, file: File) -> Self {
+        Self { path: path.to_owned(), file, length: 0, poisoned: false }
+    }
+}

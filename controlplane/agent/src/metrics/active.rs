@@ -1,0 +1,186 @@
+//! Migrations under way. Their gauges are rendered from here and not through the
+//! recorder, which cannot forget a gauge: they are gone with the migration.
+
+use std::collections::BTreeMap;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+
+use ramferry_proto::v1::MigrationState;
+
+use super::text::Exposition;
+use super::{MetricName, Metrics, MigrationMode, MigrationResult};
+use crate::MigrationRole;
+
+type Key = (String, MigrationRole);
+/// A metric and where its value is.
+type Field<T> = (MetricName, fn(&T) -> u64);
+
+/// All migrations under way.
+#[derive(Debug, Default)]
+pub(super) struct Active(Mutex<BTreeMap<Key, Entry>>);
+
+#[derive(Clone, Debug)]
+struct Entry {
+    owner: Arc<()>,
+    state: MigrationState,
+    gauges: MigrationGauges,
+    regions: u64,
+    pinned_bytes: u64,
+}
+
+/// The gauges of one migration.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct MigrationGauges {
+    /// RAM of the guest.
+    pub memory_bytes: u64,
+    /// Of the round under way.
+    pub remaining_bytes: u64,
+    /// Written by the guest.
+    pub dirty_rate_bytes_per_second: u64,
+    /// Of the copy itself.
+    pub throughput_bytes_per_second: u64,
+    /// From 1; 0 before the first.
+    pub round: u32,
+}
+
+/// A migration that is under way, to the metrics. Dropping it ends that.
+#[derive(Debug)]
+pub struct ActiveMigration {
+    metrics: Metrics,
+    key: Key,
+    owner: Arc<()>,
+    started: Instant,
+    state_entered: Instant,
+    state: MigrationState,
+}
+
+impl Metrics {
+    /// A migration begins, in state PENDING.
+    pub fn migration_started(&self, role: MigrationRole, id: &str) -> ActiveMigration {
+        let now = Instant::now();
+        let owner = Arc::new(());
+        let state = MigrationState::Pending;
+        let key = (id.to_owned(), role);
+        let entry = Entry {
+            owner: Arc::clone(&owner),
+            state,
+            gauges: MigrationGauges::default(),
+            regions: 0,
+            pinned_bytes: 0,
+        };
+        self.active().lock().insert(key.clone(), entry);
+        ActiveMigration { metrics: self.clone(), key, owner, started: now, state_entered: now, state }
+    }
+
+    /// Migrations under way now, both roles together.
+    pub fn migrations_active(&self) -> u32 {
+        u32::try_from(self.active().lock().len()).unwrap_or(u32::MAX)
+    }
+}
+
+impl ActiveMigration {
+    /// It enters a state; the time in the one before is recorded.
+    pub fn state(&mut self, state: MigrationState) {
+        if state == self.state {
+            return;
+        }
+        let now = Instant::now();
+        self.metrics.phase(self.key.1, self.state, now - self.state_entered);
+        self.state_entered = now;
+        self.state = state;
+        self.update(|entry| entry.state = state);
+    }
+
+    /// Sets its gauges.
+    pub fn set(&self, gauges: MigrationGauges) {
+        self.update(|entry| entry.gauges = gauges);
+    }
+
+    /// Sets what its side has registered now.
+    pub fn set_pinned(&self, regions: u64, pinned_bytes: u64) {
+        self.update(|entry| (entry.regions, entry.pinned_bytes) = (regions, pinned_bytes));
+    }
+
+    /// It ended: counts it, and takes its gauges away. `reason` is that of its
+    /// error; `None` when it succeeded. Returns how long it took.
+    pub fn ended(self, mode: MigrationMode, result: MigrationResult, reason: Option<&str>) -> Duration {
+        let elapsed = self.started.elapsed();
+        self.metrics.phase(self.key.1, self.state, self.state_entered.elapsed());
+        self.metrics.migration_ended(self.key.1, mode, result, reason, elapsed);
+        elapsed
+    }
+
+    fn update(&self, change: impl FnOnce(&mut Entry)) {
+        if let Some(entry) = self.metrics.active().lock().get_mut(&self.key)
+            && Arc::ptr_eq(&entry.owner, &self.owner)
+        {
+            change(entry);
+        }
+    }
+}
+
+impl Drop for ActiveMigration {
+    fn drop(&mut self) {
+        let mut entries = self.metrics.active().lock();
+        if entries.get(&self.key).is_some_and(|entry| Arc::ptr_eq(&entry.owner, &self.owner)) {
+            entries.remove(&self.key);
+        }
+    }
+}
+
+impl Active {
+    fn lock(&self) -> MutexGuard<'_, BTreeMap<Key, Entry>> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    pub(super) fn render(&self, text: &mut Exposition) {
+        let entries = self.lock().clone();
+        render_counts(&entries, text);
+        render_sums(&entries, text);
+        let gauges: [Field<MigrationGauges>; 5] = [
+            (MetricName::MigrationMemoryBytes, |gauges| gauges.memory_bytes),
+            (MetricName::MigrationRemainingBytes, |gauges| gauges.remaining_bytes),
+            (MetricName::MigrationDirtyRate, |gauges| gauges.dirty_rate_bytes_per_second),
+            (MetricName::MigrationThroughput, |gauges| gauges.throughput_bytes_per_second),
+            (MetricName::MigrationRound, |gauges| gauges.round.into()),
+        ];
+        for (metric, value) in gauges {
+            if entries.is_empty() {
+                continue;
+            }
+            text.family(metric);
+            for ((id, role), entry) in &entries {
+                text.sample(metric, &[id, role.as_str()], value(&entry.gauges));
+            }
+        }
+    }
+}
+
+fn render_counts(entries: &BTreeMap<Key, Entry>, text: &mut Exposition) {
+    let mut counts: BTreeMap<(MigrationRole, &str), u64> = BTreeMap::new();
+    for role in [MigrationRole::Source, MigrationRole::Destination] {
+        for state in super::ACTIVE_STATES {
+            counts.insert((role, super::state_name(state)), 0);
+        }
+    }
+    for ((_, role), entry) in entries {
+        *counts.entry((*role, super::state_name(entry.state))).or_default() += 1;
+    }
+    text.family(MetricName::MigrationsActive);
+    for ((role, state), count) in counts {
+        text.sample(MetricName::MigrationsActive, &[role.as_str(), state], count);
+    }
+}
+
+fn render_sums(entries: &BTreeMap<Key, Entry>, text: &mut Exposition) {
+    let sums: [Field<Entry>; 2] =
+        [(MetricName::Regions, |entry| entry.regions), (MetricName::PinnedBytes, |entry| entry.pinned_bytes)];
+    for (metric, value) in sums {
+        text.family(metric);
+        for side in [MigrationRole::Source, MigrationRole::Destination] {
+            let sum: u64 =
+                entries.iter().filter(|((_, role), _)| *role == side).map(|(_, entry)| value(entry)).sum();
+            text.sample(metric, &[side.as_str()], sum);
+        }
+    }
+}

@@ -1,0 +1,173 @@
+//! The one list of metrics: docs/metrics.md and the dashboards' checks are made
+//! from it.
+
+use crate::metrics::buckets::{self, Buckets};
+
+/// What a metric is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum MetricKind {
+    /// Only grows.
+    Counter,
+    /// A counter of seconds, with fractions.
+    SecondsCounter,
+    /// Goes up and down.
+    Gauge,
+    /// A gauge of one running migration: gone when the migration has ended.
+    MigrationGauge,
+    /// A gauge summed over running migrations.
+    SummedGauge,
+    /// Cumulative buckets of seconds.
+    Histogram(Buckets),
+}
+
+impl MetricKind {
+    /// The type in the exposition format.
+    pub const fn exposed(self) -> &'static str {
+        match self {
+            Self::Counter | Self::SecondsCounter => "counter",
+            Self::Gauge | Self::MigrationGauge | Self::SummedGauge => "gauge",
+            Self::Histogram(_) => "histogram",
+        }
+    }
+}
+
+/// A metric as documented.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct MetricInfo {
+    /// Its whole name.
+    pub name: &'static str,
+    /// What it is.
+    pub kind: MetricKind,
+    /// Unit of its value.
+    pub unit: &'static str,
+    /// Its labels.
+    pub labels: &'static [&'static str],
+    /// What it tells.
+    pub help: &'static str,
+}
+
+macro_rules! metrics {
+    ($($variant:ident: $kind:expr, $name:literal, $unit:literal, [$($label:literal),*], $help:literal;)*) => {
+        /// Every metric of the agent.
+        #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+        pub enum MetricName {
+            $(#[doc = $help] $variant,)*
+        }
+
+        impl MetricName {
+            /// All of them, in the order of docs/metrics.md.
+            pub const ALL: &[Self] = &[$(Self::$variant,)*];
+
+            /// The metric as documented.
+            pub const fn info(self) -> MetricInfo {
+                match self {
+                    $(Self::$variant => MetricInfo {
+                        name: $name,
+                        kind: $kind,
+                        unit: $unit,
+                        labels: &[$($label),*],
+                        help: $help,
+                    },)*
+                }
+            }
+        }
+    };
+}
+
+use MetricKind::{Counter, Gauge, Histogram, MigrationGauge, SecondsCounter, SummedGauge};
+
+metrics! {
+    BuildInfo: Gauge, "ramferry_build_info", "1", ["version"],
+        "Always 1; the agent's version is its label.";
+    MemlockLimitBytes: Gauge, "ramferry_memlock_limit_bytes", "bytes", [],
+        "RLIMIT_MEMLOCK of the agent, the most that it can register; +Inf is no limit.";
+
+    MigrationsTotal: Counter, "ramferry_migrations_total", "migrations", ["role", "mode", "result", "reason"],
+        "Migrations that ended. reason is empty when they succeeded.";
+    MigrationsActive: SummedGauge, "ramferry_migrations_active", "migrations", ["role", "state"],
+        "Migrations under way.";
+    MigrationDurationSeconds: Histogram(buckets::LONG), "ramferry_migration_duration_seconds", "seconds",
+        ["role", "result"],
+        "From a migration's creation to its end.";
+    MigrationPhaseDurationSeconds: Histogram(buckets::LONG), "ramferry_migration_phase_duration_seconds", "seconds",
+        ["role", "phase"],
+        "Time that migrations spent in each state.";
+    MigrationDowntimeSeconds: Histogram(buckets::DOWNTIME), "ramferry_migration_downtime_seconds", "seconds", [],
+        "From the source guest's pause to the destination guest's resume, seen by the source.";
+    MigrationDowntimePartSeconds: Histogram(buckets::DOWNTIME), "ramferry_migration_downtime_part_seconds",
+        "seconds", ["part"],
+        "The parts that a downtime is made of.";
+
+    MigrationMemoryBytes: MigrationGauge, "ramferry_migration_memory_bytes", "bytes", ["migration", "role"],
+        "RAM of the guest.";
+    MigrationRemainingBytes: MigrationGauge, "ramferry_migration_remaining_bytes", "bytes", ["migration", "role"],
+        "Bytes of the round under way that are not yet placed.";
+    MigrationDirtyRate: MigrationGauge, "ramferry_migration_dirty_rate_bytes_per_second", "bytes per second",
+        ["migration", "role"],
+        "How fast the guest writes pages that were clean.";
+    MigrationThroughput: MigrationGauge, "ramferry_migration_throughput_bytes_per_second", "bytes per second",
+        ["migration", "role"],
+        "Bytes moved over the time of the copy itself.";
+    MigrationRound: MigrationGauge, "ramferry_migration_round", "rounds", ["migration", "role"],
+        "The round under way, from 1.";
+
+    TransferBytesTotal: Counter, "ramferry_transfer_bytes_total", "bytes", ["fabric"],
+        "RAM moved by this agent's sources.";
+    TransferPagesTotal: Counter, "ramferry_transfer_pages_total", "pages", ["kind"],
+        "Pages dealt with by this agent's sources: data was moved, zero was only named.";
+    StallSecondsTotal: SecondsCounter, "ramferry_stall_seconds_total", "seconds", ["cause"],
+        "Time in which a copy had pages to move and could not.";
+    PollerBusySecondsTotal: SecondsCounter, "ramferry_poller_busy_seconds_total", "seconds", [],
+        "Time of the data plane's threads with something to do.";
+    PollerIdleSecondsTotal: SecondsCounter, "ramferry_poller_idle_seconds_total", "seconds", [],
+        "Time of the data plane's threads without.";
+
+    RegistrationDurationSeconds: Histogram(buckets::REGISTRATION), "ramferry_registration_duration_seconds",
+        "seconds", ["side", "mode", "fabric"],
+        "Time to register one region of memory.";
+    DeregistrationDurationSeconds: Histogram(buckets::REGISTRATION), "ramferry_deregistration_duration_seconds",
+        "seconds", ["side", "fabric"],
+        "Time to deregister one region of memory.";
+    RegisteredBytesTotal: Counter, "ramferry_registered_bytes_total", "bytes", ["side", "mode", "fabric"],
+        "Memory registered, each time anew.";
+    RegistrationErrorsTotal: Counter, "ramferry_registration_errors_total", "errors", ["side", "errno"],
+        "Regions that could not be registered.";
+    Regions: SummedGauge, "ramferry_regions", "regions", ["side"],
+        "Regions registered now.";
+    PinnedBytes: SummedGauge, "ramferry_pinned_bytes", "bytes", ["side"],
+        "Memory pinned now by registered regions.";
+
+    TrackingHarvestDurationSeconds: Histogram(buckets::REGISTRATION), "ramferry_tracking_harvest_duration_seconds",
+        "seconds", ["tracker"],
+        "Time to read which pages were written, and to re-arm them.";
+    TrackingDirtyPagesTotal: Counter, "ramferry_tracking_dirty_pages_total", "pages", ["tracker"],
+        "Pages that harvests found written.";
+
+    GrpcRequestsTotal: Counter, "ramferry_grpc_requests_total", "requests", ["method", "code"],
+        "gRPC calls that ended. method is other for one that is not served.";
+    GrpcRequestDurationSeconds: Histogram(buckets::GRPC), "ramferry_grpc_request_duration_seconds", "seconds",
+        ["method"],
+        "From a call's arrival to its last byte; a stream counts when it ends.";
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::HashSet;
+
+    use super::*;
+
+    #[test]
+    fn names_follow_the_conventions() {
+        let mut seen = HashSet::new();
+        for metric in MetricName::ALL {
+            let info = metric.info();
+            assert!(seen.insert(info.name), "{} twice", info.name);
+            assert!(info.name.starts_with("ramferry_"));
+            assert_eq!(info.name.ends_with("_total"), info.kind.exposed() == "counter", "{}", info.name);
+            assert!(!matches!(info.kind, Histogram(_)) || info.name.ends_with("_seconds"), "{}", info.name);
+            for forbidden in ["pid", "qpn", "address", "key"] {
+                assert!(!info.labels.contains(&forbidden), "{}", info.name);
+            }
+        }
+    }
+}

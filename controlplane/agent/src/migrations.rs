@@ -1,0 +1,242 @@
+//! The migrations that this agent knows: those that run, and those that ended.
+
+use std::collections::{HashMap, HashSet};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard};
+use std::time::SystemTime;
+
+use ramferry_engine::Parameters;
+use ramferry_mover::SourceHandle;
+use ramferry_proto::v1;
+use thiserror::Error;
+use tokio::sync::watch;
+
+use crate::MigrationRole;
+
+/// One migration as this agent sees it.
+pub(crate) struct Entry {
+    pub(crate) id: String,
+    pub(crate) role: MigrationRole,
+    pub(crate) request_id: String,
+    view: watch::Sender<v1::Migration>,
+    /// At a source, while the migration runs: its driver, and the parameters last set.
+    driver: Mutex<Option<(SourceHandle, Parameters)>>,
+    /// At a destination: the source knows how it ended.
+    settled: AtomicBool,
+}
+
+impl Entry {
+    pub(crate) fn new(request_id: String, role: MigrationRole, mut view: v1::Migration) -> Arc<Self> {
+        view.role = v1::MigrationRole::from(role).into();
+        if view.create_time.is_none() {
+            view.create_time = Some(SystemTime::now().into());
+        }
+        let id = view.id.clone();
+        let view = watch::Sender::new(view);
+        Arc::new(Self {
+            id,
+            role,
+            request_id,
+            view,
+            driver: Mutex::new(None),
+            settled: AtomicBool::new(false),
+        })
+    }
+
+    pub(crate) fn view(&self) -> v1::Migration {
+        self.view.borrow().clone()
+    }
+
+    pub(crate) fn subscribe(&self) -> watch::Receiver<v1::Migration> {
+        self.view.subscribe()
+    }
+
+    /// Changes the view; notes when its state was entered.
+    pub(crate) fn update(&self, change: impl FnOnce(&mut v1::Migration)) {
+        self.view.send_modify(|view| {
+            let before = view.state;
+            change(view);
+            if view.state != before {
+                let now = Some(SystemTime::now().into());
+                view.state_changes.push(v1::StateChange { state: view.state, time: now });
+                if is_final(view.state()) {
+                    view.end_time = now;
+                }
+            }
+        });
+    }
+
+    /// At a destination: the source's agent ended the control stream by itself.
+    pub(crate) fn settle(&self) {
+        self.settled.store(true, Ordering::Release);
+    }
+
+    /// Whether the source will not ask for the outcome: it knows it, or the
+    /// answer to a migration that is forgotten would be the same.
+    pub(crate) fn is_settled(&self) -> bool {
+        self.settled.load(Ordering::Acquire) || self.view.borrow().state() != v1::MigrationState::Succeeded
+    }
+
+    pub(crate) fn has_ended(&self) -> bool {
+        is_final(self.view.borrow().state())
+    }
+
+    pub(crate) fn set_driver(&self, driver: Option<(SourceHandle, Parameters)>) {
+        *self.driver() = driver;
+    }
+
+    pub(crate) fn driver(&self) -> MutexGuard<'_, Option<(SourceHandle, Parameters)>> {
+        self.driver.lock().expect("no panic while it is held")
+    }
+}
+
+/// Whether a migration in `state` never changes again.
+pub(crate) fn is_final(state: v1::MigrationState) -> bool {
+    use v1::MigrationState::{Cancelled, Failed, Succeeded};
+    matches!(state, Succeeded | Failed | Cancelled)
+}
+
+/// All migrations of one agent.
+#[derive(Clone)]
+pub(crate) struct Registry {
+    inner: Arc<Mutex<Inner>>,
+    max_active: u32,
+}
+
+#[derive(Default)]
+struct Inner {
+    entries: HashMap<(MigrationRole, String), Arc<Entry>>,
+    /// Ids that are being made into entries, or whose entries have not ended.
+    active: HashSet<(MigrationRole, String)>,
+    /// Guests of active migrations, by the VMM's process.
+    guests: HashMap<u32, String>,
+}
+
+/// Why a migration is not admitted.
+#[derive(Debug, Error)]
+pub(crate) enum Refusal {
+    #[error("migration {0:?} exists already; choose another id, or delete it when it has ended")]
+    Exists(String),
+    #[error("this agent runs {0} migrations already, its max_migrations; try again when one has ended")]
+    Full(u32),
+    #[error("the guest of process {pid} is being migrated by {other:?}; wait for that or cancel it")]
+    GuestBusy { pid: u32, other: String },
+}
+
+impl Refusal {
+    pub(crate) fn reason(&self) -> &'static str {
+        match self {
+            Refusal::Exists(_) => "MIGRATION_EXISTS",
+            Refusal::Full(_) => "TOO_MANY_MIGRATIONS",
+            Refusal::GuestBusy { .. } => "GUEST_BUSY",
+        }
+    }
+}
+
+/// A place among the active migrations; given back on drop.
+pub(crate) struct Claim {
+    registry: Registry,
+    key: (MigrationRole, String),
+    pid: Option<u32>,
+}
+
+impl Claim {
+    /// Claims the guest of process `pid`, which no other migration may have.
+    pub(crate) fn claim_guest(&mut self, pid: u32) -> Result<(), Refusal> {
+        let mut inner = self.registry.lock();
+        if let Some(other) = inner.guests.get(&pid) {
+            return Err(Refusal::GuestBusy { pid, other: other.clone() });
+        }
+        inner.guests.insert(pid, self.key.1.clone());
+        self.pid = Some(pid);
+        Ok(())
+    }
+}
+
+impl Drop for Claim {
+    fn drop(&mut self) {
+        let mut inner = self.registry.lock();
+        inner.active.remove(&self.key);
+        if let Some(pid) = self.pid {
+            inner.guests.remove(&pid);
+        }
+    }
+}
+
+impl Registry {
+    pub(crate) fn new(max_active: u32) -> Self {
+        Self { inner: Arc::default(), max_active }
+    }
+
+    /// Takes a place for a migration that does not exist yet.
+    pub(crate) fn claim(&self, role: MigrationRole, id: &str) -> Result<Claim, Refusal> {
+        let key = (role, id.to_owned());
+        let mut inner = self.lock();
+        if inner.entries.contains_key(&key) || inner.active.contains(&key) {
+            return Err(Refusal::Exists(id.to_owned()));
+        }
+        if inner.active.len() >= self.max_active as usize {
+            return Err(Refusal::Full(self.max_active));
+        }
+        inner.active.insert(key.clone());
+        Ok(Claim { registry: self.clone(), key, pid: None })
+    }
+
+    /// A place for a migration found in the journal: it is not refused.
+    pub(crate) fn reclaim(&self, role: MigrationRole, id: &str, pid: u32) -> Claim {
+        let key = (role, id.to_owned());
+        let mut inner = self.lock();
+        inner.active.insert(key.clone());
+        inner.guests.insert(pid, id.to_owned());
+        Claim { registry: self.clone(), key, pid: Some(pid) }
+    }
+
+    pub(crate) fn insert(&self, entry: &Arc<Entry>) {
+        self.lock().entries.insert((entry.role, entry.id.clone()), Arc::clone(entry));
+    }
+
+    pub(crate) fn get(&self, role: MigrationRole, id: &str) -> Option<Arc<Entry>> {
+        self.lock().entries.get(&(role, id.to_owned())).cloned()
+    }
+
+    pub(crate) fn remove(&self, role: MigrationRole, id: &str) {
+        self.lock().entries.remove(&(role, id.to_owned()));
+    }
+
+    /// All entries, by id and then role.
+    pub(crate) fn all(&self) -> Vec<Arc<Entry>> {
+        let mut entries: Vec<_> = self.lock().entries.values().cloned().collect();
+        entries.sort_by(|a, b| (&a.id, a.role).cmp(&(&b.id, b.role)));
+        entries
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Inner> {
+        self.inner.lock().expect("no panic while it is held")
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_guest_is_migrated_once_at_a_time() {
+        let registry = Registry::new(4);
+        let mut first = registry.claim(MigrationRole::Source, "a").unwrap();
+        first.claim_guest(7).unwrap();
+        let mut second = registry.claim(MigrationRole::Source, "b").unwrap();
+        assert!(matches!(second.claim_guest(7), Err(Refusal::GuestBusy { pid: 7, .. })));
+        drop(first);
+        second.claim_guest(7).unwrap();
+    }
+
+    #[test]
+    fn no_more_migrations_are_admitted_than_the_limit() {
+        let registry = Registry::new(1);
+        let claim = registry.claim(MigrationRole::Source, "a").unwrap();
+        assert!(matches!(registry.claim(MigrationRole::Source, "b"), Err(Refusal::Full(1))));
+        assert!(matches!(registry.claim(MigrationRole::Source, "a"), Err(Refusal::Exists(_))));
+        drop(claim);
+        assert!(registry.claim(MigrationRole::Source, "b").is_ok());
+    }
+}

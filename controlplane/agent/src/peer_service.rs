@@ -1,0 +1,201 @@
+//! `PeerService`: the calls of a migration's source to this agent, its destination.
+
+use std::sync::Arc;
+
+use ramferry_engine::{DestinationEvent, Failure};
+use ramferry_fabric::SessionToken;
+use ramferry_fabric::windows::{Window, WindowId};
+use ramferry_mover::DestinationInput;
+use ramferry_proto::v1;
+use ramferry_proto::v1::exchange_control_request::Order;
+use ramferry_proto::v1::exchange_control_response::Answer;
+use ramferry_proto::v1::peer_service_server::PeerService;
+use ramferry_ram::{BlockIndex, BlockRange, PageRun};
+use tokio::sync::mpsc;
+use tokio_stream::wrappers::ReceiverStream;
+use tonic::{Code, Request, Response, Status, Streaming};
+
+use crate::MigrationRole;
+use crate::core::{Agent, EXCHANGE_TIMEOUT};
+use crate::destination::{self, DestinationSession};
+use crate::journal::is_migration_id;
+use crate::source::failure_of;
+use crate::status::{invalid_argument, status};
+
+/// Serves `ramferry.v1.PeerService`.
+pub(crate) struct Peers {
+    pub(crate) agent: Arc<Agent>,
+}
+
+type Answers = ReceiverStream<Result<v1::ExchangeControlResponse, Status>>;
+
+#[tonic::async_trait]
+impl PeerService for Peers {
+    async fn negotiate_session(
+        &self,
+        request: Request<v1::NegotiateSessionRequest>,
+    ) -> Result<Response<v1::NegotiateSessionResponse>, Status> {
+        // A source that goes away must not leave half a session behind.
+        let (agent, call) = (Arc::clone(&self.agent), request.into_inner());
+        let negotiating = tokio::spawn(async move { destination::negotiate(&agent, call).await });
+        let response = negotiating.await.map_err(|error| crate::status::internal("INTERNAL", &error))??;
+        Ok(Response::new(response))
+    }
+
+    type ExchangeControlStream = Answers;
+
+    async fn exchange_control(
+        &self,
+        request: Request<Streaming<v1::ExchangeControlRequest>>,
+    ) -> Result<Response<Answers>, Status> {
+        let mut orders = request.into_inner();
+        let first = tokio::time::timeout(EXCHANGE_TIMEOUT, orders.message()).await;
+        let first =
+            first.map_err(|_| invalid_argument("order", "OPEN_MISSING", "no order came: send open first"))?;
+        let Some(Order::Open(open)) = first?.and_then(|request| request.order) else {
+            return Err(invalid_argument("order", "OPEN_MISSING", "the first order must be open"));
+        };
+        if !is_migration_id(&open.migration_id) {
+            return Err(invalid_argument(
+                "migration_id",
+                "MIGRATION_ID_INVALID",
+                "an id is 1 to 64 of [A-Za-z0-9._-]",
+            ));
+        }
+        let Some(session) = self.agent.session(&open.migration_id) else {
+            return Ok(Response::new(self.serve_outcome(open.migration_id, orders)));
+        };
+        let full = authorize(&session, &open.session_token)?;
+        let (answers, number) = session.attach();
+        session.answer_soon(Answer::Opened(v1::SessionOpened {}));
+        session.handle.send(DestinationEvent::PeerBack);
+        tokio::spawn(serve(session, number, full, orders));
+        Ok(Response::new(ReceiverStream::new(answers)))
+    }
+}
+
+/// Whether the caller has the session's token, and so every right to it. With
+/// none it may ask for the outcome; with a wrong one, nothing.
+fn authorize(session: &DestinationSession, token: &[u8]) -> Result<bool, Status> {
+    if token.is_empty() {
+        return Ok(false);
+    }
+    let given = <[u8; SessionToken::BYTES]>::try_from(token).ok().map(SessionToken::from_bytes);
+    match (&session.token, given) {
+        (Some(token), Some(given)) if *token == given => Ok(true),
+        (None, Some(_)) => Ok(false),
+        _ => Err(status(Code::PermissionDenied, "SESSION_TOKEN", "the session's token is another", [])),
+    }
+}
+
+impl Peers {
+    /// Answers for a migration that has no driver: it ended, or never was.
+    fn serve_outcome(&self, id: String, mut orders: Streaming<v1::ExchangeControlRequest>) -> Answers {
+        let (sender, answers) = mpsc::channel(4);
+        let agent = Arc::clone(&self.agent);
+        tokio::spawn(async move {
+            let respond = async |answer| {
+                sender.send(Ok(v1::ExchangeControlResponse { answer: Some(answer) })).await.is_ok()
+            };
+            respond(Answer::Opened(v1::SessionOpened {})).await;
+            while let Ok(Some(request)) = orders.message().await {
+                if !matches!(request.order, Some(Order::AskOutcome(_) | Order::Commit(_) | Order::Abort(_))) {
+                    continue;
+                }
+                let known = agent.registry.get(MigrationRole::Destination, &id);
+                let answer = match &known {
+                    // Its driver has just ended or is about to start: the source asks again.
+                    Some(entry) => destination::outcome(entry)
+                        .ok_or_else(|| Status::unavailable("the outcome is not decided yet; ask again")),
+                    None => destination::abort_unknown(&agent, &id),
+                };
+                match answer {
+                    Ok(answer) => {
+                        if respond(answer).await {
+                            continue;
+                        }
+                    }
+                    Err(status) => drop(sender.send(Err(status)).await),
+                }
+                return;
+            }
+            if let Some(entry) = agent.registry.get(MigrationRole::Destination, &id) {
+                entry.settle();
+            }
+        });
+        ReceiverStream::new(answers)
+    }
+}
+
+/// Hands the source's orders to the driver until the stream ends.
+async fn serve(
+    session: Arc<DestinationSession>,
+    number: u64,
+    full: bool,
+    mut orders: Streaming<v1::ExchangeControlRequest>,
+) {
+    loop {
+        let order = match orders.message().await {
+            Ok(Some(request)) => request.order,
+            Ok(None) => {
+                // The source heard the final answer and closed.
+                session.entry.settle();
+                break;
+            }
+            Err(status) => {
+                tracing::info!(id = session.entry.id, error = status.message(), "the control stream ended");
+                break;
+            }
+        };
+        let allowed = full || matches!(order, Some(Order::AskOutcome(_) | Order::Abort(_)));
+        match order {
+            Some(order) if allowed => take(&session, order).await,
+            Some(_) => {
+                tracing::warn!(id = session.entry.id, "an order without the session's token was refused")
+            }
+            None => {}
+        }
+    }
+    session.detach(number);
+}
+
+async fn take(session: &DestinationSession, order: Order) {
+    let handle = &session.handle;
+    match order {
+        // A second one says nothing new.
+        Order::Open(_) => {}
+        Order::RegisterWindows(order) => {
+            let windows = order.windows.into_iter().map(|window| Window {
+                id: WindowId(window.id),
+                range: BlockRange {
+                    block: BlockIndex(window.block),
+                    offset: window.offset,
+                    length: window.length,
+                },
+            });
+            handle.send(DestinationInput::RegisterWindows(windows.collect()));
+        }
+        Order::ReleaseWindows(order) => {
+            let ids = order.ids.into_iter().map(WindowId).collect();
+            handle.send(DestinationInput::ReleaseWindows(ids));
+        }
+        Order::ZeroPages(order) => {
+            let runs = order.runs.chunks_exact(2).map(|pair| PageRun { first: pair[0], count: pair[1] });
+            let runs = runs.collect();
+            handle.send(DestinationInput::ZeroPages { block: BlockIndex(order.block), runs });
+        }
+        Order::EndRound(order) => handle.send(DestinationEvent::EndRound { round: order.round }),
+        Order::PrepareIncoming(_) => handle.send(DestinationEvent::PrepareIncoming),
+        Order::DeviceState(state) => {
+            // Without a VMM that reads there is nobody to give it to.
+            let _ = session.device_state.send(state).await;
+        }
+        Order::Verify(_) => handle.send(DestinationEvent::Verify),
+        Order::Commit(_) => handle.send(DestinationEvent::Commit),
+        Order::AskOutcome(_) => handle.send(DestinationEvent::AskOutcome),
+        Order::Abort(order) => {
+            let failure: Failure = failure_of(&order.reason, order.message);
+            handle.send(DestinationEvent::Abort(failure));
+        }
+    }
+}

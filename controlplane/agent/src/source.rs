@@ -1,0 +1,598 @@
+//! Migrations whose source is this host.
+
+mod outside;
+mod peer;
+mod view;
+
+use std::sync::{Arc, Mutex};
+use std::time::{Duration, SystemTime};
+
+use bytes::Bytes;
+use ramferry_engine::{Failure, FixedCosts, Reason, Source, SourceEvent};
+use ramferry_fabric::windows::WindowConfig;
+use ramferry_fabric::{FabricKind, Link, MappedDomain, SessionToken, shm, tcp};
+use ramferry_guest::{Guest, GuestInfo, Qemu, Side, Timeouts};
+use ramferry_mover::{SourceHandle, SourceParts, spawn_source};
+use ramferry_proto::v1;
+use ramferry_proto::v1::exchange_control_request::Order;
+use ramferry_proto::v1::peer_service_client::PeerServiceClient;
+use ramferry_ram::{Access, Memory, RamFile};
+use ramferry_tracking::{TrackError, TrackedFile, TrackerKind};
+use tokio::net::UnixListener;
+use tokio::sync::mpsc;
+use tonic::{Code, Status};
+
+use self::outside::Outside;
+pub(crate) use self::peer::failure_of;
+use self::peer::{Peer, PeerSetup};
+pub(crate) use self::view::{duration as duration_on_the_wire, state as state_on_the_wire};
+use crate::MigrationRole;
+use crate::core::{Agent, EXCHANGE_TIMEOUT, PROTOCOL_VERSION};
+use crate::device_stream;
+use crate::journal::{Created, Record, Recovered, SpecRecord};
+use crate::migrations::{Claim, Entry, Refusal};
+use crate::publish::Publisher;
+use crate::request::{Request, fabric_on_the_wire, registration_mode};
+use crate::status::{causes, invalid_argument, precondition, status};
+
+/// Links of a migration whose caller and destination leave that open.
+pub(crate) const DEFAULT_STREAMS: u32 = 2;
+/// Of a fence, until one was measured.
+const FENCE_ESTIMATE: Duration = Duration::from_millis(1);
+/// Longest wait for the destination to confirm that it gave up.
+const ABORT_TIMEOUT: Duration = Duration::from_secs(5);
+/// How long an agent that was restarted tries to reach its guest.
+const ATTACH_TIMEOUT: Duration = Duration::from_secs(30);
+
+/// Everything that the steps of one migration share.
+pub(crate) struct Session {
+    agent: Arc<Agent>,
+    entry: Arc<Entry>,
+    handle: SourceHandle,
+    peer: Arc<Peer>,
+    /// `None` when an agent that was restarted did not reach it.
+    guest: Option<Arc<dyn Guest>>,
+    incoming: tokio::sync::Mutex<mpsc::Receiver<v1::DeviceState>>,
+    plan: Mutex<Option<Plan>>,
+}
+
+/// What [`Session::prepare`] works from.
+struct Plan {
+    request: Request,
+    info: GuestInfo,
+    files: Vec<RamFile>,
+    agreed: Agreed,
+}
+
+/// What source and destination agreed on.
+#[derive(Clone)]
+struct Agreed {
+    token: SessionToken,
+    fabric: FabricKind,
+    fabric_reason: String,
+    address: String,
+    streams: u32,
+}
+
+/// Makes every check of a migration and changes nothing.
+pub(crate) async fn check(
+    agent: &Arc<Agent>,
+    request: &Request,
+) -> Result<v1::CheckMigrationResponse, Status> {
+    let (guest, info, files) = inspect(agent, request).await?;
+    let tracked = tracked_files(&info, &files);
+    let pid = info.pid;
+    let tracker = blocking(move || {
+        ramferry_tracking::check(pid, &tracked)?;
+        let works = |kind| ramferry_tracking::self_test(kind).map(|()| kind);
+        works(TrackerKind::UffdWp).or_else(|_| works(TrackerKind::SoftDirty)).map_err(TrackError::from)
+    })
+    .await?
+    .map_err(|error| precondition("TRACKING_UNAVAILABLE", causes(&error), [], []))?;
+    let response = negotiate(agent, "check", request, &info, true).await?;
+    let fabric = v1::FabricKind::try_from(response.fabric).unwrap_or_default();
+    let mut present_bytes = 0;
+    for (block, file) in info.layout.blocks().iter().zip(&files) {
+        let present = file.presence(block.pages()).map_err(|error| guest_status("RAM", &error))?;
+        present_bytes += present.count() * block.page_bytes;
+    }
+    drop(guest);
+    Ok(v1::CheckMigrationResponse {
+        fabric: fabric.into(),
+        fabric_reason: response.fabric_reason,
+        tracker: tracker.as_str().into(),
+        ram_bytes: info.layout.total_bytes(),
+        present_bytes,
+        source_vmm: format!("{} ({})", info.vmm, info.machine),
+        destination_vmm: response.vmm_version,
+    })
+}
+
+/// Starts a migration: from its refusals, all before anything is changed, to its driver.
+pub(crate) async fn create(
+    agent: &Arc<Agent>,
+    id: &str,
+    request_id: &str,
+    request: Request,
+) -> Result<Arc<Entry>, Status> {
+    let mut claim = agent.registry.claim(MigrationRole::Source, id).map_err(|refusal| refused(&refusal))?;
+    let (guest, info, files) = inspect(agent, &request).await?;
+    claim.claim_guest(info.pid).map_err(|refusal| refused(&refusal))?;
+    let (pid, tracked) = (info.pid, tracked_files(&info, &files));
+    blocking(move || ramferry_tracking::check(pid, &tracked))
+        .await?
+        .map_err(|error| precondition("TRACKING_UNAVAILABLE", causes(&error), [], []))?;
+    let response = negotiate(agent, id, &request, &info, false).await?;
+    let agreed = agreed(&request, response)?;
+
+    let created = Created {
+        id: id.to_owned(),
+        request_id: request_id.to_owned(),
+        role: MigrationRole::Source,
+        spec: SpecRecord::try_from(&request.spec)
+            .map_err(|error| invalid_argument("spec", "OUT_OF_RANGE", error.to_string()))?,
+        guest_pid: info.pid,
+        created_unix_ms: unix_milliseconds(),
+        guest_was_running: info.running,
+        session: None,
+    };
+    let log = agent.journal.create(MigrationRole::Source, id, &created);
+    let log = log.map_err(|error| status(Code::Unavailable, error.reason(), causes(&error), []))?;
+    let engine = Source::new(request.parameters.clone())
+        .map_err(|error| invalid_argument("spec.parameters", "OUT_OF_RANGE", error.to_string()))?;
+    let mut view = v1::Migration {
+        id: id.to_owned(),
+        spec: Some(request.spec.clone()),
+        fabric: fabric_on_the_wire(agreed.fabric).into(),
+        fabric_reason: agreed.fabric_reason.clone(),
+        ..Default::default()
+    };
+    view.set_state(v1::MigrationState::Pending);
+    let entry = Entry::new(request_id.to_owned(), MigrationRole::Source, view);
+    agent.registry.insert(&entry);
+    tracing::info!(id, fabric = %agreed.fabric, reason = agreed.fabric_reason, "migration created");
+
+    let channel = peer::channel(&request.destination_agent, agent.config.tls.as_ref())?;
+    let setup = PeerSetup {
+        channel,
+        id: id.to_owned(),
+        token: Bytes::copy_from_slice(agreed.token.as_bytes()),
+        layout: Some(info.layout.clone()),
+        fabric: agreed.fabric.as_str(),
+        mode: request.registration.as_str(),
+    };
+    let parameters = request.parameters.clone();
+    let plan = Plan { request, info, files, agreed };
+    start(
+        Arc::clone(agent),
+        Arc::clone(&entry),
+        Start { engine, parameters, setup, guest: Some(guest), plan: Some(plan), log, claim },
+    );
+    Ok(entry)
+}
+
+/// What [`start`] needs beside the agent and the entry.
+struct Start {
+    engine: Source,
+    parameters: ramferry_engine::Parameters,
+    setup: PeerSetup,
+    guest: Option<Arc<dyn Guest>>,
+    plan: Option<Plan>,
+    log: crate::journal::MigrationLog,
+    claim: Claim,
+}
+
+fn start(agent: Arc<Agent>, entry: Arc<Entry>, start: Start) {
+    let Start { engine, parameters, setup, guest, plan, log, claim } = start;
+    let publisher =
+        Publisher::new(&agent.metrics, MigrationRole::Source, &entry.id, setup.mode, setup.fabric);
+    let (queue, incoming) = device_stream::queue();
+    let watched = guest.clone();
+    let driven = Arc::clone(&entry);
+    let (handle, thread) = spawn_source(engine, |handle| {
+        let peer = Peer::new(setup, handle.clone(), queue);
+        let session = Arc::new(Session {
+            agent,
+            entry: driven,
+            handle,
+            peer,
+            guest,
+            incoming: tokio::sync::Mutex::new(incoming),
+            plan: Mutex::new(plan),
+        });
+        Outside::new(session, log, publisher, claim)
+    });
+    if !entry.has_ended() {
+        entry.set_driver(Some((handle.clone(), parameters)));
+    }
+    // The driver ends by itself, and nobody waits for it.
+    drop(thread);
+    if let Some(guest) = watched {
+        tokio::spawn(async move {
+            let lost = guest.lost().await;
+            handle.send(SourceEvent::Failed(Failure::new(Reason::GuestFailed, causes(&lost))));
+        });
+    }
+}
+
+/// Asks a migration to end before its commit.
+pub(crate) fn cancel(entry: &Entry) {
+    if let Some((handle, _)) = &*entry.driver() {
+        handle.send(SourceEvent::Cancel);
+    }
+}
+
+/// Takes up a migration that the journal holds.
+pub(crate) fn recover(agent: &Arc<Agent>, found: Recovered) {
+    let mut view = crate::summary::restored(&found);
+    let ended = found.records.iter().any(|record| matches!(record, Record::Ended { .. }));
+    if ended {
+        let entry = Entry::new(found.created.request_id.clone(), MigrationRole::Source, view);
+        return agent.registry.insert(&entry);
+    }
+    let handed_over = found.records.iter().any(|record| matches!(record, Record::HandedOver));
+    let state = if handed_over { v1::MigrationState::SwitchingOver } else { v1::MigrationState::Cancelling };
+    view.set_state(state);
+    let entry = Entry::new(found.created.request_id.clone(), MigrationRole::Source, view);
+    agent.registry.insert(&entry);
+    let claim = agent.registry.reclaim(MigrationRole::Source, &found.created.id, found.created.guest_pid);
+    let agent = Arc::clone(agent);
+    tracing::warn!(id = found.created.id, handed_over, "taking up a migration that a restart interrupted");
+    tokio::spawn(async move {
+        let spec = v1::MigrationSpec::from(&found.created.spec);
+        let parameters =
+            crate::request::engine_parameters(&spec.parameters.unwrap_or_default()).unwrap_or_default();
+        let engine = if handed_over {
+            Source::recover_handed_over(parameters.clone())
+        } else {
+            Source::recover_before_handover(parameters.clone())
+        };
+        let guest = attach(&spec.source_qmp_path, &found.created).await;
+        let mode = registration_mode(spec.parameters.unwrap_or_default().registration_mode);
+        let Ok(channel) = peer::channel(&spec.destination_agent, agent.config.tls.as_ref()) else {
+            tracing::error!(
+                id = found.created.id,
+                address = spec.destination_agent,
+                "the destination's address is not usable"
+            );
+            return;
+        };
+        let setup = PeerSetup {
+            channel,
+            id: found.created.id.clone(),
+            token: Bytes::new(),
+            layout: None,
+            fabric: "unknown",
+            mode: mode.map_or("unknown", |mode| mode.as_str()),
+        };
+        start(agent, entry, Start { engine, parameters, setup, guest, plan: None, log: found.log, claim });
+    });
+}
+
+/// Reaches the guest of an interrupted migration. One that another holds busy is tried again.
+pub(crate) async fn attach(qmp: &str, created: &Created) -> Option<Arc<dyn Guest>> {
+    let deadline = tokio::time::Instant::now() + ATTACH_TIMEOUT;
+    let process = std::path::PathBuf::from(format!("/proc/{}", created.guest_pid));
+    loop {
+        match Qemu::attach(qmp.as_ref(), created.guest_was_running).await {
+            Ok(guest) if guest.pid() == created.guest_pid => return Some(Arc::new(guest)),
+            Ok(guest) => {
+                tracing::error!(
+                    id = created.id,
+                    was = created.guest_pid,
+                    is = guest.pid(),
+                    "another guest is there now"
+                );
+                return None;
+            }
+            Err(error) if !process.exists() => {
+                tracing::error!(id = created.id, error = causes(&error), "the guest has ended");
+                return None;
+            }
+            Err(error) if tokio::time::Instant::now() >= deadline => {
+                tracing::error!(id = created.id, error = causes(&error), "the guest cannot be reached");
+                return None;
+            }
+            Err(error) => {
+                tracing::info!(id = created.id, error = causes(&error), "the guest cannot be reached yet");
+                tokio::time::sleep(Duration::from_millis(200)).await;
+            }
+        }
+    }
+}
+
+impl Session {
+    async fn prepare(&self) -> Result<SourceParts, Failure> {
+        let plan = self.plan.lock().expect("no panic while it is held").take();
+        let Plan { request, info, files, agreed } =
+            plan.ok_or_else(|| Failure::new(Reason::Internal, "the migration was prepared twice"))?;
+        let refused = |status: Status| Failure::new(Reason::PeerLost, status.message());
+        self.peer.open().await.map_err(refused)?;
+        self.peer.wait(|said| said.presence.is_some()).await.map_err(refused)?;
+        let destination_presence = self.peer.said().presence.expect("it was waited for");
+        self.guest()?.prepare_source().await.map_err(|error| guest_failure(&error))?;
+
+        let peer = Arc::clone(&self.peer);
+        let config = &self.agent.config;
+        let (cpus, workers) = (config.poller_cpus.clone(), config.registration_workers);
+        let fixed_costs = FixedCosts {
+            fence: FENCE_ESTIMATE,
+            device_state: self.agent.device_state_cost(info.private_bytes),
+        };
+        let build = move || -> Result<SourceParts, Failure> {
+            let tracked = tracked_files(&info, &files);
+            let ram = |error: ramferry_ram::RamError| Failure::new(Reason::GuestFailed, causes(&error));
+            let memory = Arc::new(Memory::new(info.layout.clone(), files, Access::Read).map_err(ram)?);
+            let domain = Arc::new(MappedDomain::new(Arc::clone(&memory)));
+            let links = connect(&agreed, &domain, &request.destination_agent)?;
+            let tracker = ramferry_tracking::arm(None, info.pid, &tracked)
+                .map_err(|error| Failure::new(Reason::TrackerFailed, causes(&error)))?;
+            Ok(SourceParts {
+                links,
+                domain,
+                tracker,
+                memory,
+                windows: WindowConfig {
+                    pin_budget_bytes: request.pin_budget_bytes,
+                    // Here registering a hole would allocate its pages, and a region more costs next to nothing.
+                    hole_tolerance_bytes: 0,
+                    ..WindowConfig::new(request.registration)
+                },
+                registration_workers: workers,
+                destination_presence: Arc::unwrap_or_clone(destination_presence),
+                fixed_costs,
+                order: Box::new(move |order| peer.send_blocking(peer::order(order))),
+                poller_cpus: cpus,
+            })
+        };
+        tokio::task::spawn_blocking(build)
+            .await
+            .map_err(|error| Failure::new(Reason::Internal, error.to_string()))?
+    }
+
+    /// Brings the guest to its pause: the destination's VMM listens, the
+    /// source's sends up to the point where it stops its vCPUs.
+    async fn pause(self: Arc<Self>) -> Result<SourceEvent, Failure> {
+        let lost = |status: Status| Failure::new(Reason::PeerLost, status.message());
+        if !self.peer.send(Order::PrepareIncoming(v1::PrepareIncoming {})).await {
+            return Err(lost(Status::unavailable("the control stream is lost")));
+        }
+        self.peer.wait(|said| said.incoming_ready).await.map_err(lost)?;
+        let path = self.agent.socket_path(&self.entry.id, "source");
+        let listen = |error| Failure::new(Reason::Internal, format!("cannot listen on {path:?}: {error}"));
+        // One that a crash left behind.
+        let _ = std::fs::remove_file(&path);
+        let listener = UnixListener::bind(&path).map_err(listen)?;
+        let relaying = Arc::clone(&self);
+        tokio::spawn(async move {
+            if let Err(error) = relaying.relay_device_state(listener).await {
+                let failure =
+                    Failure::new(Reason::GuestFailed, format!("the device state's stream broke: {error}"));
+                relaying.handle.send(SourceEvent::Failed(failure));
+            }
+        });
+        let paused = self.guest()?.pause_for_switchover(&path).await;
+        let _ = std::fs::remove_file(&path);
+        let paused = paused.map_err(|error| guest_failure(&error))?;
+        let since = SystemTime::now().duration_since(paused.stop_time).unwrap_or_default();
+        Ok(SourceEvent::GuestPaused)
+    }
+
+    async fn relay_device_state(&self, listener: UnixListener) -> std::io::Result<()> {
+        let (stream, _) = listener.accept().await?;
+        drop(listener);
+        let mut incoming = self.incoming.lock().await;
+        let send = |state| self.peer.send(Order::DeviceState(state));
+        device_stream::relay(stream, &mut incoming, send).await
+    }
+
+    async fn move_device_state(&self) -> Result<SourceEvent, Failure> {
+        let sent =
+            async { self.guest()?.continue_device_state().await.map_err(|error| guest_failure(&error)) };
+        let loaded = async {
+            let lost = |status: Status| Failure::new(Reason::PeerLost, status.message());
+            self.peer.wait(|said| said.device_state_loaded).await.map_err(lost)
+        };
+        tokio::try_join!(sent, loaded)?;
+        Ok(SourceEvent::DeviceStateMoved)
+    }
+
+    async fn resume(&self) -> Result<SourceEvent, Failure> {
+        self.guest()?.resume_source().await.map_err(|error| guest_failure(&error))?;
+        Ok(SourceEvent::GuestResumed)
+    }
+
+    async fn ask_outcome(&self) -> SourceEvent {
+        match self.peer.open().await {
+            Ok(()) if self.peer.send(Order::AskOutcome(v1::AskOutcome {})).await => SourceEvent::PeerBack,
+            Ok(()) => SourceEvent::PeerLost,
+            Err(error) => {
+                tracing::warn!(
+                    id = self.entry.id,
+                    error = error.message(),
+                    "the destination cannot be asked for the outcome"
+                );
+                SourceEvent::PeerLost
+            }
+        }
+    }
+
+    /// Tells the destination to give up, and waits a while for it to have done so.
+    async fn abort_peer(&self, failure: &Failure) {
+        let order = Order::Abort(v1::AbortSession {
+            reason: failure.reason.as_str().into(),
+            message: failure.message.clone(),
+        });
+        let told = async {
+            if self.peer.open().await.is_ok() && self.peer.send(order).await {
+                // Lost now, it gives up by itself.
+                let _ = self.peer.wait(|said| said.aborted).await;
+            }
+        };
+        let _ = tokio::time::timeout(ABORT_TIMEOUT, told).await;
+    }
+
+    fn guest(&self) -> Result<&Arc<dyn Guest>, Failure> {
+        self.guest.as_ref().ok_or_else(|| {
+            let message = "the guest's QMP socket cannot be reached; see whether the guest runs, and resume it by hand if it is paused";
+            Failure::new(Reason::GuestFailed, message)
+        })
+    }
+
+    fn close(&self) {
+        self.peer.close();
+    }
+}
+
+fn connect(agreed: &Agreed, domain: &Arc<MappedDomain>, agent: &str) -> Result<Vec<Box<dyn Link>>, Failure> {
+    let lost = |error: &dyn std::error::Error| Failure::new(Reason::LinkLost, causes(error));
+    (0..agreed.streams)
+        .map(|_| match agreed.fabric {
+            FabricKind::Shm => {
+                shm::connect(agreed.address.as_ref(), &agreed.token, Arc::clone(domain), EXCHANGE_TIMEOUT)
+                    .map_err(|error| lost(&error))
+            }
+            FabricKind::Tcp => {
+                let address = data_address(&agreed.address, agent).map_err(|error| lost(&error))?;
+                tcp::connect(address, &agreed.token, Arc::clone(domain), EXCHANGE_TIMEOUT)
+                    .map_err(|error| lost(&error))
+            }
+            FabricKind::Verbs => Err(Failure::new(
+                Reason::PeerRefused,
+                "the destination chose verbs, which this agent was not built with",
+            )),
+        })
+        .collect()
+}
+
+/// Where the destination's data port is: an unspecified address is its agent's.
+fn data_address(address: &str, agent: &str) -> std::io::Result<std::net::SocketAddr> {
+    use std::net::ToSocketAddrs as _;
+    let invalid = |what: String| std::io::Error::new(std::io::ErrorKind::InvalidInput, what);
+    let mut parsed: std::net::SocketAddr = address
+        .parse()
+        .map_err(|_| invalid(format!("the destination's data address {address:?} is not one")))?;
+    if parsed.ip().is_unspecified() {
+        let resolved = agent.to_socket_addrs()?.next();
+        parsed.set_ip(resolved.ok_or_else(|| invalid(format!("{agent:?} has no address")))?.ip());
+    }
+    Ok(parsed)
+}
+
+async fn inspect(
+    agent: &Agent,
+    request: &Request,
+) -> Result<(Arc<dyn Guest>, GuestInfo, Vec<RamFile>), Status> {
+    let path = agent.config.guest_dirs.resolve(&request.source_qmp);
+    let path = path.map_err(|error| precondition(error.reason(), causes(&error), [], []))?;
+    let inspected = Qemu::inspect(&path, Side::Source, Timeouts::default()).await;
+    let (guest, info, files) =
+        inspected.map_err(|error| crate::destination::guest_refusal("source", &error))?;
+    Ok((Arc::new(guest), info, files))
+}
+
+async fn negotiate(
+    agent: &Agent,
+    id: &str,
+    request: &Request,
+    info: &GuestInfo,
+    validate_only: bool,
+) -> Result<v1::NegotiateSessionResponse, Status> {
+    let channel = peer::channel(&request.destination_agent, agent.config.tls.as_ref())?;
+    let call = v1::NegotiateSessionRequest {
+        protocol_version: PROTOCOL_VERSION,
+        migration_id: id.to_owned(),
+        destination_qmp_path: request.destination_qmp.clone(),
+        blocks: peer::blocks(&info.layout),
+        machine_type: info.machine.clone(),
+        vmm_version: info.vmm.clone(),
+        boot_id: agent.boot_id.clone(),
+        fabric: request.fabric.map_or(v1::FabricKind::Unspecified, fabric_on_the_wire).into(),
+        fabrics: vec![v1::FabricKind::Shm.into(), v1::FabricKind::Tcp.into()],
+        streams: request.streams,
+        registration_mode: request.spec.parameters.unwrap_or_default().registration_mode,
+        pin_budget_bytes: request.pin_budget_bytes.unwrap_or_default(),
+        validate_only,
+        agent_version: env!("CARGO_PKG_VERSION").into(),
+        guest_running: info.running,
+        vcpus: info.vcpus,
+    };
+    let mut call = tonic::Request::new(call);
+    call.set_timeout(EXCHANGE_TIMEOUT);
+    let answered = PeerServiceClient::new(channel).negotiate_session(call).await;
+    answered
+        .map(tonic::Response::into_inner)
+        .map_err(|error| peer_refusal(&request.destination_agent, &error))
+}
+
+/// The destination's refusal, passed on with its details; or that it cannot be reached.
+fn peer_refusal(address: &str, error: &Status) -> Status {
+    if crate::status::reason_of(error).is_some() {
+        return Status::with_details(error.code(), error.message(), Bytes::copy_from_slice(error.details()));
+    }
+    let message = format!(
+        "the destination's agent at {address} cannot be reached or refused the call: {}; is it running, and does this agent's certificate have the role peer?",
+        causes(error)
+    );
+    let code = if error.code() == Code::Unknown { Code::Unavailable } else { error.code() };
+    status(code, "DESTINATION_UNREACHABLE", message, [("address", address.to_owned())])
+}
+
+fn agreed(request: &Request, response: v1::NegotiateSessionResponse) -> Result<Agreed, Status> {
+    let wrong = |what: &str| {
+        status(Code::Internal, "PEER_PROTOCOL", format!("the destination's answer is not usable: {what}"), [])
+    };
+    if response.protocol_version != PROTOCOL_VERSION {
+        return Err(wrong("it speaks another version of the protocol; upgrade the older agent"));
+    }
+    let token = <[u8; 32]>::try_from(&*response.session_token)
+        .map_err(|_| wrong("its token is not 32 bytes long"))?;
+    let fabric = crate::request::fabric(response.fabric)?.ok_or_else(|| wrong("it names no fabric"))?;
+    if response.streams == 0 || response.streams > 64 || request.fabric.is_some_and(|asked| asked != fabric) {
+        return Err(wrong("it chose a fabric or a number of streams that was not asked for"));
+    }
+    Ok(Agreed {
+        token: SessionToken::from_bytes(token),
+        fabric,
+        fabric_reason: response.fabric_reason,
+        address: response.fabric_address,
+        streams: response.streams,
+    })
+}
+
+fn tracked_files(info: &GuestInfo, files: &[RamFile]) -> Vec<TrackedFile> {
+    let tracked = |(block, file): (&ramferry_ram::Block, &RamFile)| TrackedFile {
+        identity: file.identity(),
+        pages: block.pages(),
+        page_bytes: block.page_bytes,
+    };
+    info.layout.blocks().iter().zip(files).map(tracked).collect()
+}
+
+pub(crate) fn refused(refusal: &Refusal) -> Status {
+    let code = match refusal {
+        Refusal::Exists(_) => Code::AlreadyExists,
+        Refusal::Full(_) => Code::ResourceExhausted,
+        Refusal::GuestBusy { .. } => Code::FailedPrecondition,
+    };
+    status(code, refusal.reason(), refusal.to_string(), [])
+}
+
+fn guest_status(subject: &str, error: &dyn std::error::Error) -> Status {
+    status(Code::FailedPrecondition, "GUEST_MEMORY", causes(error), [("subject", subject.to_owned())])
+}
+
+fn guest_failure(error: &ramferry_guest::GuestError) -> Failure {
+    Failure::new(Reason::GuestFailed, causes(error))
+}
+
+pub(crate) async fn blocking<T: Send + 'static>(
+    work: impl FnOnce() -> T + Send + 'static,
+) -> Result<T, Status> {
+    tokio::task::spawn_blocking(work).await.map_err(|error| crate::status::internal("INTERNAL", &error))
+}
+
+pub(crate) fn unix_milliseconds() -> u64 {
+    let since = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
+    u64::try_from(since.as_millis()).unwrap_or(u64::MAX)
+}

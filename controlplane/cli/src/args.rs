@@ -1,0 +1,155 @@
+//! The command line: what may be given, and what `--help` teaches.
+
+use std::path::PathBuf;
+
+use clap::{Args, Parser, Subcommand};
+use clap_complete::Shell;
+
+use self::agent::AgentArgs;
+use self::connection::ConnectionArgs;
+use self::migration::{CheckArgs, DeleteArgs, IdArgs, ListArgs, MigrateArgs, SetArgs, WatchArgs};
+
+pub(crate) mod agent;
+pub(crate) mod connection;
+pub(crate) mod migration;
+pub(crate) mod names;
+pub(crate) mod units;
+
+/// What the exit codes mean, below every command's help.
+pub(crate) const EXIT_CODES: &str = "\
+Exit codes:
+  0    done; of migrate and watch: the migration SUCCEEDED
+  1    the migration FAILED, or the command could not do its work
+  2    the command line, or a file that it names, is not usable
+  3    the migration was CANCELLED; the guest runs at the source
+  4    the agent cannot be reached, or stayed away while it was watched
+  5    the agent refused; reason and remedy are on stderr
+  130  left by Ctrl-C; the migration goes on";
+
+const EXAMPLES: &str = "\
+Examples:
+  ramferry agent                                   serve this host
+  ramferry check   --to 10.0.0.2:7050 --source-qmp /run/vm1.qmp --destination-qmp /run/vm1.qmp
+  ramferry migrate --to 10.0.0.2:7050 --source-qmp /run/vm1.qmp --destination-qmp /run/vm1.qmp
+  ramferry list";
+
+/// Live-migrates the RAM of a running virtual machine over RDMA, shared memory or TCP, from outside its VMM.
+#[derive(Debug, Parser)]
+#[command(
+    name = "ramferry",
+    version,
+    arg_required_else_help = true,
+    propagate_version = true,
+    disable_help_subcommand = true,
+    after_help = format!("{EXAMPLES}\n\n{EXIT_CODES}")
+)]
+pub(crate) struct Cli {
+    #[command(subcommand)]
+    pub(crate) command: Command,
+}
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum Command {
+    /// Serve this host: an agent runs on the source and on the destination of every migration.
+    Agent(Box<AgentArgs>),
+    /// Migrate a guest, and follow the migration to its end.
+    Migrate(Box<MigrateArgs>),
+    /// Make every check of a migration, on both hosts, and change nothing.
+    Check(Box<CheckArgs>),
+    /// List the migrations that an agent knows.
+    List(ListArgs),
+    /// Show one migration.
+    Get(IdArgs),
+    /// Follow a migration to its end.
+    Watch(WatchArgs),
+    /// End a migration before its commit; the guest runs on at the source.
+    Cancel(IdArgs),
+    /// Change parameters of a running migration: those that are given.
+    Set(SetArgs),
+    /// Switch over after the round that is under way, whatever the downtime will be.
+    Switchover(IdArgs),
+    /// Make an agent forget a migration that has ended.
+    Delete(DeleteArgs),
+    /// Print the completions of a shell.
+    #[command(after_help = "Example:\n  ramferry completions bash > /etc/bash_completion.d/ramferry")]
+    Completions {
+        /// The shell.
+        shell: Shell,
+    },
+    /// Print the manual page, or write those of all commands into a directory.
+    #[command(after_help = "Example:\n  ramferry man --out-dir /usr/local/share/man/man1")]
+    Man(ManArgs),
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct ManArgs {
+    /// Directory for the pages of all commands.
+    #[arg(long, value_name = "DIR")]
+    pub(crate) out_dir: Option<PathBuf>,
+}
+
+impl Command {
+    /// How the caller wants to be answered, and so how errors are told.
+    pub(crate) fn connection(&self) -> Option<&ConnectionArgs> {
+        match self {
+            Self::Migrate(args) => Some(&args.connection),
+            Self::Check(args) => Some(&args.connection),
+            Self::List(args) => Some(&args.connection),
+            Self::Get(args) | Self::Cancel(args) | Self::Switchover(args) => Some(&args.connection),
+            Self::Watch(args) => Some(&args.connection),
+            Self::Set(args) => Some(&args.connection),
+            Self::Delete(args) => Some(&args.connection),
+            Self::Agent(_) | Self::Completions { .. } | Self::Man(_) => None,
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::CommandFactory as _;
+
+    use super::*;
+
+    fn parse(line: &str) -> Result<Command, clap::Error> {
+        Cli::try_parse_from(line.split_whitespace()).map(|cli| cli.command)
+    }
+
+    #[test]
+    fn command_line_is_consistent() {
+        Cli::command().debug_assert();
+    }
+
+    #[test]
+    fn migrate_takes_what_its_help_promises() {
+        let command = parse(
+            "ramferry migrate --agent a:1 --to b:2 --source-qmp /s --destination-qmp /d --id vm-1 --fabric shm \
+             --registration pin-all --max-downtime 15ms --bandwidth-limit 10Gbit --pin-budget 4GiB --streams 4 \
+             --timeout 5m --on-timeout force --no-progress-timeout 3s --verify --output json --quiet --detach",
+        );
+        assert!(matches!(command, Ok(Command::Migrate(args)) if args.spec.parameters.verify && args.detach));
+    }
+
+    #[test]
+    fn migrate_needs_both_guests_and_a_destination() {
+        let error = parse("ramferry migrate --source-qmp /s").expect_err("incomplete").to_string();
+        assert!(error.contains("--to") && error.contains("--destination-qmp"), "{error}");
+    }
+
+    #[test]
+    fn set_needs_something_to_set() {
+        assert!(parse("ramferry set vm-1").is_err());
+        assert!(parse("ramferry set vm-1 --timeout none").is_ok());
+    }
+
+    #[test]
+    fn key_without_certificate_is_refused() {
+        let error = parse("ramferry list --tls-key k").expect_err("half of an identity").to_string();
+        assert!(error.contains("--tls-cert") && error.contains("--tls-ca"), "{error}");
+    }
+
+    #[test]
+    fn quantity_errors_teach() {
+        let error = parse("ramferry set vm-1 --bandwidth-limit 10gbit").expect_err("wrong case").to_string();
+        assert!(error.contains("`Gbit`?"), "{error}");
+    }
+}

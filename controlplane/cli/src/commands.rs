@@ -1,0 +1,42 @@
+//! What each command does.
+
+use std::future::Future;
+
+use crate::args::Command;
+use crate::exit::Exit;
+use crate::failure::Failure;
+
+mod agent;
+mod check;
+mod documents;
+mod list;
+mod migrate;
+mod one;
+mod watch;
+
+/// Carries out `command`.
+pub(crate) fn run(command: Command) -> Result<Exit, Failure> {
+    match command {
+        Command::Agent(args) => agent::run(*args),
+        Command::Migrate(args) => block_on(migrate::run(*args)),
+        Command::Check(args) => block_on(check::run(*args)),
+        Command::List(args) => block_on(list::run(args)),
+        Command::Get(args) => block_on(one::get(args)),
+        Command::Watch(args) => block_on(watch::run(args)),
+        Command::Cancel(args) => block_on(one::cancel(args)),
+        Command::Set(args) => block_on(one::set(args)),
+        Command::Switchover(args) => block_on(one::switchover(args)),
+        Command::Delete(args) => block_on(one::delete(args)),
+        Command::Completions { shell } => documents::completions(shell),
+        Command::Man(args) => documents::man(&args),
+    }
+}
+
+/// A client needs one thread.
+fn block_on(command: impl Future<Output = Result<Exit, Failure>>) -> Result<Exit, Failure> {
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .build()
+        .map_err(|source| Failure::System { what: "cannot start", source })?;
+    runtime.block_on(command)
+}

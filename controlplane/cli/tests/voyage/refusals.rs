@@ -1,0 +1,96 @@
+//! What cannot be migrated is refused with its reason, and nothing is changed.
+
+use ramferry_lab::{Backing, Guest, Machine, Qemu, RamBlock};
+use ramferry_proto::v1;
+use serde_json::{Value, json};
+use tonic::Code;
+
+use crate::harness::{MIB, Pair, assert_refused, assert_runs_untraced, boot, parameters, proof, quiet};
+
+/// What a migration could change of a VMM.
+fn settings(guest: &Qemu) -> [Value; 3] {
+    let ask = |command: &str| guest.qmp(&json!({ "execute": command })).unwrap();
+    [ask("query-status"), ask("query-migrate-capabilities"), ask("query-migrate")]
+}
+
+async fn refused(pair: &Pair, source: &Qemu, destination: &Qemu, reason: &str, part: &str) {
+    let before = (settings(source), settings(destination));
+    let result = pair.create("refused", source, destination, parameters(v1::FabricKind::Unspecified)).await;
+    assert_refused(result, Code::FailedPrecondition, reason, part);
+    assert_eq!((settings(source), settings(destination)), before, "{reason} changed something");
+    let missing = v1::GetMigrationRequest { id: "refused".into() };
+    assert!(pair.source.client().await.get_migration(missing.clone()).await.is_err());
+    assert!(pair.destination.client().await.get_migration(missing).await.is_err());
+}
+
+fn node() -> RamBlock {
+    RamBlock::node(128 * MIB)
+}
+
+fn idle() -> ramferry_lab::QemuBuilder {
+    Qemu::builder().guest(Guest::Nothing)
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn guests_that_cannot_be_moved_are_refused_by_reason() {
+    let pair = Pair::start();
+    let good = boot(proof(quiet()));
+    let waiting = good.destination().start().unwrap();
+
+    let private = idle().block(node().on(Backing::Private)).start().unwrap();
+    refused(&pair, &private, &waiting, "PRIVATE_MEMORY", "share=on").await;
+
+    let running = proof(quiet()).start().unwrap();
+    refused(&pair, &good, &running, "NOT_INCOMING", "-incoming defer").await;
+
+    let longer = idle().block(RamBlock::node(512 * MIB)).incoming(true).start().unwrap();
+    refused(&pair, &good, &longer, "LAYOUT_DIFFERS", "memory options").await;
+
+    let other = proof(quiet()).machine(Machine::Pc).incoming(true).start().unwrap();
+    refused(&pair, &good, &other, "MACHINE_TYPE_DIFFERS", "-machine").await;
+
+    let wider = proof(quiet()).vcpus(2).incoming(true).start().unwrap();
+    refused(&pair, &good, &wider, "VCPUS_DIFFER", "-smp").await;
+
+    assert_runs_untraced(&good);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn requests_that_make_no_sense_are_refused_by_field() {
+    let pair = Pair::start();
+    let mut client = pair.source.client().await;
+    let spec =
+        pair.spec("/nowhere/a.qmp".as_ref(), "/nowhere/b.qmp".as_ref(), parameters(v1::FabricKind::Tcp));
+    let mut create = async |id: &str, spec: Option<v1::MigrationSpec>| {
+        let request = v1::CreateMigrationRequest { id: id.into(), spec, ..Default::default() };
+        client.create_migration(request).await.map(|response| response.into_inner().migration.unwrap())
+    };
+    let result = create("a", Some(spec.clone())).await;
+    assert_refused(result, Code::FailedPrecondition, "GUEST_UNREACHABLE", "/nowhere/a.qmp");
+    assert_refused(create("a", None).await, Code::InvalidArgument, "FIELD_MISSING", "spec");
+    let result = create("a b", Some(spec.clone())).await;
+    assert_refused(result, Code::InvalidArgument, "MIGRATION_ID_INVALID", "a b");
+    let nowhere = v1::MigrationSpec { destination_agent: "nowhere".into(), ..spec };
+    assert_refused(create("a", Some(nowhere)).await, Code::InvalidArgument, "ADDRESS_INVALID", "nowhere");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn second_migration_of_one_guest_is_refused() {
+    let pair = Pair::start();
+    let guest = boot(proof(quiet()));
+    let (first, second) = (guest.destination().start().unwrap(), guest.destination().start().unwrap());
+    let slow = v1::MigrationParameters {
+        bandwidth_limit_bits_per_second: 8 * MIB,
+        ..parameters(v1::FabricKind::Tcp)
+    };
+    pair.create("first", &guest, &first, slow).await.unwrap();
+    let result = pair.create("second", &guest, &second, slow).await;
+    let status = result.expect_err("the guest is busy");
+    assert_eq!(status.code(), Code::FailedPrecondition, "{}", status.message());
+    let result = pair.create("first", &guest, &second, slow).await;
+    assert_refused(result, Code::AlreadyExists, "MIGRATION_EXISTS", "first");
+    let request = v1::CancelMigrationRequest { id: "first".into() };
+    pair.source.client().await.cancel_migration(request).await.unwrap();
+    pair.source.wait_end("first").await;
+    assert_runs_untraced(&guest);
+}

@@ -1,0 +1,136 @@
+//! Devices that reach guest RAM in ways that cannot be followed.
+
+use std::time::Duration;
+
+use serde_json::{Value, json};
+use tokio::sync::broadcast::Receiver;
+use tokio::sync::broadcast::error::RecvError;
+use tokio::time::sleep;
+
+use crate::GuestError;
+use crate::qmp::{QmpClient, QmpError, QmpEvent};
+
+use super::blocks::property;
+use super::replies::{BalloonInfo, ObjectProperty};
+
+/// Between two looks at the balloon. A driver moves it by 1 MiB in less.
+const BALLOON_INTERVAL: Duration = Duration::from_millis(100);
+
+/// Where QEMU keeps the devices that it was told to make.
+const CONTAINERS: [&str; 2] = ["/machine/peripheral", "/machine/peripheral-anon"];
+
+#[derive(Debug)]
+struct Device {
+    path: String,
+    kind: String,
+}
+
+/// Refuses every device that the agent cannot follow.
+pub(super) async fn check(client: &QmpClient) -> Result<(), GuestError> {
+    let mut devices = Vec::new();
+    for container in CONTAINERS {
+        devices.extend(children(client, container).await?);
+    }
+    let backends = network_backends(client).await?;
+    let of = |kinds: &[&str]| -> Vec<String> {
+        let devices = devices.iter().chain(&backends);
+        let found = devices.filter(|device| kinds.iter().any(|kind| device.kind.starts_with(kind)));
+        found.map(|device| format!("{} ({})", device.path, device.kind)).collect()
+    };
+    let refuse = |devices: Vec<String>, refusal: fn(Vec<String>) -> GuestError| {
+        if devices.is_empty() { Ok(()) } else { Err(refusal(devices)) }
+    };
+    refuse(of(&["vfio-", "vhost-vdpa"]), |devices| GuestError::Passthrough { devices })?;
+    refuse(of(&["vhost-user"]), |devices| GuestError::VhostUser { devices })?;
+    refuse(of(&["virtio-mem"]), |devices| GuestError::VirtioMem { devices })?;
+    let balloons = devices.iter().filter(|device| device.kind.starts_with("virtio-balloon"));
+    check_balloon(client, balloons).await
+}
+
+/// Resolves when a `BALLOON_CHANGE` arrives.
+pub(super) async fn balloon_moves(events: &mut Receiver<QmpEvent>) -> GuestError {
+    loop {
+        match events.recv().await {
+            Ok(event) if event.name == "BALLOON_CHANGE" => {
+                let after_bytes = event.data.get("actual").and_then(Value::as_u64).unwrap_or(0);
+                return GuestError::BalloonMoved { after_bytes };
+            }
+            Ok(_) | Err(RecvError::Lagged(_)) => {}
+            // The connection's end is seen by whoever holds it.
+            Err(RecvError::Closed) => std::future::pending().await,
+        }
+    }
+}
+
+async fn check_balloon<'a>(
+    client: &QmpClient,
+    balloons: impl Iterator<Item = &'a Device>,
+) -> Result<(), GuestError> {
+    for Device { path, .. } in balloons {
+        match property(client, path, "free-page-reporting").await {
+            Ok(false) => {}
+            Ok(true) => return Err(GuestError::FreePageReporting { device: path.clone() }),
+            // Before 5.1 there was none.
+            Err(QmpError::Refused { .. }) => {}
+            Err(error) => return Err(error.into()),
+        }
+    }
+    let Some(before_bytes) = balloon_bytes(client).await? else { return Ok(()) };
+    sleep(BALLOON_INTERVAL).await;
+    match balloon_bytes(client).await? {
+        Some(after_bytes) if after_bytes != before_bytes => {
+            Err(GuestError::BalloonMoving { before_bytes, after_bytes })
+        }
+        _ => Ok(()),
+    }
+}
+
+/// RAM left to the guest; `None` where there is no balloon.
+async fn balloon_bytes(client: &QmpClient) -> Result<Option<u64>, QmpError> {
+    match client.execute::<BalloonInfo>("query-balloon", json!({})).await {
+        Ok(balloon) => Ok(Some(balloon.actual)),
+        Err(QmpError::Refused { .. }) => Ok(None),
+        Err(error) => Err(error),
+    }
+}
+
+async fn children(client: &QmpClient, container: &str) -> Result<Vec<Device>, QmpError> {
+    let properties: Vec<ObjectProperty> = client.execute("qom-list", json!({ "path": container })).await?;
+    let devices = properties.into_iter().filter_map(|property| {
+        let kind = property.kind.strip_prefix("child<")?.strip_suffix('>')?;
+        Some(Device { path: format!("{container}/{}", property.name), kind: kind.to_owned() })
+    });
+    Ok(devices.collect())
+}
+
+/// Network back ends are not objects; only the human monitor lists them.
+async fn network_backends(client: &QmpClient) -> Result<Vec<Device>, QmpError> {
+    let arguments = json!({ "command-line": "info network" });
+    match client.execute::<String>("human-monitor-command", arguments).await {
+        Ok(text) => Ok(text.lines().filter_map(network_backend).collect()),
+        Err(error) if error.is_class("CommandNotFound") => Ok(Vec::new()),
+        Err(error) => Err(error),
+    }
+}
+
+/// ` \ net0: index=0,type=vhost-user,...`
+fn network_backend(line: &str) -> Option<Device> {
+    let (name, rest) = line.trim_start_matches([' ', '\\']).split_once(": ")?;
+    let kind = rest.split(',').find_map(|pair| pair.strip_prefix("type="))?;
+    Some(Device { path: name.to_owned(), kind: kind.trim().to_owned() })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn network_backends_are_told_from_nics() {
+        let backend = |line| network_backend(line).map(|device| (device.path, device.kind));
+        let found = |path: &str, kind: &str| Some((path.to_owned(), kind.to_owned()));
+        assert_eq!(backend("d: index=0,type=nic,model=virtio-net-pci,macaddr=52:54"), found("d", "nic"));
+        assert_eq!(backend(" \\ n0: index=0,type=vhost-user,chr=c connected."), found("n0", "vhost-user"));
+        assert_eq!(backend("n1: index=0,type=vhost-vdpa"), found("n1", "vhost-vdpa"));
+        assert_eq!(backend("hub 0"), None);
+    }
+}

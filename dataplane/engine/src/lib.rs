@@ -1,0 +1,50 @@
+//! A migration as two pure state machines: [`Source`] and [`Destination`].
+//!
+//! Events go in with the time at which they happened, actions come out. There is no
+//! clock, no thread, no socket and no file in here, so that a whole migration, with
+//! every failure that it can meet, runs in a unit test. The mover carries the actions
+//! out and reports each one's result as an event.
+//!
+//! # What a driver must do
+//!
+//! * Hand events over one at a time, and carry actions out in the order in which they
+//!   are given. It may start one before the last has ended, with two exceptions: journal
+//!   records reach the journal in the order in which they were given, and what is sent to
+//!   the peer on one control stream arrives in the order in which it was sent.
+//! * Report exactly one result for each action that has one. A result that comes after the
+//!   machine has moved on does no harm.
+//! * See that a link that makes no progress fails: a round may take as long as it takes.
+//! * Send `Tick` once `deadline()` has passed. An early `Tick` does no harm.
+//! * Never hold `ResumeGuest` back behind anything else, least of all behind a
+//!   `PauseGuest` that is under way: it interrupts that one.
+//! * Keep a [`Destination`] after its `Finish`, for as long as its source may ask: it goes on answering.
+//! * Write the outcome to the journal at `Finish`. The `recover_` constructors are for journals without one.
+//! * Report `GuestResumed` only when the guest runs and no earlier `PauseGuest` can still stop it.
+//!
+//! # Who may run the guest
+//!
+//! 1. Until the source has sent COMMIT, any failure resumes the guest at the source.
+//! 2. The source has HANDED_OVER in its journal before it sends COMMIT. From the order to
+//!    send it until the destination says that it aborted, the source does not resume.
+//! 3. The destination has COMMITTED in its journal before it resumes its guest, and ABORTED
+//!    before it says that it aborted.
+//! 4. The last record of a journal counts. ABORTED follows COMMITTED only where the guest
+//!    was not yet ordered to resume.
+//! 5. A source that does not know the outcome asks. A destination that is asked before it was
+//!    told to commit never commits.
+#![forbid(unsafe_code)]
+
+mod convergence;
+mod destination;
+mod failure;
+pub mod limits;
+mod parameters;
+mod progress;
+mod retry;
+mod source;
+
+pub use destination::{Destination, DestinationAction, DestinationEvent, DestinationOutcome};
+pub use failure::{Failure, Reason, UnknownReason};
+pub use parameters::{BytesPerSecond, ParameterError, Parameters, TimeoutAction};
+pub use progress::{DowntimeParts, FixedCosts, Progress, Round, State};
+pub use source::{Outcome, Source, SourceAction, SourceEvent};

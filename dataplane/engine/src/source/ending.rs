@@ -1,0 +1,179 @@
+//! How a source ends: the guest first, then everything else.
+//!
+//! ```text
+//!            ResumeGuest       (only if the guest is to stay, and may be paused)
+//!  begin --> StopCopy          (only if a copy is under way)          --> Release --> Finish
+//!            AbortPeer         (only if the destination may not know)
+//!                |                                                     ^         ^
+//!                +-- GuestResumed, and Copied or UNDO passed ----------+         |
+//!                +-- PeerAborted, or UNDO passed --------------------------------+
+//! ```
+//!
+//! All three are ordered at once: the guest's resume waits for nothing. Nothing is let go before it runs.
+
+use std::time::Duration;
+
+use super::{Outcome, SourceAction, SourceEvent};
+use crate::limits::{RELEASE, RESUME, RESUME_ANSWER, UNDO};
+use crate::retry::Retry;
+use crate::{Failure, Reason};
+
+/// What is to be undone.
+#[derive(Debug)]
+pub(super) struct Plan {
+    pub(super) outcome: Outcome,
+    /// The guest may be paused, and is to run here.
+    pub(super) resume_guest: bool,
+    /// A copy is under way.
+    pub(super) stop_copy: bool,
+    /// The destination does not know yet that it ends, and why.
+    pub(super) abort_peer: Option<Failure>,
+}
+
+#[derive(Debug, PartialEq, Eq)]
+enum Release {
+    Held,
+    Ordered,
+    Done,
+}
+
+#[derive(Debug)]
+struct Resume {
+    retry: Retry,
+    give_up_at: Duration,
+    last_failure: Option<Failure>,
+}
+
+#[derive(Debug)]
+pub(super) struct Ending {
+    outcome: Outcome,
+    resume: Option<Resume>,
+    copy_stops: bool,
+    telling_peer: bool,
+    release: Release,
+    /// When the copy and the peer are no longer waited for.
+    undo_limit: Option<Duration>,
+    /// When the release no longer is.
+    release_limit: Option<Duration>,
+}
+
+impl Ending {
+    /// Begins; appends what is to be done to `actions`. Never ends at once: there is always a release to wait for.
+    pub(super) fn begin(now: Duration, plan: Plan, actions: &mut Vec<SourceAction>) -> Self {
+        let mut ending = Self {
+            outcome: plan.outcome,
+            resume: None,
+            copy_stops: plan.stop_copy,
+            telling_peer: plan.abort_peer.is_some(),
+            release: Release::Held,
+            undo_limit: Some(now.saturating_add(UNDO)),
+            release_limit: None,
+        };
+        if plan.resume_guest {
+            ending.order_resume(now, actions);
+        }
+        if plan.stop_copy {
+            actions.push(SourceAction::StopCopy);
+        }
+        actions.extend(plan.abort_peer.map(SourceAction::AbortPeer));
+        ending.advance(now, actions);
+        ending
+    }
+
+    /// Takes an event in; the outcome, once all is done.
+    pub(super) fn handle(
+        &mut self,
+        now: Duration,
+        event: SourceEvent,
+        actions: &mut Vec<SourceAction>,
+    ) -> Option<Outcome> {
+        match event {
+            SourceEvent::GuestResumed => self.resume = None,
+            SourceEvent::GuestPaused if self.outcome != Outcome::Succeeded => self.order_resume(now, actions),
+            SourceEvent::Failed(failure) => self.failed(now, failure),
+            SourceEvent::Copied { .. } => self.copy_stops = false,
+            SourceEvent::PeerAborted | SourceEvent::PeerLost => self.telling_peer = false,
+            SourceEvent::Released if self.release == Release::Ordered => self.release = Release::Done,
+            SourceEvent::Tick => self.tick(now, actions),
+            _ => {}
+        }
+        self.advance(now, actions);
+        let done = self.resume.is_none() && self.release == Release::Done && !self.telling_peer;
+        done.then(|| self.outcome.clone())
+    }
+
+    pub(super) fn deadline(&self) -> Option<Duration> {
+        let resume = self.resume.iter().flat_map(|resume| [resume.retry.at(), Some(resume.give_up_at)]);
+        resume.chain([self.undo_limit, self.release_limit]).flatten().min()
+    }
+
+    pub(super) fn phase(&self) -> &'static str {
+        if self.resume.is_some() { "resume" } else { "release" }
+    }
+
+    pub(super) fn outcome(&self) -> &Outcome {
+        &self.outcome
+    }
+
+    /// Why the guest does not run yet.
+    pub(super) fn trouble(&self) -> Option<&Failure> {
+        self.resume.as_ref()?.last_failure.as_ref()
+    }
+
+    fn order_resume(&mut self, now: Duration, actions: &mut Vec<SourceAction>) {
+        let answer_by = Some(now.saturating_add(RESUME_ANSWER));
+        match &mut self.resume {
+            Some(resume) => resume.retry.ordered(answer_by),
+            None => {
+                let give_up_at = now.saturating_add(RESUME);
+                self.resume = Some(Resume { retry: Retry::new(answer_by), give_up_at, last_failure: None });
+            }
+        }
+        actions.push(SourceAction::ResumeGuest);
+    }
+
+    /// Of all that can still fail, only the resume is tried again.
+    fn failed(&mut self, now: Duration, failure: Failure) {
+        if failure.reason == Reason::GuestFailed
+            && let Some(resume) = &mut self.resume
+        {
+            resume.retry.put_off(now);
+            resume.last_failure = Some(failure);
+        }
+    }
+
+    fn tick(&mut self, now: Duration, actions: &mut Vec<SourceAction>) {
+        match &self.resume {
+            Some(resume) if resume.give_up_at <= now => self.give_resume_up(),
+            Some(resume) if resume.retry.is_due(now) => self.order_resume(now, actions),
+            _ => {}
+        }
+        if self.undo_limit.is_some_and(|limit| limit <= now) {
+            self.undo_limit = None;
+            self.copy_stops = false;
+            self.telling_peer = false;
+        }
+        if self.release_limit.is_some_and(|limit| limit <= now) {
+            self.release_limit = None;
+            self.release = Release::Done;
+        }
+    }
+
+    fn give_resume_up(&mut self) {
+        let cause = self.trouble().map_or("it did not answer".to_owned(), Failure::to_string);
+        let message = format!(
+            "the source guest could not be resumed for {RESUME:?} ({cause}). The destination never runs it: resume \
+             it here through its VMM (QMP: `migrate_cancel`, `cont`), or start it again"
+        );
+        self.outcome = Outcome::Failed(Failure::new(Reason::GuestFailed, message));
+        self.resume = None;
+    }
+
+    fn advance(&mut self, now: Duration, actions: &mut Vec<SourceAction>) {
+        if self.release == Release::Held && self.resume.is_none() && !self.copy_stops {
+            self.release = Release::Ordered;
+            self.release_limit = Some(now.saturating_add(RELEASE));
+            actions.push(SourceAction::Release);
+        }
+    }
+}

@@ -1,0 +1,147 @@
+use std::time::Duration;
+
+use ramferry_ram::PageSets;
+
+use crate::{BytesPerSecond, Failure, FixedCosts, Parameters};
+
+/// What a source is told.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum SourceEvent {
+    /// Begin.
+    Start,
+    /// Answer to `Prepare`.
+    Prepared {
+        /// Pages of round 1: touched at the source, or held by the destination. The tracker was armed before
+        /// they were read.
+        pages: PageSets,
+        /// Estimates.
+        fixed: FixedCosts,
+    },
+    /// Answer to `Harvest`.
+    Harvested {
+        /// Every page written since the previous harvest, or since the tracker was armed.
+        written: PageSets,
+        /// Of the harvest.
+        elapsed: Duration,
+    },
+    /// Answer to `Copy`.
+    Copied {
+        /// Sent.
+        data_bytes: u64,
+        /// Found to be zero, and not sent.
+        zero_bytes: u64,
+        /// Of the copy.
+        elapsed: Duration,
+        /// Whether all pages were dealt with.
+        complete: bool,
+        /// Pages that were not; none when `complete`.
+        unsent: PageSets,
+    },
+    /// Answer to `Fence`: everything posted before is placed in the destination's memory.
+    Fenced {
+        /// Of the fence.
+        elapsed: Duration,
+    },
+    /// The destination's answer to `EndRound`.
+    RoundEnded {
+        /// As it was in the order.
+        round: u32,
+    },
+    /// Answer to `PauseGuest`: the VMM has stopped its vCPUs, and holds its device state back. `now` may be the
+    /// time at which they stopped, even when that is before events that were already handled.
+    GuestPaused,
+    /// Answer to `Verify`.
+    Verified {
+        /// Whether all of RAM is equal on both sides.
+        equal: bool,
+    },
+    /// Answer to `MoveDeviceState`: the VMM has sent all of it, and the destination has loaded it.
+    DeviceStateMoved,
+    /// Answer to `WriteHandedOver`: the record is durable.
+    HandedOverSynced,
+    /// The destination's guest runs. Answer to `SendCommit` or `AskOutcome`.
+    DestinationRunning,
+    /// The destination's guest never will run. May come at any time.
+    DestinationAborted(Failure),
+    /// The control stream ended.
+    PeerLost,
+    /// There is a control stream again.
+    PeerBack,
+    /// Answer to `ResumeGuest`: the guest runs, and no earlier `PauseGuest` can stop it any more.
+    GuestResumed,
+    /// Answer to `AbortPeer`: delivered, or given up.
+    PeerAborted,
+    /// Answer to `Release`.
+    Released,
+    /// An action failed, or the link, the guest or the tracker did; at any time.
+    Failed(Failure),
+    /// Give up; the guest stays here.
+    Cancel,
+    /// Switch over after the round under way.
+    ForceSwitchover,
+    /// Go on with these. Ignored when they do not pass [`Parameters::check`].
+    SetParameters(Parameters),
+    /// `deadline()` has passed.
+    Tick,
+}
+
+/// What a source wants done. In brackets: how the result is reported, if not by `Failed`.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum SourceAction {
+    /// Make links, arm the tracker, read presence on both sides (`Prepared`).
+    Prepare,
+    /// Collect and re-arm what the guest wrote (`Harvested`).
+    Harvest,
+    /// Send these pages (`Copied`).
+    Copy {
+        /// Of the pages.
+        round: u32,
+        /// To be sent, or made zero.
+        pages: PageSets,
+    },
+    /// Cut the copy under way short (its `Copied` comes soon).
+    StopCopy,
+    /// Wait until everything sent is placed (`Fenced`).
+    Fence,
+    /// Tell the destination that the round ended (`RoundEnded`).
+    EndRound {
+        /// The round.
+        round: u32,
+    },
+    /// Have the destination's VMM wait for device state, and this one start its device stream up to where it has
+    /// stopped the vCPUs (`GuestPaused`).
+    PauseGuest,
+    /// Compare all of RAM with the destination's (`Verified`).
+    Verify,
+    /// Let the VMM send its device state, and wait until the destination has loaded it (`DeviceStateMoved`).
+    MoveDeviceState,
+    /// Append HANDED_OVER to the journal, durably (`HandedOverSynced`).
+    WriteHandedOver,
+    /// Tell the destination to commit (`DestinationRunning`, `DestinationAborted`).
+    SendCommit,
+    /// Ask the destination whether it committed, over a new control stream when there is none (`DestinationRunning`,
+    /// `DestinationAborted`, or nothing when it cannot be reached).
+    AskOutcome,
+    /// Tell the destination to give up, as far as it can be reached, in bounded time (`PeerAborted`).
+    AbortPeer(Failure),
+    /// Have the guest run here, at once. Idempotent: a guest that runs is left alone (`GuestResumed`).
+    ResumeGuest,
+    /// Let go of links, regions and the tracker, and end whatever is still under way (`Released`).
+    Release,
+    /// Pace the copy, from now on.
+    SetBandwidthLimit(Option<BytesPerSecond>),
+    /// The end; no action follows. The control stream is closed: a destination that was not told otherwise
+    /// learns from that.
+    Finish(Outcome),
+}
+
+/// How a migration ended, seen from its source.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Outcome {
+    /// The guest runs at the destination.
+    Succeeded,
+    /// The guest is the source's.
+    Failed(Failure),
+    /// The guest runs at the source.
+    Cancelled,
+}

@@ -1,0 +1,127 @@
+use std::time::Duration;
+
+use super::Outcome;
+use super::ending::Ending;
+use crate::{State, limits};
+
+/// What a source waits for.
+#[derive(Debug)]
+pub(super) enum Phase {
+    /// `Start`.
+    Pending,
+    /// The first event after a restart, with no HANDED_OVER in the journal.
+    Restarted,
+    /// `Prepared`.
+    Prepare,
+    /// `Copied`, of a round that is not the last.
+    Copy,
+    /// `Fenced`.
+    Fence,
+    /// `RoundEnded`.
+    Acknowledge,
+    /// The time at which the next harvest is due.
+    Wait,
+    /// `Harvested`.
+    Harvest,
+    /// `GuestPaused`.
+    Pause,
+    /// `Harvested`, with the guest paused; and so on.
+    LastHarvest,
+    LastCopy,
+    LastFence,
+    LastAcknowledge,
+    /// `Verified`.
+    Verify,
+    /// `DeviceStateMoved`.
+    DeviceState,
+    /// `HandedOverSynced`. COMMIT was not sent.
+    Handover,
+    /// `DestinationRunning` or `DestinationAborted`. COMMIT was sent.
+    Commit,
+    /// The same, asking. COMMIT may have been sent.
+    Ask,
+    /// Its own end.
+    Ending(Ending),
+    /// Nothing.
+    Ended(State),
+}
+
+impl Phase {
+    pub(super) fn name(&self) -> &'static str {
+        match self {
+            Self::Pending => "pending",
+            Self::Restarted => "restarted",
+            Self::Prepare => "prepare",
+            Self::Copy => "copy",
+            Self::Fence => "fence",
+            Self::Acknowledge => "acknowledge",
+            Self::Wait => "wait",
+            Self::Harvest => "harvest",
+            Self::Pause => "pause",
+            Self::LastHarvest => "last_harvest",
+            Self::LastCopy => "last_copy",
+            Self::LastFence => "last_fence",
+            Self::LastAcknowledge => "last_acknowledge",
+            Self::Verify => "verify",
+            Self::DeviceState => "device_state",
+            Self::Handover => "handover",
+            Self::Commit => "commit",
+            Self::Ask => "ask",
+            Self::Ending(ending) => ending.phase(),
+            Self::Ended(_) => "ended",
+        }
+    }
+
+    pub(super) fn state(&self) -> State {
+        match self {
+            Self::Pending => State::Pending,
+            Self::Prepare => State::Preparing,
+            Self::Copy | Self::Fence | Self::Acknowledge | Self::Wait | Self::Harvest => State::Precopy,
+            Self::Pause
+            | Self::LastHarvest
+            | Self::LastCopy
+            | Self::LastFence
+            | Self::LastAcknowledge
+            | Self::Verify
+            | Self::DeviceState
+            | Self::Handover
+            | Self::Commit
+            | Self::Ask => State::SwitchingOver,
+            Self::Ending(ending) if *ending.outcome() == Outcome::Succeeded => State::SwitchingOver,
+            Self::Restarted | Self::Ending(_) => State::Cancelling,
+            Self::Ended(state) => *state,
+        }
+    }
+
+    /// How long the phase may last. `Wait` and `Ask` have times of their own; a round may take as long as it
+    /// takes while the guest runs, for its links fail when they make no progress.
+    pub(super) fn limit(&self) -> Option<Duration> {
+        match self {
+            Self::Prepare => Some(limits::PREPARE),
+            Self::Fence | Self::LastFence => Some(limits::FENCE),
+            Self::Acknowledge | Self::LastAcknowledge => Some(limits::ACKNOWLEDGE),
+            Self::Harvest | Self::LastHarvest => Some(limits::HARVEST),
+            Self::Pause => Some(limits::PAUSE),
+            Self::LastCopy => Some(limits::LAST_COPY),
+            Self::Verify => Some(limits::VERIFY),
+            Self::DeviceState => Some(limits::DEVICE_STATE),
+            Self::Handover => Some(limits::HANDOVER),
+            Self::Commit => Some(limits::COMMIT_ANSWER),
+            Self::Pending | Self::Restarted | Self::Copy | Self::Wait | Self::Ask => None,
+            Self::Ending(_) | Self::Ended(_) => None,
+        }
+    }
+
+    /// Under way, and the guest not yet ordered to pause.
+    pub(super) fn is_before_switchover(&self) -> bool {
+        matches!(
+            self,
+            Self::Prepare | Self::Copy | Self::Fence | Self::Acknowledge | Self::Wait | Self::Harvest
+        )
+    }
+
+    /// COMMIT was sent, or may have been before a restart: only the destination knows who runs the guest.
+    pub(super) fn is_in_doubt(&self) -> bool {
+        matches!(self, Self::Commit | Self::Ask)
+    }
+}

@@ -1,0 +1,126 @@
+//! Rounds while the guest runs.
+
+use std::time::Duration;
+
+use ramferry_ram::PageSets;
+
+use super::phase::Phase;
+use super::{Source, SourceAction, SourceEvent};
+use crate::convergence::{Convergence, Verdict};
+use crate::limits::ROUND_INTERVAL;
+use crate::{Round, TimeoutAction};
+
+impl Source {
+    pub(super) fn rounds_answered(
+        &mut self,
+        now: Duration,
+        answer: SourceEvent,
+        actions: &mut Vec<SourceAction>,
+    ) {
+        match (&self.phase, answer) {
+            (Phase::Prepare, SourceEvent::Prepared { pages, fixed }) => {
+                self.convergence = Convergence::new(fixed);
+                self.progress.setup_time = Some(now.saturating_sub(self.started_at));
+                self.last_harvest_at = now;
+                if let Some(limit) = self.parameters.bandwidth_limit {
+                    actions.push(SourceAction::SetBandwidthLimit(Some(limit)));
+                }
+                self.copy(now, Phase::Copy, pages, actions);
+            }
+            (Phase::Copy, SourceEvent::Copied { data_bytes, zero_bytes, elapsed, complete, unsent }) => {
+                self.note_round(data_bytes, zero_bytes, elapsed);
+                self.owed = (!complete).then_some(unsent);
+                self.enter(now, Phase::Fence);
+                actions.push(SourceAction::Fence);
+            }
+            (Phase::Fence, SourceEvent::Fenced { elapsed }) => {
+                self.convergence.fenced(elapsed);
+                self.enter(now, Phase::Acknowledge);
+                actions.push(SourceAction::EndRound { round: self.progress.round });
+            }
+            (Phase::Acknowledge, SourceEvent::RoundEnded { round }) if round == self.progress.round => {
+                self.convergence.acknowledged(self.phase_took(now));
+                self.harvest_when_due(now, actions);
+            }
+            (Phase::Harvest, SourceEvent::Harvested { written, elapsed }) => {
+                let pages = self.note_harvest(now, written, elapsed);
+                self.judge(now, pages, actions);
+            }
+            _ => {}
+        }
+    }
+
+    fn harvest_when_due(&mut self, now: Duration, actions: &mut Vec<SourceAction>) {
+        let due = self.last_harvest_at.saturating_add(ROUND_INTERVAL);
+        if now < due && !self.forced {
+            self.enter(now, Phase::Wait);
+            self.phase_limit = Some(due);
+        } else {
+            self.harvest(now, actions);
+        }
+    }
+
+    pub(super) fn harvest(&mut self, now: Duration, actions: &mut Vec<SourceAction>) {
+        self.enter(now, Phase::Harvest);
+        actions.push(SourceAction::Harvest);
+    }
+
+    fn judge(&mut self, now: Duration, pages: PageSets, actions: &mut Vec<SourceAction>) {
+        let owed_bytes = pages.bytes();
+        self.progress.expected_downtime = self.convergence.expected_downtime(owed_bytes);
+        let verdict = self.convergence.judge(now, owed_bytes, &self.parameters);
+        let or_fail = self.parameters.timeout_action == TimeoutAction::Cancel;
+        match verdict {
+            Verdict::NextRound if !self.forced => self.copy(now, Phase::Copy, pages, actions),
+            Verdict::NotConverging if !self.forced && or_fail => {
+                self.fail(now, self.convergence.not_converging(owed_bytes, &self.parameters), actions);
+            }
+            _ => self.pause(now, pages, actions),
+        }
+    }
+
+    fn pause(&mut self, now: Duration, pages: PageSets, actions: &mut Vec<SourceAction>) {
+        self.owed = Some(pages);
+        self.enter(now, Phase::Pause);
+        actions.push(SourceAction::PauseGuest);
+    }
+
+    /// Begins the next round with `pages`, in `phase`.
+    pub(super) fn copy(
+        &mut self,
+        now: Duration,
+        phase: Phase,
+        pages: PageSets,
+        actions: &mut Vec<SourceAction>,
+    ) {
+        self.progress.round = self.progress.round.saturating_add(1);
+        self.progress.remaining_bytes = pages.bytes();
+        self.enter(now, phase);
+        actions.push(SourceAction::Copy { round: self.progress.round, pages });
+    }
+
+    pub(super) fn note_round(&mut self, transferred_bytes: u64, zero_bytes: u64, elapsed: Duration) {
+        let number = self.progress.round;
+        let round = Round { number, transferred_bytes, zero_bytes, elapsed, dirtied_bytes: 0 };
+        self.progress.add_round(round);
+        self.convergence.copied(&round);
+        self.progress.throughput = self.convergence.throughput();
+    }
+
+    /// Counts what the guest wrote; all that is owed now.
+    pub(super) fn note_harvest(&mut self, now: Duration, written: PageSets, elapsed: Duration) -> PageSets {
+        let written_bytes = written.bytes();
+        let interval = now.saturating_sub(self.last_harvest_at);
+        self.last_harvest_at = now;
+        self.convergence.harvested(written_bytes, interval, elapsed);
+        self.progress.add_dirtied(written_bytes);
+        self.progress.dirty_rate = self.convergence.dirty_rate();
+
+        let mut pages = written;
+        if let Some(owed) = self.owed.take() {
+            pages.union_with(&owed);
+        }
+        self.progress.remaining_bytes = pages.bytes();
+        pages
+    }
+}

@@ -1,0 +1,148 @@
+//! From the guest's pause to the answer to COMMIT.
+
+use std::time::Duration;
+
+use super::ending::Plan;
+use super::phase::Phase;
+use super::{Outcome, Source, SourceAction, SourceEvent};
+use crate::limits::{LAST_COPY, LAST_COPY_FACTOR, RETRY_FIRST};
+use crate::retry::Retry;
+use crate::{Failure, Reason};
+
+impl Source {
+    pub(super) fn switchover_answered(
+        &mut self,
+        now: Duration,
+        answer: SourceEvent,
+        actions: &mut Vec<SourceAction>,
+    ) {
+        let took = self.phase_took(now);
+        match (&self.phase, answer) {
+            (Phase::Pause, SourceEvent::GuestPaused) => {
+                self.paused_at = Some(now);
+                self.progress.downtime_parts.pause = took;
+                self.next(now, Phase::LastHarvest, SourceAction::Harvest, actions);
+            }
+            (Phase::LastHarvest, SourceEvent::Harvested { written, elapsed }) => {
+                self.progress.downtime_parts.harvest = took;
+                let pages = self.note_harvest(now, written, elapsed);
+                if self.parameters.bandwidth_limit.is_some() {
+                    actions.push(SourceAction::SetBandwidthLimit(None));
+                }
+                let expected = self.convergence.copy_time(pages.bytes()).unwrap_or_default();
+                self.copy(now, Phase::LastCopy, pages, actions);
+                let limit = LAST_COPY.max(expected.saturating_mul(LAST_COPY_FACTOR));
+                self.phase_limit = Some(now.saturating_add(limit));
+            }
+            (Phase::LastCopy, SourceEvent::Copied { complete: false, .. }) => {
+                let message = "the last round ended with pages unsent";
+                self.fail(now, Failure::new(Reason::Internal, message), actions);
+            }
+            (Phase::LastCopy, SourceEvent::Copied { data_bytes, zero_bytes, elapsed, .. }) => {
+                self.progress.downtime_parts.copy = took;
+                self.note_round(data_bytes, zero_bytes, elapsed);
+                self.progress.remaining_bytes = 0;
+                self.next(now, Phase::LastFence, SourceAction::Fence, actions);
+            }
+            (Phase::LastFence, SourceEvent::Fenced { .. }) => {
+                self.progress.downtime_parts.fence = took;
+                let round = self.progress.round;
+                self.next(now, Phase::LastAcknowledge, SourceAction::EndRound { round }, actions);
+            }
+            (Phase::LastAcknowledge, SourceEvent::RoundEnded { round }) if round == self.progress.round => {
+                self.progress.downtime_parts.acknowledge = took;
+                if self.parameters.verify {
+                    self.next(now, Phase::Verify, SourceAction::Verify, actions);
+                } else {
+                    self.next(now, Phase::DeviceState, SourceAction::MoveDeviceState, actions);
+                }
+            }
+            (Phase::Verify, SourceEvent::Verified { equal }) => {
+                self.progress.downtime_parts.verify = took;
+                self.verified(now, equal, actions);
+            }
+            (Phase::DeviceState, SourceEvent::DeviceStateMoved) => {
+                self.progress.downtime_parts.device_state = took;
+                self.next(now, Phase::Handover, SourceAction::WriteHandedOver, actions);
+            }
+            (Phase::Handover, SourceEvent::HandedOverSynced) => {
+                self.progress.downtime_parts.journal = took;
+                self.commit_at = Some(now);
+                self.next(now, Phase::Commit, SourceAction::SendCommit, actions);
+            }
+            _ => {}
+        }
+    }
+
+    fn next(&mut self, now: Duration, phase: Phase, action: SourceAction, actions: &mut Vec<SourceAction>) {
+        self.enter(now, phase);
+        actions.push(action);
+    }
+
+    fn verified(&mut self, now: Duration, equal: bool, actions: &mut Vec<SourceAction>) {
+        self.progress.verified = Some(equal);
+        if equal {
+            self.next(now, Phase::DeviceState, SourceAction::MoveDeviceState, actions);
+        } else {
+            let message = "RAM at the destination differs from the source's after the last round: something \
+                           writes it that is not tracked. The guest runs on at the source";
+            self.fail(now, Failure::new(Reason::VerifyFailed, message), actions);
+        }
+    }
+
+    /// Below the line: only the destination's answer ends the doubt. Nothing else resumes the guest or gives up,
+    /// however often it has to be asked.
+    pub(super) fn in_doubt(&mut self, now: Duration, event: SourceEvent, actions: &mut Vec<SourceAction>) {
+        match event {
+            SourceEvent::DestinationRunning => self.destination_runs(now, actions),
+            SourceEvent::DestinationAborted(cause) => self.destination_aborted(now, &cause, actions),
+            SourceEvent::PeerLost => {
+                let message = "the control stream to the destination's agent ended, and whether the guest runs \
+                               there is not known. It is asked until it answers: see that its agent runs and can \
+                               be reached";
+                self.doubt(now, Failure::new(Reason::PeerLost, message));
+            }
+            SourceEvent::Failed(failure) => self.doubt(now, failure),
+            SourceEvent::Start | SourceEvent::PeerBack => self.ask_outcome(now, actions),
+            SourceEvent::Tick => self.in_doubt_tick(now, actions),
+            _ => {}
+        }
+    }
+
+    fn in_doubt_tick(&mut self, now: Duration, actions: &mut Vec<SourceAction>) {
+        let unanswered =
+            matches!(self.phase, Phase::Commit) && self.phase_limit.is_some_and(|limit| limit <= now);
+        let due = matches!(self.phase, Phase::Ask) && self.ask.is_due(now);
+        if unanswered || due {
+            self.ask_outcome(now, actions);
+        }
+    }
+
+    /// An answer may be on its way already: gives it time before it asks.
+    fn doubt(&mut self, now: Duration, failure: Failure) {
+        self.doubt = Some(failure);
+        if matches!(self.phase, Phase::Commit) {
+            self.enter(now, Phase::Ask);
+            self.ask = Retry::new(Some(now.saturating_add(RETRY_FIRST)));
+        }
+    }
+
+    fn ask_outcome(&mut self, now: Duration, actions: &mut Vec<SourceAction>) {
+        if matches!(self.phase, Phase::Commit) {
+            self.enter(now, Phase::Ask);
+        }
+        self.ask.put_off(now);
+        actions.push(SourceAction::AskOutcome);
+    }
+
+    fn destination_runs(&mut self, now: Duration, actions: &mut Vec<SourceAction>) {
+        if let (Some(paused_at), Some(commit_at)) = (self.paused_at, self.commit_at) {
+            self.progress.downtime_parts.commit = now.saturating_sub(commit_at);
+            self.progress.downtime = Some(now.saturating_sub(paused_at));
+            self.progress.total_time = Some(now.saturating_sub(self.started_at));
+        }
+        let outcome = Outcome::Succeeded;
+        let plan = Plan { outcome, resume_guest: false, stop_copy: false, abort_peer: None };
+        self.end(now, plan, actions);
+    }
+}

@@ -1,0 +1,249 @@
+//! A source whose every move is checked against the rules of who may run the guest.
+
+use std::time::Duration;
+
+use ramferry_engine::{
+    Failure, FixedCosts, Outcome, Parameters, Reason, Source, SourceAction, SourceEvent, State,
+};
+use ramferry_ram::{Block, BlockIndex, Layout, PageRun, PageSets};
+
+pub(crate) const PAGES: u64 = 64;
+pub(crate) const PAGE_BYTES: u64 = 4096;
+
+pub(crate) fn milliseconds(count: u64) -> Duration {
+    Duration::from_millis(count)
+}
+
+pub(crate) fn pages(count: u64) -> PageSets {
+    let block = Block {
+        name: "ram".into(),
+        guest_address: 0,
+        length_bytes: PAGES * PAGE_BYTES,
+        page_bytes: PAGE_BYTES,
+    };
+    let mut pages = PageSets::new(&Layout::new(vec![block]).unwrap());
+    pages.block_mut(BlockIndex(0)).insert_run(PageRun { first: 0, count });
+    pages
+}
+
+pub(crate) fn failure(reason: Reason) -> Failure {
+    Failure::new(reason, "for a test")
+}
+
+pub(crate) fn prepared() -> SourceEvent {
+    SourceEvent::Prepared { pages: pages(PAGES), fixed: FixedCosts::default() }
+}
+
+pub(crate) fn harvested(count: u64) -> SourceEvent {
+    SourceEvent::Harvested { written: pages(count), elapsed: Duration::from_micros(10) }
+}
+
+/// `count` pages in 1 ms.
+pub(crate) fn copied(count: u64) -> SourceEvent {
+    SourceEvent::Copied {
+        data_bytes: count * PAGE_BYTES,
+        zero_bytes: 0,
+        elapsed: milliseconds(1),
+        complete: true,
+        unsent: pages(0),
+    }
+}
+
+pub(crate) fn cut_short(unsent: u64) -> SourceEvent {
+    SourceEvent::Copied {
+        data_bytes: 0,
+        zero_bytes: 0,
+        elapsed: milliseconds(1),
+        complete: false,
+        unsent: pages(unsent),
+    }
+}
+
+pub(crate) fn fenced() -> SourceEvent {
+    SourceEvent::Fenced { elapsed: Duration::from_micros(10) }
+}
+
+/// Each step of a migration that goes well, and the event that leads to the next.
+pub(crate) fn good_path() -> Vec<(&'static str, SourceEvent)> {
+    vec![
+        ("pending", SourceEvent::Start),
+        ("prepare", prepared()),
+        ("copy", copied(PAGES)),
+        ("fence", fenced()),
+        ("acknowledge", SourceEvent::RoundEnded { round: 1 }),
+        ("wait", SourceEvent::Tick),
+        ("harvest", harvested(1)),
+        ("pause", SourceEvent::GuestPaused),
+        ("last_harvest", harvested(2)),
+        ("last_copy", copied(2)),
+        ("last_fence", fenced()),
+        ("last_acknowledge", SourceEvent::RoundEnded { round: 2 }),
+        ("verify", SourceEvent::Verified { equal: true }),
+        ("device_state", SourceEvent::DeviceStateMoved),
+        ("handover", SourceEvent::HandedOverSynced),
+        ("commit", SourceEvent::DestinationRunning),
+        ("release", SourceEvent::Released),
+    ]
+}
+
+#[derive(Debug)]
+pub(crate) struct Checked {
+    pub(crate) source: Source,
+    pub(crate) now: Duration,
+    /// Every action so far.
+    pub(crate) actions: Vec<SourceAction>,
+    pause_ordered: bool,
+    resumed_since_pause: bool,
+    handed_over_synced: bool,
+    commit_may_be_out: bool,
+    peer_aborted: bool,
+    peer_running: bool,
+}
+
+impl Checked {
+    pub(crate) fn new(parameters: Parameters) -> Self {
+        Self::over(Source::new(parameters).unwrap())
+    }
+
+    pub(crate) fn restarted_before_handover() -> Self {
+        let source = Source::recover_before_handover(Parameters::default());
+        Self { pause_ordered: true, ..Self::over(source) }
+    }
+
+    pub(crate) fn restarted_handed_over() -> Self {
+        let source = Source::recover_handed_over(Parameters::default());
+        Self { pause_ordered: true, commit_may_be_out: true, ..Self::over(source) }
+    }
+
+    /// A migration that verifies, as far as `phase` on the good path.
+    pub(crate) fn at(phase: &str) -> Self {
+        let mut checked = Self::new(Parameters { verify: true, ..Parameters::default() });
+        for (name, event) in good_path() {
+            assert_eq!(checked.source.phase(), name);
+            if name == phase {
+                return checked;
+            }
+            if event == SourceEvent::Tick {
+                checked.now = checked.source.deadline().unwrap();
+            }
+            checked.handle(event);
+        }
+        assert_eq!(checked.source.phase(), phase);
+        checked
+    }
+
+    fn over(source: Source) -> Self {
+        Self {
+            source,
+            now: milliseconds(1),
+            actions: Vec::new(),
+            pause_ordered: false,
+            resumed_since_pause: false,
+            handed_over_synced: false,
+            commit_may_be_out: false,
+            peer_aborted: false,
+            peer_running: false,
+        }
+    }
+
+    /// Handles `event`, checks what is done, and returns it.
+    pub(crate) fn handle(&mut self, event: SourceEvent) -> Vec<SourceAction> {
+        match &event {
+            SourceEvent::DestinationAborted(_) if !self.peer_running => self.peer_aborted = true,
+            SourceEvent::DestinationRunning if self.commit_may_be_out && !self.peer_aborted => {
+                self.peer_running = true;
+            }
+            SourceEvent::HandedOverSynced if self.source.phase() == "handover" => {
+                self.handed_over_synced = true;
+            }
+            _ => {}
+        }
+        let ended_before = self.ended().is_some();
+        let mut actions = Vec::new();
+        self.source.handle(self.now, event, &mut actions);
+        assert!(!ended_before || actions.is_empty(), "{actions:?} after the end");
+        for (index, action) in actions.iter().enumerate() {
+            self.check(index, action, actions.len());
+            self.actions.push(action.clone());
+        }
+        self.check_between();
+        actions
+    }
+
+    /// The time passes until the next tick is due; false when none is.
+    pub(crate) fn tick(&mut self) -> bool {
+        let Some(deadline) = self.source.deadline() else { return false };
+        self.now = self.now.max(deadline);
+        self.handle(SourceEvent::Tick);
+        true
+    }
+
+    pub(crate) fn ended(&self) -> Option<&Outcome> {
+        match self.actions.last() {
+            Some(SourceAction::Finish(outcome)) => Some(outcome),
+            _ => None,
+        }
+    }
+
+    pub(crate) fn times(&self, action: &SourceAction) -> usize {
+        self.actions.iter().filter(|done| *done == action).count()
+    }
+
+    fn check(&mut self, index: usize, action: &SourceAction, batch: usize) {
+        let before = &self.actions;
+        match action {
+            SourceAction::PauseGuest => {
+                assert!(!self.pause_ordered, "paused twice");
+                self.pause_ordered = true;
+            }
+            SourceAction::ResumeGuest => {
+                assert_eq!(index, 0, "the guest comes first");
+                assert!(!self.peer_running, "resumed while the destination runs");
+                assert!(!self.commit_may_be_out || self.peer_aborted, "resumed in doubt");
+                self.resumed_since_pause = true;
+            }
+            SourceAction::WriteHandedOver => {
+                assert_eq!(before.last(), Some(&SourceAction::MoveDeviceState));
+            }
+            SourceAction::SendCommit => {
+                assert!(self.handed_over_synced, "COMMIT before HANDED_OVER is durable");
+                assert!(!self.resumed_since_pause, "COMMIT after the guest was resumed");
+                assert!(!self.commit_may_be_out, "COMMIT twice");
+                self.commit_may_be_out = true;
+            }
+            SourceAction::AskOutcome => assert!(self.commit_may_be_out),
+            SourceAction::AbortPeer(_) => assert!(!self.commit_may_be_out, "aborts what may be committed"),
+            SourceAction::Release => assert_eq!(self.times(action), 0, "released twice"),
+            SourceAction::Finish(outcome) => {
+                assert_eq!(index + 1, batch, "actions after the end");
+                self.check_outcome(outcome);
+            }
+            _ => assert_eq!(self.times(&SourceAction::Release), 0, "{action:?} after the release"),
+        }
+    }
+
+    fn check_outcome(&self, outcome: &Outcome) {
+        match outcome {
+            Outcome::Succeeded => {
+                assert!(self.peer_running && !self.peer_aborted, "no word that the guest runs there");
+            }
+            Outcome::Failed(_) | Outcome::Cancelled => {
+                assert!(!self.commit_may_be_out || self.peer_aborted, "gave up in doubt");
+                assert!(!self.pause_ordered || self.resumed_since_pause, "left the guest paused");
+            }
+        }
+    }
+
+    fn check_between(&self) {
+        assert_eq!(self.source.state().is_final(), self.ended().is_some());
+        let phase = self.source.phase();
+        let waits_for_ever = ["pending", "copy", "ended"].contains(&phase);
+        assert!(waits_for_ever || self.source.deadline().is_some(), "no deadline in {phase}");
+        if self.commit_may_be_out {
+            assert!(!self.source.can_cancel() || self.peer_aborted);
+        }
+        if self.source.state() == State::Succeeded {
+            assert!(self.peer_running);
+        }
+    }
+}

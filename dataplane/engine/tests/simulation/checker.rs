@@ -1,0 +1,40 @@
+//! What must hold, whatever happens.
+
+/// A rule that was broken.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Violation {
+    /// The guest ran on both sides at once.
+    BothRun,
+    /// At the end the guest ran nowhere.
+    NeitherRuns,
+    /// The destination guest was resumed with RAM or device state that is not the source's last.
+    Differs,
+    /// Something was written to the destination's RAM while its guest ran.
+    WrittenWhileRunning,
+    /// The destination guest was resumed while COMMITTED was not its journal's last record.
+    ResumedWithoutCommitted,
+    /// The source guest was resumed after COMMIT was sent while ABORTED was not the destination's last record.
+    ResumedInDoubt,
+    /// A side did not come to its end.
+    Unfinished,
+    /// A side reported an end that is not where the guest runs, or more than one.
+    WrongOutcome,
+    /// A cancelled migration had its guest paused 100 ms later.
+    SlowCancel,
+}
+
+/// Collects what was broken, and when, in words.
+#[derive(Debug, Default)]
+pub(crate) struct Checker {
+    pub(crate) violations: Vec<Violation>,
+    pub(crate) trace: Vec<String>,
+}
+
+impl Checker {
+    pub(crate) fn require(&mut self, holds: bool, violation: Violation) {
+        if !holds {
+            self.trace.push(format!("!!! {violation:?}"));
+            self.violations.push(violation);
+        }
+    }
+}

@@ -1,0 +1,62 @@
+//! The checks find what they are for: each rule of who may run the guest, broken on purpose, is seen to matter in
+//! some schedule.
+
+use crate::checker::Violation;
+use crate::faults::{Fault, Injection, Sabotage};
+use crate::world::World;
+
+fn run(seed: u64, injections: Vec<Injection>, sabotage: Sabotage) -> Option<Violation> {
+    let mut world = World::new(seed, false, injections, sabotage);
+    world.run();
+    world.checker.violations.first().copied()
+}
+
+/// Whether some schedule of at most one fault shows `violation`.
+fn one_fault_shows(sabotage: Sabotage, violation: Violation) -> bool {
+    (0..200).any(|step| Injection::all_at(step).any(|one| run(1, vec![one], sabotage) == Some(violation)))
+}
+
+#[test]
+fn a_destination_that_resumes_before_committed_is_durable_is_caught() {
+    assert!(one_fault_shows(Sabotage::ResumeBeforeCommitted, Violation::BothRun));
+}
+
+#[test]
+fn a_source_that_resumes_when_its_peer_is_lost_after_commit_is_caught() {
+    assert!(one_fault_shows(Sabotage::ResumeOnPeerLost, Violation::BothRun));
+}
+
+#[test]
+fn a_commit_without_handed_over_is_caught() {
+    assert!(one_fault_shows(Sabotage::CommitWithoutHandedOver, Violation::BothRun));
+}
+
+#[test]
+fn a_source_that_never_asks_is_caught() {
+    assert!(
+        one_fault_shows(Sabotage::NeverAsk, Violation::Unfinished)
+            || one_fault_shows(Sabotage::NeverAsk, Violation::NeitherRuns)
+    );
+}
+
+#[test]
+fn a_last_harvest_that_is_skipped_is_caught() {
+    assert!((0..50).any(|seed| run(seed, vec![], Sabotage::SkipLastHarvest) == Some(Violation::Differs)));
+}
+
+#[test]
+fn a_fence_that_is_skipped_is_caught() {
+    assert!((0..500).any(|seed| run(seed, vec![], Sabotage::SkipFence) == Some(Violation::Differs)));
+}
+
+/// Takes two faults: COMMITTED is durable although its write failed, then the agent restarts.
+#[test]
+fn a_destination_that_says_aborted_before_that_is_durable_is_caught() {
+    let fails = |step| Injection::before(step, Fault::Fail { had_effect: true });
+    let crashes = |step| Injection::before(step, Fault::CrashDestination { record_survives: true });
+    let shows = |seed, step, later| {
+        let faults = vec![fails(step), crashes(later)];
+        run(seed, faults, Sabotage::AbortWithoutRecord) == Some(Violation::BothRun)
+    };
+    assert!((0..10).any(|seed| (0..60).any(|step| (step..step + 8).any(|later| shows(seed, step, later)))));
+}

@@ -1,0 +1,159 @@
+//! Faults, one at a time and several, everywhere.
+
+use std::time::Duration;
+
+use ramferry_engine::Outcome;
+
+use crate::checker::Violation;
+use crate::faults::{Fault, Injection, Random, Sabotage};
+use crate::world::{Record, World};
+
+/// Seeds of the migrations that single faults are put into: different guests' writes, delays and coincidences.
+const SEEDS: [u64; 3] = [1, 2, 3];
+/// Runs with several random faults; more with RAMFERRY_SIMULATION_RUNS.
+const RANDOM_RUNS: u64 = 5_000;
+/// Of all pairs of faults around the commit, one in so many is tried; each with RAMFERRY_SIMULATION_PAIRS=all.
+const PAIRS_STRIDE: usize = 13;
+
+/// Runs with one seed that failed once.
+const SAVED_SEEDS: [u64; 0] = [];
+
+fn run(seed: u64, injections: Vec<Injection>) -> World {
+    let mut world = World::new(seed, seed.is_multiple_of(2), injections, Sabotage::None);
+    world.run();
+    world
+}
+
+fn require_sound(world: &World, seed: u64) {
+    let violations = &world.checker.violations;
+    let trace = || world.checker.trace.join("\n");
+    assert!(violations.is_empty(), "seed {seed}, {:?}:\n{}\n{violations:?}", world.injections, trace());
+}
+
+/// Actions of a migration without faults.
+fn steps(seed: u64) -> u32 {
+    run(seed, vec![]).steps
+}
+
+#[test]
+fn without_faults_the_guest_moves() {
+    let mut long_ones = 0;
+    for seed in 0..200 {
+        let world = run(seed, vec![]);
+        require_sound(&world, seed);
+        assert_eq!(world.source.outcome, Some(Outcome::Succeeded));
+        assert!(world.destination_vmm.running);
+        long_ones += u32::from(world.steps > 30);
+    }
+    assert!(long_ones > 50, "{long_ones} of several rounds");
+}
+
+/// Every fault at every action, before, early and late in it. Where the guest stays, the next migration moves it.
+#[test]
+fn any_single_fault_leaves_one_guest_and_a_retry_succeeds() {
+    let (mut runs, mut moved, mut stayed) = (0, 0, 0);
+    for seed in SEEDS {
+        for step in 0..steps(seed) + 4 {
+            for injection in Injection::all_at(step) {
+                let mut world = run(seed, vec![injection]);
+                require_sound(&world, seed);
+                runs += 1;
+                if !world.source_vmm.running {
+                    moved += 1;
+                    continue;
+                }
+                stayed += 1;
+                world.again(seed.is_multiple_of(2));
+                world.run();
+                require_sound(&world, seed);
+                assert_eq!(world.source.outcome, Some(Outcome::Succeeded), "retry of {injection:?}");
+            }
+        }
+    }
+    eprintln!("{runs} runs: the guest moved in {moved}, stayed in {stayed} and moved on the retry");
+    assert!(runs > 5000 && moved > 1000 && stayed > 1000);
+}
+
+/// The action of a run without faults at which the source is told to write HANDED_OVER.
+fn handover(seed: u64) -> u32 {
+    let world = run(seed, vec![]);
+    let line = world.checker.trace.iter().find(|line| line.contains("WriteHandedOver")).unwrap();
+    let number = line.split('#').nth(1).unwrap().split(' ').next().unwrap();
+    number.parse().unwrap()
+}
+
+/// Pairs of faults, of those that bear on it, from just before HANDED_OVER to the end.
+#[test]
+fn any_two_faults_around_the_commit_leave_one_guest() {
+    let all = std::env::var("RAMFERRY_SIMULATION_PAIRS").is_ok_and(|pairs| pairs == "all");
+    let stride = if all { 1 } else { PAIRS_STRIDE };
+    let (mut pairs, mut runs) = (0, 0);
+    for seed in [1, 2] {
+        let first = handover(seed) - 2;
+        let injections: Vec<_> = (first..first + 18).flat_map(Injection::all_at).collect();
+        let bears = |injection: &&Injection| !matches!(injection.fault, Fault::Force | Fault::CutLinks);
+        for one in injections.iter().filter(bears).filter(|one| one.step < first + 9) {
+            for two in injections.iter().filter(bears).filter(|two| two.step >= one.step) {
+                pairs += 1;
+                if pairs % stride == 0 {
+                    require_sound(&run(seed, vec![*one, *two]), seed);
+                    runs += 1;
+                }
+            }
+        }
+    }
+    eprintln!("{runs} of {pairs} pairs");
+}
+
+/// From 2 to 6 faults, anywhere.
+fn random_injections(seed: u64) -> Vec<Injection> {
+    let mut random = Random(seed ^ 0x5eed);
+    let count = 2 + random.below(5);
+    let steps = 20 + random.below(60);
+    (0..count)
+        .map(|_| {
+            let mut all: Vec<_> = Injection::all_at(random.below(steps) as u32).collect();
+            all.swap_remove(random.below(all.len() as u64) as usize)
+        })
+        .collect()
+}
+
+#[test]
+fn random_faults_leave_one_guest() {
+    let runs = std::env::var("RAMFERRY_SIMULATION_RUNS").ok().and_then(|runs| runs.parse().ok());
+    for seed in SAVED_SEEDS.into_iter().chain(0..runs.unwrap_or(RANDOM_RUNS)) {
+        require_sound(&run(seed, random_injections(seed)), seed);
+    }
+}
+
+/// COMMIT was not sent: the guest runs on at the source, although its journal says HANDED_OVER.
+#[test]
+fn peer_lost_between_handed_over_and_commit_resumes_the_source_and_a_restart_keeps_it_there() {
+    let step = handover(1);
+    let slow = Injection::before(step, Fault::Slow);
+    let lost = Injection::before(step, Fault::LongCrashDestination);
+    let world = run(1, vec![slow, lost]);
+    require_sound(&world, 1);
+    assert!(world.source_vmm.running && !world.commit_sent);
+    assert!(
+        world.now < Duration::from_secs(400) && world.source.journal.records.contains(&Record::HandedOver)
+    );
+
+    // ResumeGuest, AbortPeer, Release and Finish follow.
+    for later in step + 1..step + 5 {
+        let crash = Injection::before(later, Fault::CrashSource { record_survives: true });
+        let world = run(1, vec![slow, lost, crash]);
+        require_sound(&world, 1);
+        assert!(world.source.life == 1 && world.source_vmm.running && !world.commit_sent);
+        assert_eq!(world.source.journal.records[0], Record::HandedOver);
+        let asked = world.checker.trace.iter().filter(|line| line.contains("AskOutcome")).count();
+        assert!(asked > 0, "{later}");
+    }
+}
+
+#[test]
+fn violations_name_what_was_broken() {
+    let mut world = World::new(1, false, vec![], Sabotage::None);
+    world.resume_destination();
+    assert_eq!(world.checker.violations[0], Violation::BothRun);
+}

@@ -1,0 +1,693 @@
+//! The world that both agents live in: a clock, two VMMs, the destination's memory as links reach it, a control
+//! stream, and what goes wrong.
+
+use std::collections::BTreeMap;
+use std::time::Duration;
+
+use ramferry_engine::{DestinationEvent, Failure, Reason, SourceEvent};
+use ramferry_ram::{Block, BlockIndex, Layout, PageRun, PageSets};
+
+use crate::checker::{Checker, Violation};
+use crate::destination_agent::{self, DestinationAgent};
+use crate::faults::{Fate, Fault, Injection, Random, Sabotage};
+use crate::network::{Message, Network, Side};
+use crate::source_agent::{self, SourceAgent};
+
+pub(crate) const PAGES: usize = 16;
+pub(crate) const PAGE_BYTES: u64 = 4096;
+const HOT_PAGES: u64 = 8;
+/// A run that has not ended by then never does.
+const HORIZON: Duration = Duration::from_secs(4 * 3600);
+const SLOW: Duration = Duration::from_secs(8);
+
+pub(crate) const fn microseconds(count: u64) -> Duration {
+    Duration::from_micros(count)
+}
+
+/// A record of a journal.
+#[derive(Clone, Debug, PartialEq)]
+pub(crate) enum Record {
+    HandedOver,
+    /// The source's outcome.
+    Ended,
+    Committed,
+    Aborted(Failure),
+}
+
+/// What is durable, and what is being written.
+#[derive(Debug, Default)]
+pub(crate) struct Journal {
+    pub(crate) records: Vec<Record>,
+    pub(crate) writing: Option<Record>,
+}
+
+/// Changes outside of the agents' minds.
+#[derive(Clone, Debug, PartialEq)]
+pub(crate) enum Effect {
+    Nothing,
+    Written(Record),
+    /// The source VMM stops its vCPUs, unless the order was taken back since.
+    PauseSource {
+        order: u32,
+    },
+    ResumeSource,
+    WaitForDeviceState,
+    LoadDeviceState(u64),
+    ResumeDestination,
+    Discard,
+    Zero(usize),
+}
+
+impl Effect {
+    /// Whether it happens even when the agent that ordered it is killed meanwhile: a VMM carries it out.
+    fn outlives_agent(&self) -> bool {
+        matches!(
+            self,
+            Self::PauseSource { .. } | Self::ResumeSource | Self::ResumeDestination | Self::Discard
+        )
+    }
+}
+
+/// What the agent hears after an effect.
+#[derive(Clone, Debug, PartialEq)]
+pub(crate) enum Reply {
+    None,
+    Source(SourceEvent),
+    Destination(DestinationEvent),
+}
+
+#[derive(Clone, Debug)]
+pub(crate) enum Happening {
+    Effect {
+        side: Side,
+        life: u32,
+        effect: Effect,
+        reply: Reply,
+    },
+    Tick {
+        side: Side,
+        life: u32,
+        wake: u32,
+    },
+    Arrives {
+        to: Side,
+        life: u32,
+        stream: u32,
+        straggler: bool,
+        message: Message,
+    },
+    StreamLost {
+        side: Side,
+        life: u32,
+    },
+    StreamBack,
+    /// One more page of the copy under way.
+    CopyPage {
+        life: u32,
+        copy: u32,
+    },
+    Harvest {
+        life: u32,
+        fate: Fate,
+    },
+    Fenced {
+        life: u32,
+        link: Option<u32>,
+        began_at: Duration,
+        fate: Fate,
+    },
+    Lands {
+        link: u32,
+        page: usize,
+        value: u64,
+    },
+    Digest {
+        life: u32,
+        fate: Fate,
+    },
+    Drained {
+        life: u32,
+        round: u32,
+        fate: Fate,
+    },
+    GuestWrites,
+    Strikes(Fault),
+    Restart(Side),
+    CancelCheck,
+}
+
+/// A VMM with its guest.
+#[derive(Debug)]
+pub(crate) struct Vmm {
+    pub(crate) ram: [u64; PAGES],
+    pub(crate) running: bool,
+    pub(crate) dead: bool,
+    /// Counts its guest's writes; stands for the device state.
+    pub(crate) device_state: Option<u64>,
+    /// Source: counts orders to pause and resume. Destination: waits for device state.
+    pub(crate) pause_order: u32,
+    pub(crate) waits: bool,
+}
+
+#[derive(Debug)]
+pub(crate) struct World {
+    pub(crate) now: Duration,
+    queue: BTreeMap<(Duration, u64), Happening>,
+    sequence: u64,
+    pub(crate) random: Random,
+    pub(crate) injections: Vec<Injection>,
+    pub(crate) sabotage: Sabotage,
+    /// Actions of both sides so far.
+    pub(crate) steps: u32,
+    pub(crate) checker: Checker,
+    pub(crate) network: Network,
+    pub(crate) source: SourceAgent,
+    pub(crate) destination: DestinationAgent,
+    pub(crate) source_vmm: Vmm,
+    pub(crate) destination_vmm: Vmm,
+    pub(crate) dirty: PageSets,
+    pub(crate) is_tracked: bool,
+    /// The links of this number are alive.
+    pub(crate) link: Option<u32>,
+    links: u32,
+    /// When the last write on its way lands.
+    pub(crate) landed_at: Duration,
+    pub(crate) commit_sent: bool,
+    moved: bool,
+    /// The life of the destination's agent that saw its VMM die before COMMITTED was durable.
+    died_uncommitted_in: Option<u32>,
+    stamp: u64,
+}
+
+pub(crate) fn no_pages() -> PageSets {
+    let length_bytes = PAGES as u64 * PAGE_BYTES;
+    let block = Block { name: "ram".into(), guest_address: 0, length_bytes, page_bytes: PAGE_BYTES };
+    PageSets::new(&Layout::new(vec![block]).unwrap())
+}
+
+pub(crate) fn insert(pages: &mut PageSets, page: usize) {
+    pages.block_mut(BlockIndex(0)).insert_run(PageRun { first: page as u64, count: 1 });
+}
+
+impl World {
+    pub(crate) fn new(seed: u64, verify: bool, injections: Vec<Injection>, sabotage: Sabotage) -> Self {
+        let mut source_ram = [0; PAGES];
+        let mut destination_ram = [0; PAGES];
+        for page in 0..PAGES {
+            source_ram[page] = if page % 4 == 3 { 0 } else { page as u64 + 1 };
+            destination_ram[page] = if page % 3 == 0 { 7777 } else { 0 };
+        }
+        Self {
+            now: Duration::ZERO,
+            queue: BTreeMap::new(),
+            sequence: 0,
+            random: Random(seed),
+            injections,
+            sabotage,
+            steps: 0,
+            checker: Checker::default(),
+            network: Network::new(0),
+            source: SourceAgent::new(verify),
+            destination: DestinationAgent::new(),
+            source_vmm: Vmm::new(source_ram, true),
+            destination_vmm: Vmm::new(destination_ram, false),
+            dirty: no_pages(),
+            is_tracked: false,
+            link: Some(0),
+            links: 0,
+            landed_at: Duration::ZERO,
+            commit_sent: false,
+            moved: false,
+            died_uncommitted_in: None,
+            stamp: 1000,
+        }
+    }
+
+    /// Runs a migration to its end, and checks that.
+    pub(crate) fn run(&mut self) {
+        self.at(self.now, Happening::GuestWrites);
+        self.source_hears(self.source.life, SourceEvent::Start);
+        self.destination_hears(self.destination.life, DestinationEvent::Start);
+        while let Some((key, happening)) = self.queue.pop_first() {
+            self.now = key.0;
+            if self.now > HORIZON || (self.is_settled() && self.checker.violations.is_empty()) {
+                break;
+            }
+            self.happen(happening);
+            if !self.checker.violations.is_empty() {
+                return;
+            }
+        }
+        self.check_end();
+    }
+
+    /// Sets the next migration of the same guest up, to a fresh destination VMM over what the last one left.
+    pub(crate) fn again(&mut self, verify: bool) {
+        assert!(self.source_vmm.running && !self.destination_vmm.running);
+        self.queue.clear();
+        self.injections.clear();
+        self.links += 1;
+        self.link = Some(self.links);
+        self.landed_at = self.now;
+        self.network = Network::new(self.network.stream + 1);
+        self.source = SourceAgent::new(verify);
+        self.source.began_at = self.now;
+        self.destination = DestinationAgent::new();
+        self.destination_vmm = Vmm::new(self.destination_vmm.ram, false);
+        self.dirty = no_pages();
+        self.is_tracked = false;
+        self.commit_sent = false;
+        self.died_uncommitted_in = None;
+    }
+
+    pub(crate) fn at(&mut self, time: Duration, happening: Happening) {
+        self.sequence += 1;
+        self.queue.insert((time.max(self.now), self.sequence), happening);
+    }
+
+    pub(crate) fn after(&mut self, delay: Duration, happening: Happening) {
+        self.at(self.now + delay, happening);
+    }
+
+    pub(crate) fn note(&mut self, text: &str) {
+        let at = self.now.as_micros();
+        self.checker.trace.push(format!("{at:>12} {text}"));
+    }
+
+    /// What befalls the action that is about to begin; strikes those that come before it. `None` when the agent
+    /// was killed by it.
+    pub(crate) fn begin_action(&mut self, side: Side, life: u32, text: &str) -> Option<Fate> {
+        let step = self.steps;
+        self.steps += 1;
+        let mut fate = Fate::Normal;
+        for injection in self.injections.clone().into_iter().filter(|injection| injection.step == step) {
+            match Fate::of(injection.fault) {
+                Some(befalls) => fate = befalls,
+                None if injection.after.is_zero() && injection.fault.is_outside() => {
+                    self.strike(injection.fault);
+                }
+                None => self.after(injection.after, Happening::Strikes(injection.fault)),
+            }
+        }
+        if !self.is_alive(side, life) {
+            return None;
+        }
+        self.note(&format!("#{step} {side:?}: {text} {}", if fate == Fate::Normal { "" } else { "FAULT" }));
+        Some(fate)
+    }
+
+    /// Does what an action does after `delay`, and then replies, as `fate` has it.
+    pub(crate) fn act(&mut self, side: Side, delay: Duration, effect: Effect, reply: Reply, fate: Fate) {
+        let reason = reason_of(&effect);
+        let delay = if fate == Fate::Slow { delay + SLOW } else { delay };
+        let effect = if fate.has_effect() { effect } else { Effect::Nothing };
+        let reply = match fate {
+            Fate::Mute => Reply::None,
+            Fate::Fail { .. } => failed(side, reason),
+            _ => reply,
+        };
+        self.after(delay, Happening::Effect { side, life: self.life(side), effect, reply });
+    }
+
+    /// Has the agent hear of a failure after `delay`.
+    pub(crate) fn fail(&mut self, side: Side, delay: Duration, reason: Reason) {
+        let reply = failed(side, reason);
+        self.after(delay, Happening::Effect { side, life: self.life(side), effect: Effect::Nothing, reply });
+    }
+
+    /// Begins to write a record.
+    pub(crate) fn write(&mut self, side: Side, record: Record, reply: Reply, fate: Fate) {
+        let fate = if fate == Fate::Mute && side == Side::Destination { Fate::Slow } else { fate };
+        if fate.has_effect() {
+            self.journal(side).writing = Some(record.clone());
+        }
+        self.act(side, microseconds(1000), Effect::Written(record), reply, fate);
+    }
+
+    pub(crate) fn send(&mut self, from: Side, message: Message, fate: Fate) {
+        let to = from.other();
+        if let Fate::Fail { .. } = fate {
+            self.fail(from, Duration::ZERO, Reason::PeerLost);
+        }
+        if !self.network.is_up || fate == Fate::Mute || !fate.has_effect() {
+            return;
+        }
+        let stream = self.network.stream;
+        let straggler = fate == Fate::Straggle;
+        let jitter = microseconds(self.random.below(100));
+        let arrival = if straggler || fate == Fate::Slow {
+            self.now + SLOW
+        } else {
+            self.network.arrival(self.now, to, jitter)
+        };
+        self.at(arrival, Happening::Arrives { to, life: self.life(to), stream, straggler, message });
+        if straggler {
+            self.cut_stream(false);
+        }
+    }
+
+    pub(crate) fn cut_stream(&mut self, delivers: bool) {
+        if !self.network.is_up {
+            return;
+        }
+        self.note(&format!("the control stream ends, delivers: {delivers}"));
+        self.network.is_up = false;
+        if !delivers {
+            self.network.dropped.push(self.network.stream);
+        }
+        for side in [Side::Source, Side::Destination] {
+            let noticed = microseconds(500 + self.random.below(3000));
+            self.after(noticed, Happening::StreamLost { side, life: self.life(side) });
+        }
+        self.after(Duration::from_millis(50), Happening::StreamBack);
+    }
+
+    pub(crate) fn cut_links(&mut self) {
+        if self.link.take().is_some() {
+            self.note("the links die");
+            let mut random = self.random.clone();
+            self.queue
+                .retain(|_, happening| !matches!(happening, Happening::Lands { .. }) || random.chance(2));
+            self.random = random;
+        }
+    }
+
+    pub(crate) fn life(&self, side: Side) -> u32 {
+        match side {
+            Side::Source => self.source.life,
+            Side::Destination => self.destination.life,
+        }
+    }
+
+    pub(crate) fn is_alive(&self, side: Side, life: u32) -> bool {
+        let is_up = match side {
+            Side::Source => self.source.is_up,
+            Side::Destination => self.destination.is_up,
+        };
+        is_up && self.life(side) == life
+    }
+
+    pub(crate) fn journal(&mut self, side: Side) -> &mut Journal {
+        match side {
+            Side::Source => &mut self.source.journal,
+            Side::Destination => &mut self.destination.journal,
+        }
+    }
+
+    fn happen(&mut self, happening: Happening) {
+        match happening {
+            Happening::Effect { side, life, effect, reply } => {
+                let alive = self.is_alive(side, life);
+                if alive || effect.outlives_agent() {
+                    self.take_effect(side, effect);
+                }
+                match reply {
+                    Reply::Source(event) if alive => self.source_hears(life, event),
+                    Reply::Destination(event) if alive => self.destination_hears(life, event),
+                    _ => {}
+                }
+            }
+            Happening::Tick { side: Side::Source, life, wake } if self.source.wake == wake => {
+                self.source_hears(life, SourceEvent::Tick);
+            }
+            Happening::Tick { side: Side::Destination, life, wake } if self.destination.wake == wake => {
+                self.destination_hears(life, DestinationEvent::Tick);
+            }
+            Happening::Tick { .. } => {}
+            Happening::Arrives { to, life, stream, straggler, message } => {
+                let dropped = self.network.dropped.contains(&stream) && !straggler;
+                if self.is_alive(to, life) && !dropped {
+                    self.arrives(to, message);
+                }
+            }
+            Happening::StreamLost { side: Side::Source, life } => {
+                self.source_hears(life, SourceEvent::PeerLost);
+            }
+            Happening::StreamLost { side: Side::Destination, life } => {
+                self.destination_hears(life, DestinationEvent::PeerLost);
+            }
+            Happening::StreamBack => self.stream_back(),
+            Happening::CopyPage { life, copy } => source_agent::copy_page(self, life, copy),
+            Happening::Harvest { life, fate } => source_agent::harvest(self, life, fate),
+            Happening::Fenced { life, link, began_at, fate } => {
+                source_agent::fenced(self, life, link, began_at, fate);
+            }
+            Happening::Lands { link, page, value } => self.lands(link, page, value),
+            Happening::Digest { life, fate } => destination_agent::digest(self, life, fate),
+            Happening::Drained { life, round, fate } => destination_agent::drained(self, life, round, fate),
+            Happening::GuestWrites => self.guest_writes(),
+            Happening::Strikes(fault) => self.strike(fault),
+            Happening::Restart(side) => self.restart(side),
+            Happening::CancelCheck => {
+                self.checker.require(self.source_vmm.running, Violation::SlowCancel);
+            }
+        }
+    }
+
+    fn arrives(&mut self, to: Side, message: Message) {
+        match to {
+            Side::Source => source_agent::arrives(self, message),
+            Side::Destination => destination_agent::arrives(self, message),
+        }
+    }
+
+    fn stream_back(&mut self) {
+        if self.network.is_up || !self.source.is_up || !self.destination.is_up {
+            return;
+        }
+        self.network.is_up = true;
+        self.network.stream += 1;
+        self.source_hears(self.source.life, SourceEvent::PeerBack);
+        self.destination_hears(self.destination.life, DestinationEvent::PeerBack);
+    }
+
+    fn take_effect(&mut self, side: Side, effect: Effect) {
+        match effect {
+            Effect::Nothing => {}
+            Effect::Written(record) => {
+                let journal = self.journal(side);
+                if journal.writing.take().is_some() {
+                    journal.records.push(record);
+                }
+            }
+            Effect::PauseSource { order } if order == self.source_vmm.pause_order => {
+                self.note("source guest pauses");
+                self.source_vmm.running = false;
+            }
+            Effect::PauseSource { .. } => {}
+            Effect::ResumeSource => self.resume_source(),
+            Effect::WaitForDeviceState => self.destination_vmm.waits = true,
+            Effect::LoadDeviceState(state) => {
+                if self.destination_vmm.waits && !self.destination_vmm.dead {
+                    self.destination_vmm.device_state = Some(state);
+                }
+            }
+            Effect::ResumeDestination => self.resume_destination(),
+            Effect::Discard => {
+                self.checker.require(!self.destination_vmm.running, Violation::NeitherRuns);
+                self.destination_vmm.dead = true;
+            }
+            Effect::Zero(page) => {
+                self.destination.zeroing -= 1;
+                if self.destination.takes_writes {
+                    self.checker.require(!self.destination_vmm.running, Violation::WrittenWhileRunning);
+                    self.destination_vmm.ram[page] = 0;
+                }
+            }
+        }
+    }
+
+    pub(crate) fn resume_source(&mut self) {
+        if self.source_vmm.running {
+            return;
+        }
+        self.note("source guest resumes");
+        self.source_vmm.running = true;
+        self.checker.require(!self.destination_vmm.running, Violation::BothRun);
+        if self.sabotage == Sabotage::None {
+            let aborted = matches!(self.destination.journal.records.last(), Some(Record::Aborted(_)));
+            self.checker.require(!self.commit_sent || aborted, Violation::ResumedInDoubt);
+        }
+    }
+
+    pub(crate) fn resume_destination(&mut self) {
+        if self.destination_vmm.running || self.destination_vmm.dead {
+            return;
+        }
+        self.note("destination guest resumes");
+        self.destination_vmm.running = true;
+        self.checker.require(!self.source_vmm.running, Violation::BothRun);
+        if self.sabotage == Sabotage::None {
+            self.checker.require(self.has_committed(), Violation::ResumedWithoutCommitted);
+        }
+        if !self.moved {
+            self.moved = true;
+            let same_ram = self.source_vmm.ram == self.destination_vmm.ram;
+            let same_state = self.destination_vmm.device_state == Some(self.stamp);
+            self.checker.require(same_ram && same_state, Violation::Differs);
+        }
+    }
+
+    fn lands(&mut self, link: u32, page: usize, value: u64) {
+        if link == self.links && self.destination.takes_writes {
+            self.checker.require(!self.destination_vmm.running, Violation::WrittenWhileRunning);
+            self.destination_vmm.ram[page] = value;
+        }
+    }
+
+    /// Every guest that runs writes a page. It calms down after a while.
+    fn guest_writes(&mut self) {
+        let page = self.random.below(HOT_PAGES) as usize;
+        let is_zero = self.random.chance(5);
+        if self.source_vmm.running || self.destination_vmm.running {
+            self.stamp += 1;
+        }
+        let value = if is_zero { 0 } else { self.stamp };
+        if self.source_vmm.running {
+            self.source_vmm.ram[page] = value;
+            if self.is_tracked {
+                insert(&mut self.dirty, page);
+            }
+        }
+        if self.destination_vmm.running {
+            self.destination_vmm.ram[page] = value;
+        }
+        let busy = self.now - self.source.began_at;
+        let pause = match busy.as_millis() {
+            0..60 => microseconds(700),
+            60..1000 => microseconds(20_000),
+            _ => Duration::from_secs(2),
+        };
+        self.after(pause, Happening::GuestWrites);
+    }
+
+    /// The device state as it would be saved now.
+    pub(crate) fn device_state(&self) -> u64 {
+        self.stamp
+    }
+
+    fn strike(&mut self, fault: Fault) {
+        self.note(&format!("FAULT {fault:?}"));
+        match fault {
+            Fault::CrashSource { record_survives } => {
+                self.crash(Side::Source, record_survives, Duration::from_millis(20));
+            }
+            Fault::CrashDestination { record_survives } => {
+                self.crash(Side::Destination, record_survives, Duration::from_millis(20));
+            }
+            Fault::LongCrashDestination => self.crash(Side::Destination, true, Duration::from_secs(300)),
+            Fault::CutStream { delivers } => self.cut_stream(delivers),
+            Fault::CutLinks => self.cut_links(),
+            Fault::CutAll => {
+                self.cut_links();
+                self.cut_stream(false);
+            }
+            Fault::DestinationVmmDies => self.destination_vmm_dies(),
+            Fault::Cancel => self.cancel(),
+            Fault::Force => self.source_hears(self.source.life, SourceEvent::ForceSwitchover),
+            Fault::Fail { .. } | Fault::Mute | Fault::Slow | Fault::Straggle => {}
+        }
+    }
+
+    fn cancel(&mut self) {
+        let alone = self.injections.len() == 1;
+        if alone && self.source.can_cancel() {
+            self.after(Duration::from_millis(100), Happening::CancelCheck);
+        }
+        self.source_hears(self.source.life, SourceEvent::Cancel);
+    }
+
+    fn has_committed(&self) -> bool {
+        self.destination.journal.records.last() == Some(&Record::Committed)
+    }
+
+    fn destination_vmm_dies(&mut self) {
+        if self.destination.is_up && !self.has_committed() {
+            self.died_uncommitted_in = Some(self.destination.life);
+        }
+        self.destination_vmm.dead = true;
+        self.destination_vmm.running = false;
+        let failure = Failure::new(Reason::GuestFailed, "the VMM ended");
+        self.destination_hears(self.destination.life, DestinationEvent::Failed(failure));
+    }
+
+    fn crash(&mut self, side: Side, record_survives: bool, down_for: Duration) {
+        if !self.is_alive(side, self.life(side)) {
+            return;
+        }
+        let journal = self.journal(side);
+        let written = journal.writing.take().filter(|_| record_survives);
+        journal.records.extend(written);
+        match side {
+            Side::Source => self.source.is_up = false,
+            Side::Destination => self.destination.is_up = false,
+        }
+        self.cut_links();
+        let delivers = self.random.chance(2);
+        self.cut_stream(delivers);
+        self.is_tracked &= side != Side::Source;
+        self.after(down_for, Happening::Restart(side));
+    }
+
+    fn restart(&mut self, side: Side) {
+        self.note(&format!("{side:?} restarts"));
+        match side {
+            Side::Source => source_agent::restart(self),
+            Side::Destination => destination_agent::restart(self),
+        }
+        self.after(Duration::from_millis(1), Happening::StreamBack);
+    }
+
+    /// Whether both sides came to their ends and nothing is left that could change that.
+    fn is_settled(&self) -> bool {
+        let ended = self.source.outcome.is_some() && self.destination.outcome.is_some();
+        ended && self.source.is_up && self.destination.is_up && !self.queue.values().any(is_pending)
+    }
+
+    fn check_end(&mut self) {
+        let destination_runs = self.destination_vmm.running;
+        let could_tell = self.died_uncommitted_in == Some(self.destination.life);
+        if self.destination_vmm.dead && self.has_committed() && !could_tell {
+            return; // It died as any guest may that has moved.
+        }
+        self.checker.require(self.source_vmm.running || destination_runs, Violation::NeitherRuns);
+        self.checker.require(!(self.source_vmm.running && destination_runs), Violation::BothRun);
+        let ended = self.source.outcome.is_some() && self.destination.outcome.is_some();
+        self.checker.require(ended, Violation::Unfinished);
+        let source_agrees = self.source.says_moved() == Some(destination_runs);
+        let destination_agrees = self.destination.says_running() == Some(destination_runs);
+        self.checker.require(source_agrees && destination_agrees, Violation::WrongOutcome);
+    }
+}
+
+impl Vmm {
+    fn new(ram: [u64; PAGES], running: bool) -> Self {
+        Self { ram, running, dead: false, device_state: None, pause_order: 0, waits: false }
+    }
+}
+
+/// Faults and restarts still to come, and what VMMs still do.
+fn is_pending(happening: &Happening) -> bool {
+    match happening {
+        Happening::Strikes(_) | Happening::Restart(_) | Happening::CancelCheck => true,
+        Happening::Effect { effect, .. } => effect.outlives_agent(),
+        Happening::Arrives { .. } | Happening::Lands { .. } => true,
+        _ => false,
+    }
+}
+
+fn reason_of(effect: &Effect) -> Reason {
+    match effect {
+        Effect::Written(_) => Reason::JournalFailed,
+        Effect::Nothing | Effect::Zero(_) => Reason::Internal,
+        _ => Reason::GuestFailed,
+    }
+}
+
+fn failed(side: Side, reason: Reason) -> Reply {
+    let failure = Failure::new(reason, "injected");
+    match side {
+        Side::Source => Reply::Source(SourceEvent::Failed(failure)),
+        Side::Destination => Reply::Destination(DestinationEvent::Failed(failure)),
+    }
+}

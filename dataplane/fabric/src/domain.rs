@@ -1,0 +1,149 @@
+mod mapped;
+
+use std::io;
+use std::time::Duration;
+
+use ramferry_ram::{BlockRange, RamError};
+use thiserror::Error;
+
+use crate::RegionKey;
+
+pub use mapped::MappedDomain;
+pub(crate) use mapped::{Mirror, Need, RegionUse, encloses};
+
+/// What the peer may do with a region.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Rights {
+    /// Write to it.
+    pub remote_write: bool,
+    /// Read it.
+    pub remote_read: bool,
+}
+
+impl Rights {
+    /// For operations that this side posts only.
+    pub const LOCAL: Rights = Rights { remote_write: false, remote_read: false };
+    /// The peer writes.
+    pub const REMOTE_WRITE: Rights = Rights { remote_write: true, remote_read: false };
+    /// The peer reads.
+    pub const REMOTE_READ: Rights = Rights { remote_write: false, remote_read: true };
+}
+
+/// A registered range.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Region {
+    /// Its key, at both sides.
+    pub key: RegionKey,
+    /// What was registered.
+    pub range: BlockRange,
+}
+
+/// One side's registered memory of one session.
+///
+/// An implementation *must* give keys that cannot be guessed and that are never
+/// used again within the session, must end the key's use before `deregister`
+/// returns well, and must bound every wait. Regions of one domain never overlap.
+///
+/// A caller *may rely on* both calls being usable from any thread at once; they
+/// block. Whatever is registered is released with the domain.
+pub trait Domain: Send + Sync {
+    /// Pins a range of whole pages and makes it usable for operations.
+    ///
+    /// # Errors
+    /// Nothing was registered.
+    fn register(&self, range: BlockRange, rights: Rights) -> Result<Region, RegisterError>;
+
+    /// Makes a region unusable, waits for the operations under way in it, then
+    /// unpins it.
+    ///
+    /// # Errors
+    /// [`RegisterError::InUse`] when operations did not end in time: the key is
+    /// dead, the memory still pinned, and the call may be made again.
+    fn deregister(&self, key: RegionKey) -> Result<(), RegisterError>;
+
+    /// Bytes pinned now.
+    fn pinned_bytes(&self) -> u64;
+}
+
+/// Why memory was not registered or deregistered.
+#[derive(Debug, Error)]
+#[non_exhaustive]
+pub enum RegisterError {
+    /// The range is empty or not within a block.
+    #[error("{} bytes at {:#x} of {} are not within it", range.length, range.offset, range.block)]
+    Range {
+        /// What was to be registered.
+        range: BlockRange,
+    },
+    /// The range is not whole pages.
+    #[error(
+        "{} bytes at {:#x} of {} are not whole pages of {page_bytes} bytes", range.length, range.offset, range.block
+    )]
+    Misaligned {
+        /// What was to be registered.
+        range: BlockRange,
+        /// The block's page size.
+        page_bytes: u64,
+    },
+    /// Part of the range is registered already.
+    #[error(
+        "{} bytes at {:#x} of {} overlap a region: deregister that first", range.length, range.offset, range.block
+    )]
+    Overlap {
+        /// What was to be registered.
+        range: BlockRange,
+    },
+    /// The peer is to write to memory that this side may only read.
+    #[error("the peer cannot be given the right to write: this side's RAM files are open for reading only")]
+    ReadOnly,
+    /// Pinning would exceed `RLIMIT_MEMLOCK`.
+    #[error(
+        "RLIMIT_MEMLOCK is {limit_bytes} bytes, at least {needed_bytes} are needed: raise it \
+         (systemd: LimitMEMLOCK=infinity), give the agent CAP_IPC_LOCK, or set a smaller pin budget"
+    )]
+    MemlockLimit {
+        /// The limit now.
+        limit_bytes: u64,
+        /// What the process has locked, and what it asked for.
+        needed_bytes: u64,
+    },
+    /// The memory could not be pinned or unpinned.
+    #[error("the memory cannot be pinned or unpinned")]
+    Ram(#[source] RamError),
+    /// A link has room for no more regions.
+    #[error("there are too many regions: use larger windows")]
+    TooManyRegions,
+    /// No region has the key.
+    #[error("no region has this key")]
+    UnknownKey,
+    /// Operations under way in the region did not end.
+    #[error("operations under way in the region did not end within {waited:?}: try again, or end the link")]
+    InUse {
+        /// How long that was waited for.
+        waited: Duration,
+    },
+    /// The kernel gave no randomness for a key.
+    #[error("the kernel gives no randomness for a key")]
+    Random(#[source] getrandom::Error),
+    /// The fabric's own reason.
+    #[error("cannot {what}")]
+    System {
+        /// What was tried.
+        what: &'static str,
+        /// The system's reason.
+        #[source]
+        source: io::Error,
+    },
+}
+
+impl From<RamError> for RegisterError {
+    fn from(error: RamError) -> Self {
+        match error {
+            RamError::MemlockLimit { limit_bytes, needed_bytes } => {
+                RegisterError::MemlockLimit { limit_bytes, needed_bytes }
+            }
+            RamError::ReadOnly => RegisterError::ReadOnly,
+            other => RegisterError::Ram(other),
+        }
+    }
+}

@@ -1,0 +1,377 @@
+//! What the copying threads of one migration share: the pages still to copy,
+//! the windows that are registered for them, and what the destination holds.
+
+use std::collections::HashMap;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard};
+use std::time::{Duration, Instant};
+
+use ramferry_fabric::windows::{Acquire, Window, WindowAction, WindowId, Windows};
+use ramferry_fabric::{Domain, RegionKey, RegisterError, Rights};
+use ramferry_ram::{BlockIndex, BlockRange, Memory, PageRun, PageSets};
+
+use crate::counters::Counters;
+use crate::pacer::Pacer;
+use crate::pool::Pool;
+use crate::{MoverError, PeerOrder};
+
+/// Longest range that a thread takes at once: long enough that its costs
+/// vanish, short enough that it stays in a core's cache between the zero scan
+/// and the copy, and that threads share a round evenly.
+const CHUNK_BYTES: u64 = 1 << 20;
+
+/// Sends an order to the destination's agent; `false` when that is lost.
+/// May block while the control stream is full.
+pub type SendOrder = Box<dyn Fn(PeerOrder) -> bool + Send + Sync>;
+
+/// One pass of all copying threads over a round's pages.
+#[derive(Debug)]
+pub(crate) struct Pass {
+    /// The guest stands still: no bandwidth limit.
+    pub(crate) guest_paused: bool,
+    stop: AtomicBool,
+}
+
+impl Pass {
+    pub(crate) fn stop(&self) {
+        self.stop.store(true, Ordering::Release);
+    }
+
+    pub(crate) fn is_stopped(&self) -> bool {
+        self.stop.load(Ordering::Acquire)
+    }
+}
+
+/// What a thread is to do next.
+pub(crate) enum Next {
+    Chunk(Chunk),
+    /// The next window is not registered yet.
+    Wait,
+    /// Every page of the pass has been handed out.
+    Done,
+}
+
+/// A range to copy, within one window that is registered on both sides and
+/// stays so until the chunk is given back.
+pub(crate) struct Chunk {
+    pub(crate) range: BlockRange,
+    pub(crate) window: WindowId,
+    pub(crate) local_key: RegionKey,
+    pub(crate) remote_key: RegionKey,
+}
+
+pub(crate) struct Copy {
+    pub(crate) memory: Arc<Memory>,
+    pub(crate) counters: Arc<Counters>,
+    pub(crate) pacer: Pacer,
+    domain: Arc<dyn Domain>,
+    order: SendOrder,
+    pool: Pool,
+    failed: Box<dyn Fn(MoverError) + Send + Sync>,
+    plan: Mutex<Plan>,
+    changed: Condvar,
+    /// Pages whose bytes at the destination may differ from zero.
+    destination_holds: Mutex<PageSets>,
+}
+
+struct Plan {
+    windows: Windows,
+    registrations: HashMap<WindowId, Registration>,
+    todo: PageSets,
+    cursor: (BlockIndex, u64),
+}
+
+/// A window's way through registration on both sides.
+struct Registration {
+    range: BlockRange,
+    local: Option<RegionKey>,
+    remote: Option<RegionKey>,
+    /// Sides that still have to release it; counts only while it is released.
+    to_release: u8,
+}
+
+/// Orders and work that follow from a change of the plan, to be carried out
+/// when the plan is not locked any more.
+#[derive(Default)]
+struct Follow {
+    register: Vec<Window>,
+    release: Vec<(WindowId, Option<RegionKey>)>,
+}
+
+impl Copy {
+    pub(crate) fn new(
+        memory: Arc<Memory>,
+        domain: Arc<dyn Domain>,
+        windows: Windows,
+        destination_presence: PageSets,
+        order: SendOrder,
+        registration_workers: usize,
+        failed: Box<dyn Fn(MoverError) + Send + Sync>,
+    ) -> Arc<Self> {
+        let todo = PageSets::new(memory.layout());
+        Arc::new(Self {
+            memory,
+            counters: Arc::default(),
+            pacer: Pacer::new(None),
+            domain,
+            order,
+            pool: Pool::new("register", registration_workers),
+            failed,
+            plan: Mutex::new(Plan {
+                windows,
+                registrations: HashMap::new(),
+                todo,
+                cursor: (BlockIndex(0), 0),
+            }),
+            changed: Condvar::new(),
+            destination_holds: Mutex::new(destination_presence),
+        })
+    }
+
+    /// Begins a pass over `pages`. No other may be under way.
+    pub(crate) fn begin(self: &Arc<Self>, pages: PageSets, guest_paused: bool) -> Arc<Pass> {
+        let mut follow = Follow::default();
+        {
+            let mut plan = self.plan();
+            plan.windows.begin_round(&pages);
+            plan.todo = pages;
+            plan.cursor = (BlockIndex(0), 0);
+            plan.advance(&mut follow);
+        }
+        self.carry_out(follow);
+        Arc::new(Pass { guest_paused, stop: AtomicBool::new(false) })
+    }
+
+    /// Pages of the last pass that no thread took.
+    pub(crate) fn take_unsent(&self) -> PageSets {
+        let empty = PageSets::new(self.memory.layout());
+        std::mem::replace(&mut self.plan().todo, empty)
+    }
+
+    pub(crate) fn next(self: &Arc<Self>, pass: &Pass) -> Next {
+        if pass.is_stopped() {
+            return Next::Done;
+        }
+        let mut follow = Follow::default();
+        let next = self.plan().next(&mut follow);
+        self.carry_out(follow);
+        next
+    }
+
+    /// Gives back a chunk whose operations have all completed.
+    pub(crate) fn give_back(self: &Arc<Self>, window: WindowId) {
+        let mut follow = Follow::default();
+        {
+            let mut plan = self.plan();
+            plan.windows.release(window);
+            plan.advance(&mut follow);
+        }
+        self.carry_out(follow);
+    }
+
+    /// Sleeps until a window's state changes, at most `timeout`.
+    pub(crate) fn wait_for_windows(&self, timeout: Duration) {
+        let plan = self.plan();
+        drop(self.changed.wait_timeout(plan, timeout));
+    }
+
+    /// Notes what became of the pages of a chunk; the runs returned are zero
+    /// here and must be made zero at the destination.
+    pub(crate) fn settle(&self, block: BlockIndex, data: &[PageRun], zero: &[PageRun]) -> Vec<PageRun> {
+        let mut holds = self.destination_holds.lock().expect("no panic while it is held");
+        let holds = holds.block_mut(block);
+        let mut to_clear = Vec::new();
+        for run in zero {
+            let mut from = run.first;
+            while let Some(held) = holds.next_run(from).filter(|held| held.first < run.end()) {
+                let end = held.end().min(run.end());
+                to_clear.push(PageRun { first: held.first, count: end - held.first });
+                from = end;
+            }
+            holds.remove_run(*run);
+        }
+        for run in data {
+            holds.insert_run(*run);
+        }
+        to_clear
+    }
+
+    /// Orders pages to be made zero at the destination.
+    pub(crate) fn order_zero(&self, block: BlockIndex, runs: Vec<PageRun>) {
+        if !runs.is_empty() {
+            (self.order)(PeerOrder::ZeroPages { block, runs });
+        }
+    }
+
+    pub(crate) fn remote_registered(self: &Arc<Self>, windows: Vec<(WindowId, Result<RegionKey, String>)>) {
+        for (id, result) in windows {
+            match result {
+                Ok(key) => self.settle_registration(id, |registration| registration.remote = Some(key)),
+                Err(message) => self.registration_failed(id, MoverError::RemoteRegistration { message }),
+            }
+        }
+    }
+
+    pub(crate) fn remote_released(self: &Arc<Self>, windows: &[WindowId]) {
+        for id in windows {
+            self.one_side_released(*id);
+        }
+    }
+
+    /// Windows now, their bytes, and the most bytes so far.
+    pub(crate) fn pinned(&self) -> (u64, u64, u64) {
+        let plan = self.plan();
+        let windows = plan.registrations.len() as u64;
+        (windows, plan.windows.registered_bytes(), plan.windows.peak_bytes())
+    }
+
+    /// Ends the registration threads after what they have begun.
+    pub(crate) fn close(&self) {
+        self.pool.close();
+    }
+
+    fn plan(&self) -> MutexGuard<'_, Plan> {
+        self.plan.lock().expect("no panic while it is held")
+    }
+
+    fn carry_out(self: &Arc<Self>, follow: Follow) {
+        if !follow.register.is_empty() {
+            for window in &follow.register {
+                let (copy, window) = (Arc::clone(self), window.clone());
+                self.pool.run(move || copy.register(&window));
+            }
+            (self.order)(PeerOrder::RegisterWindows(follow.register));
+        }
+        if !follow.release.is_empty() {
+            let ids = follow.release.iter().map(|(id, _)| *id).collect();
+            for (id, local) in follow.release {
+                let copy = Arc::clone(self);
+                self.pool.run(move || copy.deregister(id, local));
+            }
+            (self.order)(PeerOrder::ReleaseWindows(ids));
+        }
+    }
+
+    fn register(self: &Arc<Self>, window: &Window) {
+        let started = Instant::now();
+        let nothing_remote = Rights { remote_write: false, remote_read: false };
+        match self.domain.register(window.range, nothing_remote) {
+            Ok(region) => {
+                self.counters.add_registration(window.range.length, started.elapsed());
+                self.settle_registration(window.id, |registration| registration.local = Some(region.key));
+            }
+            Err(error) => self.registration_failed(window.id, MoverError::Registration(error)),
+        }
+    }
+
+    fn deregister(self: &Arc<Self>, id: WindowId, local: Option<RegionKey>) {
+        let result: Result<(), RegisterError> = local.map_or(Ok(()), |key| self.domain.deregister(key));
+        match result {
+            Ok(()) => self.one_side_released(id),
+            Err(error) => (self.failed)(MoverError::Registration(error)),
+        }
+    }
+
+    fn settle_registration(&self, id: WindowId, settle: impl FnOnce(&mut Registration)) {
+        let mut plan = self.plan();
+        let Some(registration) = plan.registrations.get_mut(&id) else {
+            return;
+        };
+        settle(registration);
+        if registration.local.is_some() && registration.remote.is_some() {
+            plan.windows.registered(id);
+            self.changed.notify_all();
+        }
+    }
+
+    fn registration_failed(&self, id: WindowId, error: MoverError) {
+        {
+            let mut plan = self.plan();
+            if plan.registrations.remove(&id).is_some() {
+                plan.windows.failed(id);
+            }
+        }
+        (self.failed)(error);
+        self.changed.notify_all();
+    }
+
+    fn one_side_released(self: &Arc<Self>, id: WindowId) {
+        let mut follow = Follow::default();
+        {
+            let mut plan = self.plan();
+            let Some(registration) = plan.registrations.get_mut(&id).filter(|entry| entry.to_release > 0)
+            else {
+                return;
+            };
+            registration.to_release -= 1;
+            if registration.to_release == 0 {
+                plan.registrations.remove(&id);
+                plan.windows.deregistered(id);
+                plan.advance(&mut follow);
+            }
+        }
+        self.carry_out(follow);
+        self.changed.notify_all();
+    }
+}
+
+impl Plan {
+    fn next(&mut self, follow: &mut Follow) -> Next {
+        let Some((block, run)) = self.next_run() else {
+            return Next::Done;
+        };
+        let page_bytes = self.todo.page_bytes(block);
+        let acquired = self.windows.acquire(block, run.first * page_bytes);
+        self.advance(follow);
+        let Acquire::Ready { id, bytes } = acquired else {
+            return Next::Wait;
+        };
+        let registration = &self.registrations[&id];
+        let (Some(local_key), Some(remote_key)) = (registration.local, registration.remote) else {
+            unreachable!("a window is ready only when both sides have registered it");
+        };
+        debug_assert!(registration.range.block == block);
+        let pages = run.count.min(bytes / page_bytes);
+        assert!(pages > 0, "a window covers whole pages");
+        let taken = PageRun { first: run.first, count: pages };
+        self.todo.block_mut(block).remove_run(taken);
+        self.cursor = (block, taken.end());
+        let range = BlockRange { block, offset: taken.first * page_bytes, length: pages * page_bytes };
+        Next::Chunk(Chunk { range, window: id, local_key, remote_key })
+    }
+
+    /// The next pages to copy, as many as one chunk holds.
+    fn next_run(&mut self) -> Option<(BlockIndex, PageRun)> {
+        let (mut block, mut page) = self.cursor;
+        let blocks = self.todo.iter().count();
+        while block.get() < blocks {
+            let most = (CHUNK_BYTES / self.todo.page_bytes(block)).max(1);
+            if let Some(run) = self.todo.block(block).next_run_capped(page, most) {
+                return Some((block, run));
+            }
+            (block, page) = (BlockIndex(block.0 + 1), 0);
+            self.cursor = (block, page);
+        }
+        None
+    }
+
+    fn advance(&mut self, follow: &mut Follow) {
+        let mut actions = Vec::new();
+        self.windows.actions(&mut actions);
+        for action in actions {
+            match action {
+                WindowAction::Register(window) => {
+                    let entry =
+                        Registration { range: window.range, local: None, remote: None, to_release: 0 };
+                    self.registrations.insert(window.id, entry);
+                    follow.register.push(window);
+                }
+                WindowAction::Deregister(id) => {
+                    let entry = self.registrations.get_mut(&id).expect("it was registered");
+                    entry.to_release = 2;
+                    follow.release.push((id, entry.local));
+                }
+            }
+        }
+    }
+}

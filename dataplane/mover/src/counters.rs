@@ -1,0 +1,162 @@
+use std::sync::Mutex;
+use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
+use std::time::Duration;
+
+/// Registrations that are kept for the next publication; more are only counted.
+const REGISTRATIONS_KEPT: usize = 1 << 16;
+
+/// What one migration's threads did so far, on one side.
+#[derive(Debug, Default)]
+pub(crate) struct Counters {
+    data_bytes: AtomicU64,
+    data_pages: AtomicU64,
+    zero_bytes: AtomicU64,
+    zero_pages: AtomicU64,
+    writes: AtomicU64,
+    fences: AtomicU64,
+    failed: AtomicU64,
+    registration_nanoseconds: AtomicU64,
+    registered_bytes: AtomicU64,
+    registrations: AtomicU64,
+    recent_registrations: Mutex<Vec<Registered>>,
+    stalled_nanoseconds: [AtomicU64; Stall::ALL.len()],
+    busy_nanoseconds: AtomicU64,
+    idle_nanoseconds: AtomicU64,
+}
+
+/// One local registration.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Registered {
+    /// What it took.
+    pub elapsed: Duration,
+    /// Its length.
+    pub bytes: u64,
+}
+
+/// Why a copying thread had to wait.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Stall {
+    /// The next window is not registered yet.
+    Registration,
+    /// The link's queue is full.
+    Link,
+    /// The bandwidth limit.
+    Bandwidth,
+}
+
+impl Stall {
+    /// Every cause.
+    pub const ALL: [Stall; 3] = [Stall::Registration, Stall::Link, Stall::Bandwidth];
+
+    /// The cause's name in metrics.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Stall::Registration => "registration",
+            Stall::Link => "link",
+            Stall::Bandwidth => "bandwidth",
+        }
+    }
+}
+
+/// [`Counters`] at one moment. Everything only grows.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Counted {
+    /// Bytes sent as data.
+    pub data_bytes: u64,
+    /// Pages sent as data.
+    pub data_pages: u64,
+    /// Bytes of pages that were zero and not sent.
+    pub zero_bytes: u64,
+    /// Pages that were zero and not sent.
+    pub zero_pages: u64,
+    /// Writes completed.
+    pub writes: u64,
+    /// Fences completed.
+    pub fences: u64,
+    /// Writes and fences that completed with an error.
+    pub failed: u64,
+    /// Time of all local registrations, added up over threads.
+    pub registration: Duration,
+    /// Bytes registered locally.
+    pub registered_bytes: u64,
+    /// Local registrations.
+    pub registrations: u64,
+    /// Waiting, in the order of [`Stall::ALL`], added up over threads.
+    pub stalled: [Duration; Stall::ALL.len()],
+    /// Time in which copying threads made progress.
+    pub poller_busy: Duration,
+    /// Time in which they waited.
+    pub poller_idle: Duration,
+}
+
+impl Counters {
+    /// The counters now.
+    pub(crate) fn read(&self) -> Counted {
+        let nanoseconds = |counter: &AtomicU64| Duration::from_nanos(counter.load(Relaxed));
+        Counted {
+            data_bytes: self.data_bytes.load(Relaxed),
+            data_pages: self.data_pages.load(Relaxed),
+            zero_bytes: self.zero_bytes.load(Relaxed),
+            zero_pages: self.zero_pages.load(Relaxed),
+            writes: self.writes.load(Relaxed),
+            fences: self.fences.load(Relaxed),
+            failed: self.failed.load(Relaxed),
+            registration: nanoseconds(&self.registration_nanoseconds),
+            registered_bytes: self.registered_bytes.load(Relaxed),
+            registrations: self.registrations.load(Relaxed),
+            stalled: std::array::from_fn(|cause| nanoseconds(&self.stalled_nanoseconds[cause])),
+            poller_busy: nanoseconds(&self.busy_nanoseconds),
+            poller_idle: nanoseconds(&self.idle_nanoseconds),
+        }
+    }
+
+    pub(crate) fn add_data(&self, bytes: u64, pages: u64) {
+        self.data_bytes.fetch_add(bytes, Relaxed);
+        self.data_pages.fetch_add(pages, Relaxed);
+    }
+
+    pub(crate) fn add_zero(&self, bytes: u64, pages: u64) {
+        self.zero_bytes.fetch_add(bytes, Relaxed);
+        self.zero_pages.fetch_add(pages, Relaxed);
+    }
+
+    pub(crate) fn add_write(&self) {
+        self.writes.fetch_add(1, Relaxed);
+    }
+
+    pub(crate) fn add_fence(&self) {
+        self.fences.fetch_add(1, Relaxed);
+    }
+
+    pub(crate) fn add_failed(&self) {
+        self.failed.fetch_add(1, Relaxed);
+    }
+
+    pub(crate) fn add_registration(&self, bytes: u64, elapsed: Duration) {
+        self.registrations.fetch_add(1, Relaxed);
+        self.registered_bytes.fetch_add(bytes, Relaxed);
+        add_duration(&self.registration_nanoseconds, elapsed);
+        let mut recent = self.recent_registrations.lock().expect("no panic while it is held");
+        if recent.len() < REGISTRATIONS_KEPT {
+            recent.push(Registered { elapsed, bytes });
+        }
+    }
+
+    /// Local registrations since the last call.
+    pub(crate) fn take_registrations(&self) -> Vec<Registered> {
+        std::mem::take(&mut self.recent_registrations.lock().expect("no panic while it is held"))
+    }
+
+    pub(crate) fn add_stall(&self, cause: Stall, elapsed: Duration) {
+        add_duration(&self.stalled_nanoseconds[cause as usize], elapsed);
+        add_duration(&self.idle_nanoseconds, elapsed);
+    }
+
+    pub(crate) fn add_busy(&self, elapsed: Duration) {
+        add_duration(&self.busy_nanoseconds, elapsed);
+    }
+}
+
+fn add_duration(counter: &AtomicU64, elapsed: Duration) {
+    counter.fetch_add(u64::try_from(elapsed.as_nanos()).unwrap_or(u64::MAX), Relaxed);
+}

@@ -1,0 +1,88 @@
+//! The threads that carry out what a migration engine decides: on the source,
+//! one driver that runs the engine, harvests and paces; one copying thread a
+//! link; a few that register windows ahead of the copy. On the destination, one
+//! driver and the registering threads: memory arrives without its help.
+//!
+//! What is not memory (the guest, the journal, the peer's control stream) is
+//! left to whoever implements [`SourceOutside`] and [`DestinationOutside`].
+
+mod copy;
+mod counters;
+mod destination;
+mod pacer;
+mod pool;
+mod source;
+mod worker;
+
+use std::time::Duration;
+
+use ramferry_fabric::windows::{Window, WindowError, WindowId};
+use ramferry_fabric::{LinkError, OpError, PostError, RegisterError};
+use ramferry_ram::{BlockIndex, PageRun, RamError};
+use ramferry_tracking::TrackError;
+use thiserror::Error;
+
+pub use copy::SendOrder;
+pub use counters::{Counted, Registered, Stall};
+pub use destination::{
+    DestinationHandle, DestinationInput, DestinationOutside, DestinationParts, DestinationSnapshot,
+    PeerAnswer, RegisteredWindow, spawn_destination,
+};
+pub use source::{SourceHandle, SourceInput, SourceOutside, SourceParts, SourceSnapshot, spawn_source};
+
+/// An order of the source's data plane to the destination's.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum PeerOrder {
+    /// Register these ranges, for remote writes.
+    RegisterWindows(Vec<Window>),
+    /// Release these windows.
+    ReleaseWindows(Vec<WindowId>),
+    /// Make these pages zero.
+    ZeroPages {
+        /// Their block.
+        block: BlockIndex,
+        /// Runs of pages, ascending.
+        runs: Vec<PageRun>,
+    },
+}
+
+/// Why the data plane cannot go on.
+#[derive(Debug, Error)]
+#[non_exhaustive]
+pub enum MoverError {
+    /// Guest RAM could not be reached.
+    #[error("cannot reach the guest's RAM: {0}")]
+    Ram(#[from] RamError),
+    /// The tracker failed.
+    #[error("cannot track the guest's writes: {0}")]
+    Track(#[from] TrackError),
+    /// A window was not registered on this side.
+    #[error("cannot register memory: {0}")]
+    Registration(#[source] RegisterError),
+    /// A window was not registered on the other side.
+    #[error("the destination cannot register memory: {message}")]
+    RemoteRegistration {
+        /// The destination's reason.
+        message: String,
+    },
+    /// The registration policy cannot work with what it was given.
+    #[error("the registration policy cannot be carried out: {0}")]
+    Windows(#[from] WindowError),
+    /// The link did not take an operation.
+    #[error("the link took no operation: {0}")]
+    Post(#[source] PostError),
+    /// An operation failed.
+    #[error("a write to the destination's memory failed: {0}")]
+    Operation(#[source] OpError),
+    /// The link died.
+    #[error("the link is lost: {0}")]
+    Link(#[source] LinkError),
+    /// Nothing moved for too long.
+    #[error("no progress for {limit:?} while waiting for {cause}: is the network or the destination stuck?")]
+    Stalled {
+        /// What was waited for.
+        cause: &'static str,
+        /// How long.
+        limit: Duration,
+    },
+}

@@ -1,0 +1,577 @@
+//! The source's driver: one thread that feeds the engine and carries out its
+//! actions on memory.
+
+use std::collections::VecDeque;
+use std::sync::Arc;
+use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
+use std::thread::{self, JoinHandle};
+use std::time::{Duration, Instant};
+
+use ramferry_engine::{Failure, FixedCosts, Progress, Reason, Source, SourceAction, SourceEvent, State};
+use ramferry_fabric::windows::{WindowConfig, WindowId, Windows};
+use ramferry_fabric::{Domain, Link, RegionKey};
+use ramferry_ram::{Digest, Memory, PageSets};
+use ramferry_tracking::{Tracker, TrackerKind};
+
+use crate::copy::{Copy, Pass, SendOrder};
+use crate::worker::{Job, Worker};
+use crate::{Counted, MoverError, Registered};
+
+/// Between two publications of progress.
+const PUBLISH_INTERVAL: Duration = Duration::from_millis(100);
+
+/// What a source's driver leaves to others. Everything is called on the
+/// driver's thread.
+pub trait SourceOutside: Send {
+    /// Carries out one of `Prepare`, `EndRound`, `PauseGuest`, `Verify`,
+    /// `MoveDeviceState`, `WriteHandedOver`, `SendCommit`, `AskOutcome`,
+    /// `AbortPeer`, `ResumeGuest`, `Finish`. Must not block for long; must see
+    /// to it that the action's event reaches the driver later. For `Prepare`
+    /// that is [`SourceInput::Ready`].
+    fn act(&mut self, action: SourceAction);
+    /// Takes note of how the migration stands: on each change, and every 100 ms.
+    fn publish(&mut self, snapshot: &SourceSnapshot);
+}
+
+/// How a migration stands, at its source.
+#[derive(Clone, Debug)]
+pub struct SourceSnapshot {
+    /// The engine's state.
+    pub state: State,
+    /// The finer step within the state.
+    pub phase: &'static str,
+    /// What the engine measured.
+    pub progress: Progress,
+    /// What the threads counted.
+    pub counted: Counted,
+    /// Bytes to copy in the round under way when it began.
+    pub round_bytes: u64,
+    /// Length of all blocks.
+    pub ram_bytes: u64,
+    /// Bytes that were ever touched when the migration began.
+    pub present_bytes: u64,
+    /// Local registrations since the last publication.
+    pub registrations: Vec<Registered>,
+    /// Windows registered now.
+    pub regions: u64,
+    /// Bytes registered now.
+    pub pinned_bytes: u64,
+    /// Most bytes registered at once so far.
+    pub pinned_peak_bytes: u64,
+    /// The tracker in use.
+    pub tracker: Option<TrackerKind>,
+    /// Last harvest: its duration and the pages that it found.
+    pub last_harvest: Option<(Duration, u64)>,
+    /// Harvests so far.
+    pub harvests: u64,
+    /// Whether both sides' digests were equal.
+    pub verified: Option<bool>,
+}
+
+/// The memory side of a migration, ready to copy.
+pub struct SourceParts {
+    /// Threads end with the links, links with the domain, all before memory.
+    pub links: Vec<Box<dyn Link>>,
+    /// Where windows are registered.
+    pub domain: Arc<dyn Domain>,
+    /// Armed before anything of `memory` was read.
+    pub tracker: Box<dyn Tracker>,
+    /// The guest's RAM.
+    pub memory: Arc<Memory>,
+    /// The registration policy.
+    pub windows: WindowConfig,
+    /// Threads that register.
+    pub registration_workers: usize,
+    /// Pages that the destination's RAM files hold already.
+    pub destination_presence: PageSets,
+    /// Estimates to start with.
+    pub fixed_costs: FixedCosts,
+    /// To the destination's agent.
+    pub order: SendOrder,
+    /// CPUs that copying threads are pinned to, in turn.
+    pub poller_cpus: Option<Vec<usize>>,
+}
+
+/// What reaches a source's driver.
+pub enum SourceInput {
+    /// An event for the engine.
+    Event(SourceEvent),
+    /// `Prepare` succeeded.
+    Ready(Box<SourceParts>),
+    /// The destination answered `RegisterWindows`.
+    WindowsRegistered(Vec<(WindowId, Result<RegionKey, String>)>),
+    /// The destination answered `ReleaseWindows`.
+    WindowsReleased(Vec<WindowId>),
+    /// The destination's digests, one a block.
+    PeerDigests(Vec<Digest>),
+    #[doc(hidden)]
+    OwnDigests(Result<Vec<Digest>, MoverError>),
+    #[doc(hidden)]
+    JobDone(Result<(), MoverError>),
+    #[doc(hidden)]
+    MemoryFailed(MoverError),
+}
+
+impl From<SourceEvent> for SourceInput {
+    fn from(event: SourceEvent) -> Self {
+        SourceInput::Event(event)
+    }
+}
+
+/// Reaches a source's driver.
+#[derive(Clone)]
+pub struct SourceHandle {
+    inputs: Sender<SourceInput>,
+}
+
+impl SourceHandle {
+    /// Hands an input to the driver; one that has ended drops it.
+    pub fn send(&self, input: impl Into<SourceInput>) {
+        let _ = self.inputs.send(input.into());
+    }
+}
+
+/// Starts a driver for `engine`, which begins at once. `outside` is made with
+/// the driver's handle. The thread ends when the engine finishes.
+pub fn spawn_source<O: SourceOutside + 'static>(
+    engine: Source,
+    outside: impl FnOnce(SourceHandle) -> O,
+) -> (SourceHandle, JoinHandle<()>) {
+    let (sender, inputs) = channel();
+    let handle = SourceHandle { inputs: sender };
+    let outside: Box<dyn SourceOutside> = Box::new(outside(handle.clone()));
+    let driver = Driver {
+        engine,
+        outside,
+        handle: handle.clone(),
+        started: Instant::now(),
+        plane: None,
+        job: None,
+        digests: (None, None),
+        round_bytes: 0,
+        harvests: 0,
+        last_harvest: None,
+        verified: None,
+        counted: Counted::default(),
+        pinned_peak_bytes: 0,
+        registrations: Vec::new(),
+        sizes: (0, 0),
+        tracker_kind: None,
+        events: VecDeque::new(),
+        feeding: false,
+        finished: false,
+    };
+    let builder = thread::Builder::new().name("source".into());
+    let thread = builder.spawn(move || driver.run(&inputs)).expect("the kernel gives a thread");
+    (handle, thread)
+}
+
+struct Driver {
+    engine: Source,
+    outside: Box<dyn SourceOutside>,
+    handle: SourceHandle,
+    started: Instant,
+    plane: Option<Plane>,
+    job: Option<RunningJob>,
+    digests: (Option<Vec<Digest>>, Option<Vec<Digest>>),
+    round_bytes: u64,
+    harvests: u64,
+    last_harvest: Option<(Duration, u64)>,
+    verified: Option<bool>,
+    counted: Counted,
+    pinned_peak_bytes: u64,
+    /// Those that were not published when the plane was taken down.
+    registrations: Vec<Registered>,
+    /// RAM and present bytes.
+    sizes: (u64, u64),
+    tracker_kind: Option<TrackerKind>,
+    events: VecDeque<SourceEvent>,
+    feeding: bool,
+    finished: bool,
+}
+
+/// Everything that [`SourceAction::Release`] takes down, in this order.
+struct Plane {
+    workers: Vec<(Sender<Job>, JoinHandle<()>)>,
+    copy: Arc<Copy>,
+    tracker: Box<dyn Tracker>,
+    memory: Arc<Memory>,
+    /// Pages that were holes at the source when the tracker was armed.
+    holes: Option<PageSets>,
+}
+
+struct RunningJob {
+    started: Instant,
+    waiting: usize,
+    kind: JobKind,
+    failed: bool,
+}
+
+enum JobKind {
+    Copy { pass: Arc<Pass>, before: Counted },
+    Fence,
+}
+
+impl Driver {
+    fn run(mut self, inputs: &Receiver<SourceInput>) {
+        let span = tracing::info_span!("source_driver");
+        let _entered = span.enter();
+        self.feed(SourceEvent::Start);
+        let mut published = Instant::now();
+        while !self.finished {
+            let mut changed = true;
+            match inputs.recv_timeout(self.patience()) {
+                Ok(input) => self.take(input),
+                Err(RecvTimeoutError::Timeout) => changed = self.tick(),
+                Err(RecvTimeoutError::Disconnected) => unreachable!("the driver holds a sender"),
+            }
+            if changed || published.elapsed() >= PUBLISH_INTERVAL {
+                published = Instant::now();
+                self.publish();
+            }
+        }
+        self.release();
+    }
+
+    fn now(&self) -> Duration {
+        self.started.elapsed()
+    }
+
+    fn patience(&self) -> Duration {
+        let deadline = self.engine.deadline().map(|at| at.saturating_sub(self.now()));
+        deadline.map_or(PUBLISH_INTERVAL, |left| left.min(PUBLISH_INTERVAL))
+    }
+
+    fn tick(&mut self) -> bool {
+        let due = self.engine.deadline().is_some_and(|at| at <= self.now());
+        if due {
+            self.feed(SourceEvent::Tick);
+        }
+        due
+    }
+
+    fn take(&mut self, input: SourceInput) {
+        match input {
+            SourceInput::Event(event) => self.feed(event),
+            SourceInput::Ready(parts) => match self.set_up(*parts) {
+                Ok(event) => self.feed(event),
+                Err(error) => self.fail(&error),
+            },
+            SourceInput::WindowsRegistered(windows) => {
+                if let Some(plane) = &self.plane {
+                    plane.copy.remote_registered(windows);
+                }
+            }
+            SourceInput::WindowsReleased(ids) => {
+                if let Some(plane) = &self.plane {
+                    plane.copy.remote_released(&ids);
+                }
+            }
+            SourceInput::PeerDigests(digests) => {
+                self.digests.1 = Some(digests);
+                self.compare_digests();
+            }
+            SourceInput::OwnDigests(Ok(digests)) => {
+                self.digests.0 = Some(digests);
+                self.compare_digests();
+            }
+            SourceInput::OwnDigests(Err(error)) | SourceInput::MemoryFailed(error) => self.fail(&error),
+            SourceInput::JobDone(result) => self.job_done(result),
+        }
+    }
+
+    /// Feeds the engine. Events that its actions bring about at once wait until
+    /// all actions of the event before them are carried out.
+    fn feed(&mut self, event: SourceEvent) {
+        self.events.push_back(event);
+        if std::mem::replace(&mut self.feeding, true) {
+            return;
+        }
+        while let Some(event) = self.events.pop_front() {
+            let mut actions = Vec::new();
+            self.engine.handle(self.now(), event, &mut actions);
+            for action in actions {
+                self.carry_out(action);
+            }
+        }
+        self.feeding = false;
+    }
+
+    fn fail(&mut self, error: &MoverError) {
+        self.feed(SourceEvent::Failed(failure(error)));
+    }
+
+    fn carry_out(&mut self, action: SourceAction) {
+        tracing::debug!(?action, phase = self.engine.phase());
+        match action {
+            SourceAction::Harvest => self.harvest(),
+            SourceAction::Copy { pages, .. } => self.copy(pages),
+            SourceAction::StopCopy => {
+                if let Some(RunningJob { kind: JobKind::Copy { pass, .. }, .. }) = &self.job {
+                    pass.stop();
+                }
+            }
+            SourceAction::Fence => self.start_job(JobKind::Fence, || Job::Fence),
+            SourceAction::Verify => {
+                self.digest();
+                self.outside.act(SourceAction::Verify);
+            }
+            SourceAction::SetBandwidthLimit(limit) => {
+                if let Some(plane) = &self.plane {
+                    plane.copy.pacer.set_limit(limit.map(|limit| limit.0));
+                }
+            }
+            SourceAction::Release => {
+                self.release();
+                self.feed(SourceEvent::Released);
+            }
+            SourceAction::Finish(outcome) => {
+                self.finished = true;
+                self.publish();
+                self.outside.act(SourceAction::Finish(outcome));
+            }
+            action => self.outside.act(action),
+        }
+    }
+
+    fn set_up(&mut self, parts: SourceParts) -> Result<SourceEvent, MoverError> {
+        let present = parts.memory.presence()?;
+        let mut pages = present.clone();
+        pages.union_with(&parts.destination_presence);
+        let mut holes = parts.destination_presence.clone();
+        holes.subtract(&present);
+        self.sizes = (parts.memory.layout().total_bytes(), present.bytes());
+        self.tracker_kind = Some(parts.tracker.kind());
+
+        let handle = self.handle.clone();
+        let copy = Copy::new(
+            Arc::clone(&parts.memory),
+            parts.domain,
+            Windows::new(parts.windows, parts.memory.layout())?,
+            parts.destination_presence,
+            parts.order,
+            parts.registration_workers,
+            Box::new(move |error| handle.send(SourceInput::MemoryFailed(error))),
+        );
+        let cpus = parts.poller_cpus.unwrap_or_default();
+        let workers = parts.links.into_iter().enumerate().map(|(index, link)| {
+            let cpu = (!cpus.is_empty()).then(|| cpus[index % cpus.len()]);
+            self.spawn_worker(index, Worker::new(link, Arc::clone(&copy)), cpu)
+        });
+        let workers = workers.collect();
+        self.plane =
+            Some(Plane { workers, copy, tracker: parts.tracker, memory: parts.memory, holes: Some(holes) });
+        Ok(SourceEvent::Prepared { pages, fixed: parts.fixed_costs })
+    }
+
+    fn spawn_worker(
+        &self,
+        index: usize,
+        worker: Worker,
+        cpu: Option<usize>,
+    ) -> (Sender<Job>, JoinHandle<()>) {
+        let (jobs, queue) = channel();
+        let handle = self.handle.clone();
+        let builder = thread::Builder::new().name(format!("copy-{index}"));
+        let body = move || {
+            if let Some(cpu) = cpu {
+                pin_to(cpu);
+            }
+            worker.run(&queue, |result| handle.send(SourceInput::JobDone(result)));
+        };
+        (jobs, builder.spawn(body).expect("the kernel gives a thread"))
+    }
+
+    fn harvest(&mut self) {
+        let paused = self.engine.state() == State::SwitchingOver;
+        let Some(plane) = &mut self.plane else {
+            return;
+        };
+        let mut written = PageSets::new(plane.memory.layout());
+        let started = Instant::now();
+        // A process that begins to map guest RAM is looked for while the guest
+        // runs: the search takes longer than the harvest.
+        let rechecked = if paused { Ok(()) } else { plane.tracker.recheck(&mut written) };
+        match rechecked.and_then(|()| plane.tracker.harvest(&mut written)) {
+            Ok(harvest) => {
+                self.harvests += 1;
+                self.last_harvest = Some((harvest.elapsed, harvest.written_pages));
+                self.feed(SourceEvent::Harvested { written, elapsed: started.elapsed() });
+            }
+            Err(error) => self.fail(&error.into()),
+        }
+    }
+
+    fn copy(&mut self, mut pages: PageSets) {
+        let guest_paused = self.engine.state() == State::SwitchingOver;
+        let Some(plane) = &mut self.plane else {
+            return;
+        };
+        if let Some(holes) = plane.holes.take() {
+            for (block, set) in holes.iter() {
+                let runs: Vec<_> = set.runs().collect();
+                for runs in plane.copy.settle(block, &[], &runs).chunks(4096) {
+                    plane.copy.order_zero(block, runs.to_vec());
+                }
+            }
+            pages.subtract(&holes);
+        }
+        self.round_bytes = pages.bytes();
+        let pass = plane.copy.begin(pages, guest_paused);
+        let before = plane.copy.counters.read();
+        self.start_job(JobKind::Copy { pass: Arc::clone(&pass), before }, || Job::Copy(Arc::clone(&pass)));
+    }
+
+    fn start_job(&mut self, kind: JobKind, job: impl Fn() -> Job) {
+        let Some(plane) = &self.plane else {
+            return;
+        };
+        assert!(self.job.is_none(), "the engine orders one job at a time");
+        self.job =
+            Some(RunningJob { started: Instant::now(), waiting: plane.workers.len(), kind, failed: false });
+        for (jobs, _) in &plane.workers {
+            if jobs.send(job()).is_err() {
+                self.handle.send(SourceInput::JobDone(Ok(())));
+            }
+        }
+    }
+
+    fn job_done(&mut self, result: Result<(), MoverError>) {
+        let Some(job) = &mut self.job else {
+            return;
+        };
+        job.waiting -= 1;
+        let failed_before = job.failed;
+        job.failed |= result.is_err();
+        if let (Err(_), JobKind::Copy { pass, .. }) = (&result, &job.kind) {
+            pass.stop();
+        }
+        let done = if job.waiting == 0 { self.job.take() } else { None };
+        if let (Err(error), false) = (&result, failed_before) {
+            self.fail(error);
+        }
+        match done {
+            Some(job) if !job.failed => self.report(job),
+            _ => {}
+        }
+    }
+
+    fn report(&mut self, job: RunningJob) {
+        let elapsed = job.started.elapsed();
+        let Some(plane) = &self.plane else {
+            return;
+        };
+        let event = match job.kind {
+            JobKind::Fence => SourceEvent::Fenced { elapsed },
+            JobKind::Copy { before, .. } => {
+                let broken = plane.memory.check();
+                if let Err(error) = broken {
+                    return self.fail(&error.into());
+                }
+                let after = plane.copy.counters.read();
+                let unsent = plane.copy.take_unsent();
+                SourceEvent::Copied {
+                    data_bytes: after.data_bytes - before.data_bytes,
+                    zero_bytes: after.zero_bytes - before.zero_bytes,
+                    elapsed,
+                    complete: unsent.is_empty(),
+                    unsent,
+                }
+            }
+        };
+        self.feed(event);
+    }
+
+    fn digest(&mut self) {
+        let Some(plane) = &self.plane else {
+            return;
+        };
+        self.digests = (None, None);
+        let (memory, handle) = (Arc::clone(&plane.memory), self.handle.clone());
+        let builder = thread::Builder::new().name("digest".into());
+        let body = move || {
+            let digests = memory.digests().and_then(|digests| memory.check().map(|()| digests));
+            handle.send(SourceInput::OwnDigests(digests.map_err(MoverError::from)));
+        };
+        builder.spawn(body).expect("the kernel gives a thread");
+    }
+
+    fn compare_digests(&mut self) {
+        if let (Some(own), Some(peer)) = &self.digests {
+            let equal = own == peer;
+            self.digests = (None, None);
+            self.verified = Some(equal);
+            self.feed(SourceEvent::Verified { equal });
+        }
+    }
+
+    fn release(&mut self) {
+        let Some(plane) = self.plane.take() else {
+            return;
+        };
+        if let Some(RunningJob { kind: JobKind::Copy { pass, .. }, .. }) = self.job.take() {
+            pass.stop();
+        }
+        self.counted = plane.copy.counters.read();
+        self.registrations = plane.copy.counters.take_registrations();
+        self.pinned_peak_bytes = plane.copy.pinned().2;
+        plane.copy.close();
+        let threads: Vec<_> = plane.workers.into_iter().map(|(_, thread)| thread).collect();
+        for thread in threads {
+            if thread.join().is_err() {
+                tracing::error!("a copying thread panicked");
+            }
+        }
+    }
+
+    fn publish(&mut self) {
+        let mut registrations = std::mem::take(&mut self.registrations);
+        let (mut regions, mut pinned_bytes) = (0, 0);
+        if let Some(plane) = &self.plane {
+            self.counted = plane.copy.counters.read();
+            registrations = plane.copy.counters.take_registrations();
+            (regions, pinned_bytes, self.pinned_peak_bytes) = plane.copy.pinned();
+        }
+        let snapshot = SourceSnapshot {
+            state: self.engine.state(),
+            phase: self.engine.phase(),
+            progress: self.engine.progress().clone(),
+            counted: self.counted,
+            round_bytes: self.round_bytes,
+            ram_bytes: self.sizes.0,
+            present_bytes: self.sizes.1,
+            registrations,
+            regions,
+            pinned_bytes,
+            pinned_peak_bytes: self.pinned_peak_bytes,
+            tracker: self.tracker_kind,
+            last_harvest: self.last_harvest,
+            harvests: self.harvests,
+            verified: self.verified,
+        };
+        self.outside.publish(&snapshot);
+    }
+}
+
+fn failure(error: &MoverError) -> Failure {
+    let reason = match error {
+        MoverError::Ram(_) => Reason::GuestFailed,
+        MoverError::Track(_) => Reason::TrackerFailed,
+        MoverError::Registration(_) | MoverError::RemoteRegistration { .. } | MoverError::Windows(_) => {
+            Reason::RegistrationFailed
+        }
+        MoverError::Post(_) | MoverError::Operation(_) | MoverError::Link(_) | MoverError::Stalled { .. } => {
+            Reason::LinkLost
+        }
+    };
+    Failure { reason, message: error.to_string() }
+}
+
+/// Pins the calling thread. A CPU that is not there is no reason to fail.
+fn pin_to(cpu: usize) {
+    let mut set = rustix::thread::CpuSet::new();
+    set.set(cpu);
+    if let Err(error) = rustix::thread::sched_setaffinity(None, &set) {
+        tracing::warn!(cpu, %error, "cannot pin a copying thread");
+    }
+}

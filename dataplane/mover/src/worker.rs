@@ -1,0 +1,310 @@
+//! A copying thread: drives one link through the passes and fences that the
+//! migration's driver orders.
+
+use std::collections::HashMap;
+use std::sync::Arc;
+use std::sync::mpsc::Receiver;
+use std::thread;
+use std::time::{Duration, Instant};
+
+use ramferry_fabric::windows::WindowId;
+use ramferry_fabric::{Completion, Link, OpId, Place, PostError, Transfer};
+use ramferry_ram::{BlockIndex, BlockRange, PageRun};
+
+use crate::MoverError;
+use crate::copy::{Chunk, Copy, Next, Pass};
+use crate::counters::Stall;
+
+/// Longest operation that is posted at once.
+const TRANSFER_BYTES: u64 = 1 << 20;
+/// How long a thread that has nothing to do spins before it sleeps. Waking a
+/// sleeper costs some 50 us, so that spinning longer can at most halve the wait.
+const SPIN: Duration = Duration::from_micros(50);
+/// Longest sleep, so that a stop is seen soon.
+const NAP: Duration = Duration::from_millis(2);
+/// A link that completes nothing for so long is dead.
+const STALL_LIMIT: Duration = Duration::from_secs(30);
+/// Runs of zero pages that are kept for one order.
+const ZERO_RUNS: usize = 4096;
+
+/// What a copying thread is told to do.
+pub(crate) enum Job {
+    Copy(Arc<Pass>),
+    Fence,
+}
+
+/// Operations of one chunk, or a fence, on their way.
+struct InFlight {
+    window: Option<WindowId>,
+    operations: u32,
+}
+
+pub(crate) struct Worker {
+    link: Box<dyn Link>,
+    copy: Arc<Copy>,
+    in_flight: HashMap<u64, InFlight>,
+    next_id: u64,
+    completions: Vec<Completion>,
+    zero: Vec<(BlockIndex, PageRun)>,
+    idle_since: Option<Instant>,
+    /// Waiting within the job under way.
+    waited: Duration,
+}
+
+impl Worker {
+    pub(crate) fn new(link: Box<dyn Link>, copy: Arc<Copy>) -> Self {
+        Self {
+            link,
+            copy,
+            in_flight: HashMap::new(),
+            next_id: 0,
+            completions: Vec::new(),
+            zero: Vec::new(),
+            idle_since: None,
+            waited: Duration::ZERO,
+        }
+    }
+
+    /// Runs jobs until there will be no more, then closes the link.
+    pub(crate) fn run(mut self, jobs: &Receiver<Job>, report: impl Fn(Result<(), MoverError>)) {
+        while let Some(job) = next_job(jobs) {
+            let started = Instant::now();
+            self.waited = Duration::ZERO;
+            report(match job {
+                Job::Copy(pass) => self.copy_pass(&pass),
+                Job::Fence => self.fence(),
+            });
+            self.copy.counters.add_busy(started.elapsed().saturating_sub(self.waited));
+        }
+        self.link.close();
+    }
+
+    fn copy_pass(&mut self, pass: &Pass) -> Result<(), MoverError> {
+        loop {
+            self.reap()?;
+            if !pass.guest_paused && self.pace(pass) {
+                continue;
+            }
+            match self.copy.next(pass) {
+                Next::Chunk(chunk) => {
+                    self.progressed();
+                    self.send(&chunk)?;
+                }
+                Next::Wait => self.idle(Stall::Registration)?,
+                Next::Done => break,
+            }
+        }
+        self.flush_zero();
+        self.drain()
+    }
+
+    fn fence(&mut self) -> Result<(), MoverError> {
+        let id = self.begin(None);
+        self.post(|link| link.post_fence(OpId(id)))?;
+        self.count_operation(id);
+        self.finish_posting(id);
+        self.drain()?;
+        self.copy.counters.add_fence();
+        Ok(())
+    }
+
+    fn send(&mut self, chunk: &Chunk) -> Result<(), MoverError> {
+        let (data, zero) = self.scan(chunk.range)?;
+        let block = chunk.range.block;
+        let page_bytes = self.page_bytes(block);
+        for run in self.copy.settle(block, &data, &zero) {
+            self.zero.push((block, run));
+        }
+        if self.zero.len() >= ZERO_RUNS {
+            self.flush_zero();
+        }
+        let id = self.begin(Some(chunk.window));
+        for run in data {
+            let (start, end) = (run.first * page_bytes, run.end() * page_bytes);
+            let mut offset = start;
+            while offset < end {
+                let length = TRANSFER_BYTES.min(end - offset);
+                let transfer = Transfer {
+                    id: OpId(id),
+                    local: Place { key: chunk.local_key, offset },
+                    remote: Place { key: chunk.remote_key, offset },
+                    length: u32::try_from(length).expect("at most TRANSFER_BYTES"),
+                };
+                self.post(|link| link.post_write(transfer))?;
+                self.count_operation(id);
+                self.copy.pacer.spend(Instant::now(), length);
+                offset += length;
+            }
+            self.copy.counters.add_data(end - start, run.count);
+        }
+        self.finish_posting(id);
+        Ok(())
+    }
+
+    /// Splits a range's pages into runs that hold data and runs that are zero.
+    fn scan(&self, range: BlockRange) -> Result<(Vec<PageRun>, Vec<PageRun>), MoverError> {
+        let page_bytes = self.page_bytes(range.block);
+        let (mut data, mut zero): (Vec<PageRun>, Vec<PageRun>) = (Vec::new(), Vec::new());
+        let first = range.offset / page_bytes;
+        for page in first..first + range.length / page_bytes {
+            let place = BlockRange { block: range.block, offset: page * page_bytes, length: page_bytes };
+            let runs = if self.copy.memory.span(place)?.is_zero() { &mut zero } else { &mut data };
+            match runs.last_mut() {
+                Some(run) if run.end() == page => run.count += 1,
+                _ => runs.push(PageRun { first: page, count: 1 }),
+            }
+        }
+        let zero_pages: u64 = zero.iter().map(|run| run.count).sum();
+        self.copy.counters.add_zero(zero_pages * page_bytes, zero_pages);
+        Ok((data, zero))
+    }
+
+    fn page_bytes(&self, block: BlockIndex) -> u64 {
+        self.copy.memory.layout().blocks()[block.get()].page_bytes
+    }
+
+    /// Orders the zero runs gathered so far, block by block.
+    fn flush_zero(&mut self) {
+        let mut zero = std::mem::take(&mut self.zero);
+        zero.sort_unstable_by_key(|(block, run)| (*block, run.first));
+        for group in zero.chunk_by(|a, b| a.0 == b.0) {
+            self.copy.order_zero(group[0].0, group.iter().map(|(_, run)| *run).collect());
+        }
+    }
+
+    /// Posts, waiting while the link's queue is full.
+    fn post(
+        &mut self,
+        mut post: impl FnMut(&mut dyn Link) -> Result<(), PostError>,
+    ) -> Result<(), MoverError> {
+        loop {
+            match post(&mut *self.link) {
+                Ok(()) => return Ok(()),
+                Err(PostError::Full) => {
+                    self.reap()?;
+                    self.idle(Stall::Link)?;
+                }
+                Err(error) => return Err(MoverError::Post(error)),
+            }
+        }
+    }
+
+    fn begin(&mut self, window: Option<WindowId>) -> u64 {
+        self.next_id += 1;
+        // One more than is posted, until posting is finished.
+        self.in_flight.insert(self.next_id, InFlight { window, operations: 1 });
+        self.next_id
+    }
+
+    fn count_operation(&mut self, id: u64) {
+        if let Some(in_flight) = self.in_flight.get_mut(&id) {
+            in_flight.operations += 1;
+        }
+    }
+
+    fn finish_posting(&mut self, id: u64) {
+        self.one_completed(id);
+    }
+
+    fn one_completed(&mut self, id: u64) {
+        let Some(in_flight) = self.in_flight.get_mut(&id) else {
+            return;
+        };
+        in_flight.operations -= 1;
+        if in_flight.operations == 0 {
+            let window = in_flight.window;
+            self.in_flight.remove(&id);
+            if let Some(window) = window {
+                self.copy.give_back(window);
+            }
+        }
+    }
+
+    /// Takes what has completed.
+    fn reap(&mut self) -> Result<(), MoverError> {
+        let mut completions = std::mem::take(&mut self.completions);
+        self.link.poll(&mut completions);
+        let mut result = Ok(());
+        for completion in completions.drain(..) {
+            self.progressed();
+            match completion.result {
+                Ok(()) => self.copy.counters.add_write(),
+                Err(error) => {
+                    self.copy.counters.add_failed();
+                    if result.is_ok() {
+                        result = Err(MoverError::Operation(error));
+                    }
+                }
+            }
+            self.one_completed(completion.id.0);
+        }
+        self.completions = completions;
+        result
+    }
+
+    /// Waits until every operation has completed.
+    fn drain(&mut self) -> Result<(), MoverError> {
+        self.progressed();
+        while !self.in_flight.is_empty() {
+            self.reap()?;
+            if !self.in_flight.is_empty() {
+                self.idle(Stall::Link)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Waits while the bandwidth limit does not allow more; whether it did.
+    fn pace(&mut self, pass: &Pass) -> bool {
+        let now = Instant::now();
+        let delay = self.copy.pacer.delay(now);
+        if delay.is_zero() || pass.is_stopped() {
+            return false;
+        }
+        thread::sleep(delay.min(NAP));
+        self.stalled(Stall::Bandwidth, now.elapsed());
+        true
+    }
+
+    fn progressed(&mut self) {
+        self.idle_since = None;
+    }
+
+    /// Waits a moment: spins at first, then sleeps.
+    fn idle(&mut self, cause: Stall) -> Result<(), MoverError> {
+        let now = Instant::now();
+        let since = *self.idle_since.get_or_insert(now);
+        let waited = now.saturating_duration_since(since);
+        if waited > STALL_LIMIT {
+            return Err(MoverError::Stalled { cause: cause.as_str(), limit: STALL_LIMIT });
+        }
+        if waited < SPIN {
+            std::hint::spin_loop();
+        } else if self.in_flight.is_empty() && cause == Stall::Registration {
+            self.copy.wait_for_windows(NAP);
+        } else {
+            self.link.wait(NAP).map_err(MoverError::Link)?;
+        }
+        self.stalled(cause, now.elapsed());
+        Ok(())
+    }
+
+    fn stalled(&mut self, cause: Stall, elapsed: Duration) {
+        self.waited += elapsed;
+        self.copy.counters.add_stall(cause, elapsed);
+    }
+}
+
+/// The next job; `None` when there will be none. Spins a moment first: within
+/// a switchover the next job follows at once.
+fn next_job(jobs: &Receiver<Job>) -> Option<Job> {
+    let start = Instant::now();
+    while start.elapsed() < SPIN {
+        match jobs.try_recv() {
+            Ok(job) => return Some(job),
+            Err(std::sync::mpsc::TryRecvError::Disconnected) => return None,
+            Err(std::sync::mpsc::TryRecvError::Empty) => std::hint::spin_loop(),
+        }
+    }
+    jobs.recv().ok()
+}

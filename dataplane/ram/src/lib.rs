@@ -1,0 +1,27 @@
+//! A guest's RAM as the rest of the project sees it: blocks, sets of pages,
+//! mappings of the guest's RAM files, what of them was ever touched, and which
+//! of their pages are zero.
+//!
+//! Guest writes race every read made here. Guest RAM is reached through raw
+//! pointers only; no reference to it is ever made.
+
+mod block;
+mod digest;
+mod error;
+mod file;
+mod huge;
+mod mapping;
+mod memory;
+mod pages;
+mod sigbus;
+#[cfg(test)]
+mod testing;
+pub mod zero;
+
+pub use block::{Block, BlockIndex, BlockRange, Layout, LayoutError, LayoutMismatch};
+pub use digest::Digest;
+pub use error::RamError;
+pub use file::{Access, FileIdentity, RamFile};
+pub use mapping::{Mapping, Span};
+pub use memory::Memory;
+pub use pages::{PageRun, PageSet, PageSets};

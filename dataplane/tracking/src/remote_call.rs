@@ -1,0 +1,447 @@
+//! A userfaultfd of another process, without that process's help.
+//!
+//! A userfaultfd serves the address space of whoever called `userfaultfd(2)`.
+//! So one thread of the process is stopped with `ptrace(2)`, is made to call it
+//! and, once we hold a copy of the descriptor, to close it again; then it goes
+//! on where it was.
+//!
+//! ```text
+//! seize -> stop -> block its signals -> [userfaultfd] -> pidfd_getfd -> [close]
+//!   -> its registers and signal mask as before -> stop once more -> detach
+//! ```
+//!
+//! What keeps the process unharmed:
+//!
+//! * The thread's registers are its own except within `[..]`, a few microseconds
+//!   each. Only there may the tracer not leave: it waits as long as it takes,
+//!   while the caller of [`remote_userfaultfd`] gets an error after
+//!   [`PATIENCE`]. An agent that is killed at that very moment leaves the thread
+//!   with foreign registers; at any other moment the kernel lets it run on.
+//! * A system call that the stop interrupted is restarted, or ends with EINTR
+//!   if a handler ran, as after any signal: `rax` and `orig_rax` are put back as
+//!   they were, `-ERESTART*` and the call's number, and the last stop before
+//!   the thread is let go is the one after which the kernel looks at them.
+//! * No signal is lost: they wait while the thread's mask is full. SIGSTOP cannot
+//!   be blocked; it is passed on, and the process is stopped when we leave it.
+//! * A seccomp filter that would kill the process for calling `userfaultfd` is
+//!   suspended for this thread while we trace it; where that is not allowed,
+//!   nothing is tried.
+
+use std::fs::File;
+use std::io;
+use std::os::fd::{AsRawFd, OwnedFd};
+use std::os::unix::fs::FileExt;
+use std::time::{Duration, Instant};
+
+use rustix::process::{Pid, PidfdFlags, PidfdGetfdFlags};
+use thiserror::Error;
+
+use crate::maps::{self, MapsError, Vma};
+use crate::process;
+use crate::ptrace::{Event, Registers, Resume, TraceError, Tracee, on_tracer_thread};
+
+/// How long a thread has to stop before another is tried.
+const STOP_TIMEOUT: Duration = Duration::from_secs(1);
+/// How long a caller waits for one thread's part.
+pub const PATIENCE: Duration = Duration::from_secs(5);
+/// Threads that are tried.
+const MAX_THREADS: usize = 4;
+/// Times a thread found in a restartable sequence is let run and stopped again.
+const MAX_RSEQ_RETRIES: u32 = 32;
+/// Stops of a thread on its way through one system call.
+const MAX_STOPS: u32 = 1000;
+
+/// `syscall` on x86-64.
+const SYSCALL_INSTRUCTION: [u8; 2] = [0x0f, 0x05];
+/// Bytes of executable mappings outside the vDSO that are searched for one.
+const MAX_SEARCH_BYTES: u64 = 64 << 20;
+const SEARCH_PIECE_BYTES: usize = 64 << 10;
+/// Code segment of a 64-bit thread.
+const USER_CS: u64 = 0x33;
+const UFFD_USER_MODE_ONLY: u64 = 1;
+
+/// Which faults a userfaultfd is to be told of.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Faults {
+    /// Faults in user mode only. Enough, and allowed to every process, where
+    /// nobody waits for faults: asynchronous write protection is resolved by the
+    /// kernel whatever mode wrote.
+    UserOnly,
+    /// Also faults of the kernel, such as KVM's and vhost's, on the process's
+    /// behalf. The process needs CAP_SYS_PTRACE or `vm.unprivileged_userfaultfd=1`.
+    All,
+}
+
+/// Why no userfaultfd could be had from a process. It runs on unharmed.
+#[derive(Debug, Error)]
+#[non_exhaustive]
+pub enum RemoteCallError {
+    /// The process is not there any more.
+    #[error("process {pid} ended")]
+    Ended {
+        /// The process.
+        pid: u32,
+    },
+    /// A debugger holds it.
+    #[error("process {pid} is being traced by process {tracer} ({comm}): end that first")]
+    AlreadyTraced {
+        /// The process.
+        pid: u32,
+        /// Who traces it.
+        tracer: u32,
+        /// That process's name.
+        comm: String,
+    },
+    /// We may not trace it.
+    #[error(
+        "may not trace process {pid}: give the agent CAP_SYS_PTRACE (and, under a security module, leave to trace it)"
+    )]
+    Denied {
+        /// The process.
+        pid: u32,
+        /// The kernel's answer.
+        #[source]
+        source: io::Error,
+    },
+    /// Its seccomp filters could kill it for a call that it never makes itself,
+    /// and we may not suspend them.
+    #[error(
+        "process {pid} runs under seccomp, which could kill it for calling userfaultfd: give the agent CAP_SYS_ADMIN \
+         and run it without a seccomp filter of its own, or start QEMU with `-sandbox off`"
+    )]
+    Seccomp {
+        /// The process.
+        pid: u32,
+        /// The kernel's answer to suspending them.
+        #[source]
+        source: io::Error,
+    },
+    /// It is a 32-bit process.
+    #[error("process {pid} is not a 64-bit process")]
+    NotSixtyFourBit {
+        /// The process.
+        pid: u32,
+    },
+    /// No `syscall` instruction was found in its code.
+    #[error("found no system call instruction in process {pid}")]
+    NoSyscallInstruction {
+        /// The process.
+        pid: u32,
+    },
+    /// Its mappings or memory could not be read.
+    #[error("cannot look into process {pid}")]
+    Maps {
+        /// The process.
+        pid: u32,
+        /// Why.
+        #[source]
+        source: MapsError,
+    },
+    /// No thread stopped in time, or they were where none may be made to call.
+    #[error(
+        "no thread of process {pid} could be stopped for a system call: is it frozen, or stuck in the kernel?"
+    )]
+    NotStopped {
+        /// The process.
+        pid: u32,
+    },
+    /// A thread took the call and did not come back from it in time.
+    #[error(
+        "a thread of process {pid} does not run, so it cannot be given back its registers; this is done as soon as it \
+         runs, and until then the agent must not be killed: is the process in a frozen cgroup?"
+    )]
+    Stuck {
+        /// The process.
+        pid: u32,
+    },
+    /// The call was made and failed.
+    #[error("userfaultfd failed in process {pid}{}", refusal_hint(source))]
+    Refused {
+        /// The process.
+        pid: u32,
+        /// The kernel's answer.
+        #[source]
+        source: io::Error,
+    },
+    /// The descriptor could not be taken over.
+    #[error("cannot take a descriptor from process {pid}")]
+    Transfer {
+        /// The process.
+        pid: u32,
+        /// The kernel's answer.
+        #[source]
+        source: io::Error,
+    },
+    /// Tracing failed in another way.
+    #[error("cannot trace process {pid}: {operation} failed")]
+    Trace {
+        /// The process.
+        pid: u32,
+        /// What failed.
+        operation: &'static str,
+        /// The kernel's answer.
+        #[source]
+        source: io::Error,
+    },
+}
+
+fn refusal_hint(source: &io::Error) -> &'static str {
+    match source.raw_os_error() {
+        Some(libc::EPERM) => ": set vm.unprivileged_userfaultfd=1",
+        Some(libc::ENOSYS) => ": the kernel was built without CONFIG_USERFAULTFD",
+        Some(libc::EMFILE) => ": the process has no free descriptor; raise its RLIMIT_NOFILE",
+        _ => "",
+    }
+}
+
+/// Makes a userfaultfd for the address space of process `pid` and takes it
+/// over; `pid` keeps nothing of it, and one of its threads has spent some hundred
+/// microseconds stopped: the first one if it can be, or the one that `pid` names.
+///
+/// # Errors
+/// When it cannot be had, whatever the reason; the process is then as before.
+pub fn remote_userfaultfd(pid: u32, faults: Faults) -> Result<OwnedFd, RemoteCallError> {
+    let ended = |_| RemoteCallError::Ended { pid };
+    let threads = process::threads_of(pid).map_err(ended)?;
+    let pid = process::process_of(pid).map_err(ended)?;
+    let mut last = RemoteCallError::Ended { pid };
+    for tid in threads.into_iter().take(MAX_THREADS) {
+        let attempt = on_tracer_thread(PATIENCE, move || Attempt { pid, tid, faults }.run());
+        last = match attempt.map_err(|source| RemoteCallError::Trace { pid, operation: "thread", source })? {
+            Some(Ok(fd)) => return Ok(fd),
+            // Another thread may still be one that stops.
+            Some(Err(error @ (RemoteCallError::NotStopped { .. } | RemoteCallError::Ended { .. }))) => error,
+            Some(Err(error)) => return Err(error),
+            None => return Err(RemoteCallError::Stuck { pid }),
+        };
+    }
+    Err(last)
+}
+
+/// One try with one thread, on a tracer thread.
+struct Attempt {
+    pid: u32,
+    tid: u32,
+    faults: Faults,
+}
+
+impl Attempt {
+    fn run(&self) -> Result<OwnedFd, RemoteCallError> {
+        let pid = self.pid;
+        let memory =
+            File::open(format!("/proc/{pid}/mem")).map_err(|source| match source.raw_os_error() {
+                Some(libc::EACCES | libc::EPERM) => RemoteCallError::Denied { pid, source },
+                _ => RemoteCallError::Ended { pid },
+            })?;
+        let syscall_at = self.find_syscall(&memory)?;
+        let mut tracee = self.seize()?;
+        let original = self.stop_outside_rseq(&mut tracee, &memory)?;
+        if original.cs != USER_CS {
+            return Err(RemoteCallError::NotSixtyFourBit { pid });
+        }
+        let mask = tracee.blocked_signals().map_err(|error| self.trace(error))?;
+        tracee.set_blocked_signals(u64::MAX).map_err(|error| self.trace(error))?;
+        let mut injection = Injection { attempt: self, tracee: &mut tracee, syscall_at, original };
+        let taken = injection.take_userfaultfd();
+        tracee.set_blocked_signals(mask).map_err(|error| self.trace(error))?;
+        self.let_go(tracee)?;
+        taken
+    }
+
+    fn seize(&self) -> Result<Tracee, RemoteCallError> {
+        let pid = self.pid;
+        let status = process::thread_status(pid, self.tid).map_err(|_| RemoteCallError::Ended { pid })?;
+        if status.ended {
+            return Err(RemoteCallError::Ended { pid });
+        }
+        if status.tracer != 0 {
+            let comm = process::comm_of(status.tracer);
+            return Err(RemoteCallError::AlreadyTraced { pid, tracer: status.tracer, comm });
+        }
+        let filtered = status.seccomp != 0;
+        Tracee::seize(self.tid, filtered).map_err(|error| match error {
+            TraceError::Failed { source, .. } if filtered => RemoteCallError::Seccomp { pid, source },
+            TraceError::Failed { source, .. } => RemoteCallError::Denied { pid, source },
+            error => self.trace(error),
+        })
+    }
+
+    /// Stops the thread and tells its registers. A thread in a restartable
+    /// sequence would be taken for one that left it, so it is let run on.
+    fn stop_outside_rseq(&self, tracee: &mut Tracee, memory: &File) -> Result<Registers, RemoteCallError> {
+        let deadline = Instant::now() + STOP_TIMEOUT;
+        for _ in 0..MAX_RSEQ_RETRIES {
+            tracee.stop(deadline).map_err(|error| self.trace(error))?;
+            let registers = tracee.registers().map_err(|error| self.trace(error))?;
+            if !in_rseq(tracee, memory, &registers) {
+                return Ok(registers);
+            }
+            tracee.resume(Resume::Freely, 0).map_err(|error| self.trace(error))?;
+        }
+        Err(RemoteCallError::NotStopped { pid: self.pid })
+    }
+
+    /// Detaches from where the kernel restarts an interrupted call. The thread's
+    /// registers are its own, so it may also be left while it runs.
+    fn let_go(&self, mut tracee: Tracee) -> Result<(), RemoteCallError> {
+        let left = tracee
+            .interrupt()
+            .and_then(|()| tracee.resume(Resume::Freely, 0))
+            .and_then(|()| tracee.wait(Some(Instant::now() + STOP_TIMEOUT)))
+            .and_then(|event| match event {
+                Event::Signal(signal) => tracee.detach(signal),
+                Event::Trap | Event::Syscall => tracee.detach(0),
+            });
+        match left {
+            Ok(()) | Err(TraceError::Timeout) => Ok(()),
+            Err(error) => Err(self.trace(error)),
+        }
+    }
+
+    fn find_syscall(&self, memory: &File) -> Result<u64, RemoteCallError> {
+        let pid = self.pid;
+        let mut vmas = maps::vmas_of(pid).map_err(|source| RemoteCallError::Maps { pid, source })?;
+        vmas.retain(|vma| vma.executable);
+        vmas.sort_by_key(|vma| vma.path.as_os_str() != "[vdso]");
+        let mut left = MAX_SEARCH_BYTES;
+        vmas.iter()
+            .find_map(|vma| find_instruction(memory, vma, &mut left))
+            .ok_or(RemoteCallError::NoSyscallInstruction { pid })
+    }
+
+    fn trace(&self, error: TraceError) -> RemoteCallError {
+        let pid = self.pid;
+        match error {
+            TraceError::Ended => RemoteCallError::Ended { pid },
+            TraceError::Timeout => RemoteCallError::NotStopped { pid },
+            TraceError::Failed { operation, source } => RemoteCallError::Trace { pid, operation, source },
+        }
+    }
+}
+
+/// A stopped thread that is made to call.
+struct Injection<'a> {
+    attempt: &'a Attempt,
+    tracee: &'a mut Tracee,
+    syscall_at: u64,
+    original: Registers,
+}
+
+impl Injection<'_> {
+    fn take_userfaultfd(&mut self) -> Result<OwnedFd, RemoteCallError> {
+        let pid = self.attempt.pid;
+        let user_only = match self.attempt.faults {
+            Faults::UserOnly => UFFD_USER_MODE_ONLY,
+            Faults::All => 0,
+        };
+        let flags = (libc::O_CLOEXEC | libc::O_NONBLOCK) as u64 | user_only;
+        let remote = self.call(libc::SYS_userfaultfd, flags)?;
+        let remote = u32::try_from(remote).map_err(|_| {
+            let errno = i32::try_from(-remote).unwrap_or(libc::EINVAL);
+            RemoteCallError::Refused { pid, source: io::Error::from_raw_os_error(errno) }
+        })?;
+        let taken = take_descriptor(pid, remote as i32);
+        // Left open there it would keep the registration alive after us.
+        self.call(libc::SYS_close, u64::from(remote))?;
+        taken.map_err(|source| RemoteCallError::Transfer { pid, source })
+    }
+
+    fn call(&mut self, number: i64, argument: u64) -> Result<i64, RemoteCallError> {
+        let registers = Registers {
+            rip: self.syscall_at,
+            rax: number as u64,
+            rdi: argument,
+            // Not in a system call: nothing to restart on the way.
+            orig_rax: u64::MAX,
+            ..self.original
+        };
+        self.tracee.set_registers(&registers).map_err(|error| self.attempt.trace(error))?;
+        let result = self.run_until_returned(number as u64);
+        self.tracee.set_registers(&self.original).map_err(|error| self.attempt.trace(error))?;
+        result
+    }
+
+    fn run_until_returned(&mut self, number: u64) -> Result<i64, RemoteCallError> {
+        let failed = |error| self.attempt.trace(error);
+        let returns_to = self.syscall_at + SYSCALL_INSTRUCTION.len() as u64;
+        let (mut entered, mut signal) = (false, 0);
+        for _ in 0..MAX_STOPS {
+            self.tracee.resume(Resume::UntilSyscall, signal).map_err(failed)?;
+            signal = 0;
+            // No deadline: the thread must not be left with these registers.
+            match self.tracee.wait(None).map_err(failed)? {
+                Event::Syscall => {
+                    let registers = self.tracee.registers().map_err(failed)?;
+                    let ours = registers.rip == returns_to && registers.orig_rax == number;
+                    if ours && entered {
+                        return Ok(registers.rax as i64);
+                    }
+                    entered |= ours;
+                }
+                Event::Trap => {}
+                // Of our making, and not passed on.
+                Event::Signal(fault) if is_fault(fault) => break,
+                Event::Signal(other) => signal = other,
+            }
+        }
+        let source = io::Error::other("the thread faulted or did not reach the call");
+        Err(RemoteCallError::Trace { pid: self.attempt.pid, operation: "injected call", source })
+    }
+}
+
+fn is_fault(signal: i32) -> bool {
+    matches!(
+        signal,
+        libc::SIGSEGV | libc::SIGBUS | libc::SIGILL | libc::SIGFPE | libc::SIGTRAP | libc::SIGSYS
+    )
+}
+
+fn take_descriptor(pid: u32, remote: i32) -> io::Result<OwnedFd> {
+    let pid = i32::try_from(pid).ok().and_then(Pid::from_raw).ok_or(io::ErrorKind::InvalidInput)?;
+    let pidfd = rustix::process::pidfd_open(pid, PidfdFlags::empty())?;
+    let fd = rustix::process::pidfd_getfd(pidfd, remote, PidfdGetfdFlags::empty())?;
+    // A thread may have descriptors of its own, apart from its process's.
+    let link = std::fs::read_link(format!("/proc/self/fd/{}", fd.as_raw_fd()))?;
+    if link.as_os_str() != "anon_inode:[userfaultfd]" {
+        return Err(io::Error::other(format!("descriptor {remote} there is {}", link.display())));
+    }
+    Ok(fd)
+}
+
+/// Whether the stopped thread is within a restartable sequence (`rseq(2)`).
+fn in_rseq(tracee: &Tracee, memory: &File, registers: &Registers) -> bool {
+    // struct rseq: cpu_id_start and cpu_id (u32 each), then the address of the
+    // current struct rseq_cs: version and flags (u32 each), start_ip,
+    // post_commit_offset, abort_ip.
+    if (registers.orig_rax as i64) >= 0 {
+        return false;
+    }
+    let read = |at: u64| {
+        let mut word = [0; 8];
+        memory.read_exact_at(&mut word, at).ok().map(|()| u64::from_ne_bytes(word))
+    };
+    let sequence = || {
+        let current = read(tracee.rseq_address()?.checked_add(8)?).filter(|current| *current != 0)?;
+        let start = read(current.checked_add(8)?)?;
+        let length = read(current.checked_add(16)?)?;
+        Some(registers.rip.wrapping_sub(start) < length)
+    };
+    sequence().unwrap_or(false)
+}
+
+fn find_instruction(memory: &File, vma: &Vma, left_bytes: &mut u64) -> Option<u64> {
+    let mut at = vma.start;
+    let mut piece = vec![0; SEARCH_PIECE_BYTES];
+    while at < vma.end && *left_bytes > 0 {
+        let wanted = (vma.end - at).min(SEARCH_PIECE_BYTES as u64) as usize;
+        let read = memory.read_at(&mut piece[..wanted], at).ok().filter(|read| *read >= 2)?;
+        let found = piece[..read].windows(2).position(|pair| pair == SYSCALL_INSTRUCTION);
+        if let Some(position) = found {
+            return Some(at + position as u64);
+        }
+        *left_bytes = left_bytes.saturating_sub(read as u64);
+        // The last byte again: the instruction may lie across two pieces.
+        at += read as u64 - 1;
+    }
+    None
+}

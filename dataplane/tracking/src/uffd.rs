@@ -1,0 +1,93 @@
+//! A userfaultfd that write-protects asynchronously.
+#![allow(unsafe_code, reason = "ioctl(2) on a userfaultfd has no safe binding")]
+
+use std::io;
+use std::os::fd::OwnedFd;
+
+use rustix::io::Errno;
+use rustix::ioctl::{Opcode, Updater, ioctl, opcode};
+
+/// Protocol version that `UFFDIO_API` agrees on.
+const UFFD_API: u64 = 0xaa;
+const UFFDIO: u8 = 0xaa;
+
+const FEATURE_PAGEFAULT_FLAG_WP: u64 = 1 << 0;
+const FEATURE_WP_HUGETLBFS_SHMEM: u64 = 1 << 12;
+const FEATURE_WP_UNPOPULATED: u64 = 1 << 13;
+const FEATURE_WP_ASYNC: u64 = 1 << 15;
+const FEATURES: u64 =
+    FEATURE_PAGEFAULT_FLAG_WP | FEATURE_WP_HUGETLBFS_SHMEM | FEATURE_WP_UNPOPULATED | FEATURE_WP_ASYNC;
+
+const REGISTER_MODE_WP: u64 = 1 << 1;
+const WRITEPROTECT_MODE_WP: u64 = 1 << 0;
+
+#[repr(C)]
+struct UffdioApi {
+    api: u64,
+    features: u64,
+    ioctls: u64,
+}
+
+#[repr(C)]
+struct UffdioRange {
+    start: u64,
+    length: u64,
+}
+
+#[repr(C)]
+struct UffdioRegister {
+    range: UffdioRange,
+    mode: u64,
+    ioctls: u64,
+}
+
+#[repr(C)]
+struct UffdioWriteprotect {
+    range: UffdioRange,
+    mode: u64,
+}
+
+const UFFDIO_API: Opcode = opcode::read_write::<UffdioApi>(UFFDIO, 0x3f);
+const UFFDIO_REGISTER: Opcode = opcode::read_write::<UffdioRegister>(UFFDIO, 0x00);
+const UFFDIO_WRITEPROTECT: Opcode = opcode::read_write::<UffdioWriteprotect>(UFFDIO, 0x06);
+
+const _: () = assert!(size_of::<UffdioApi>() == 24 && UFFDIO_API as u64 == 0xc018_aa3f);
+const _: () = assert!(size_of::<UffdioRegister>() == 32 && UFFDIO_REGISTER as u64 == 0xc020_aa00);
+const _: () = assert!(size_of::<UffdioWriteprotect>() == 24 && UFFDIO_WRITEPROTECT as u64 == 0xc018_aa06);
+
+/// A userfaultfd in asynchronous write-protect mode. Dropping it lifts every
+/// protection and registration made through it.
+pub(crate) struct WriteProtector {
+    fd: OwnedFd,
+}
+
+impl WriteProtector {
+    /// Agrees on the features needed with the kernel. `Ok(None)` when it lacks one.
+    pub(crate) fn new(fd: OwnedFd) -> io::Result<Option<Self>> {
+        let mut api = UffdioApi { api: UFFD_API, features: FEATURES, ioctls: 0 };
+        // SAFETY: the opcode is that of `UffdioApi`, which the kernel reads and writes in place.
+        match unsafe { ioctl(&fd, Updater::<UFFDIO_API, _>::new(&mut api)) } {
+            Ok(()) => Ok(Some(Self { fd })),
+            Err(Errno::INVAL) => Ok(None),
+            Err(errno) => Err(errno.into()),
+        }
+    }
+
+    /// Registers `start..end` of its process. May be repeated.
+    pub(crate) fn register(&self, start: u64, end: u64) -> io::Result<()> {
+        let range = UffdioRange { start, length: end - start };
+        let mut register = UffdioRegister { range, mode: REGISTER_MODE_WP, ioctls: 0 };
+        // SAFETY: the opcode is that of `UffdioRegister`. What it changes is the other process's
+        // mapping, in a mode that lets every access go through.
+        unsafe { ioctl(&self.fd, Updater::<UFFDIO_REGISTER, _>::new(&mut register)) }.map_err(Into::into)
+    }
+
+    /// Write-protects every page of `start..end`, present or not.
+    pub(crate) fn protect(&self, start: u64, end: u64) -> io::Result<()> {
+        let range = UffdioRange { start, length: end - start };
+        let mut protect = UffdioWriteprotect { range, mode: WRITEPROTECT_MODE_WP };
+        // SAFETY: the opcode is that of `UffdioWriteprotect`. A write to a page protected so is
+        // noted by the kernel and goes through.
+        unsafe { ioctl(&self.fd, Updater::<UFFDIO_WRITEPROTECT, _>::new(&mut protect)) }.map_err(Into::into)
+    }
+}

@@ -1,0 +1,14 @@
+//! Trackers against real processes: this test program, run again as a helper
+//! that maps files and writes to them on command, and QEMU.
+//!
+//! `conformance` is one suite over every kind of tracker; where a kind fails
+//! its self-test it prints `SKIPPED: reason`.
+#![allow(unsafe_code, reason = "a helper that maps memory, forks and installs seccomp filters")]
+
+mod conformance;
+mod crash;
+mod file;
+mod helper;
+mod huge;
+mod remote_call;
+mod vmm;
