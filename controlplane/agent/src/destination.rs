@@ -83,9 +83,8 @@ pub(crate) struct Start {
 pub(crate) fn start(agent: &Arc<Agent>, entry: Arc<Entry>, start: Start) {
     let Start { engine, token, guest, run_guest, plan, publisher, log, claim } = start;
     let id = entry.id.clone();
-    let watched = guest.clone();
     let (device_state, incoming) = device_stream::queue();
-    let (handle, thread) = spawn_destination(engine, |handle| {
+    let (_, thread) = spawn_destination(engine, |handle| {
         let session = Arc::new(DestinationSession {
             agent: Arc::clone(agent),
             entry,
@@ -99,7 +98,8 @@ pub(crate) fn start(agent: &Arc<Agent>, entry: Arc<Entry>, start: Start) {
             plan: Mutex::new(plan),
         });
         agent.sessions.lock().expect("no panic while it is held").insert(id.clone(), Arc::clone(&session));
-        Outside::new(session, log, publisher, claim)
+        let watching = tokio::spawn(watch_guest(Arc::clone(&session)));
+        Outside::new(session, log, publisher, claim, watching.abort_handle())
     });
     let agent = Arc::clone(agent);
     tokio::task::spawn_blocking(move || {
@@ -108,11 +108,13 @@ pub(crate) fn start(agent: &Arc<Agent>, entry: Arc<Entry>, start: Start) {
         }
         agent.sessions.lock().expect("no panic while it is held").remove(&id);
     });
-    if let Some(guest) = watched {
-        tokio::spawn(async move {
-            let lost = guest.lost().await;
-            handle.send(DestinationEvent::Failed(Failure::new(Reason::GuestFailed, causes(&lost))));
-        });
+}
+
+/// Tells the driver when the guest is lost. Ended with the migration: it keeps the guest's QMP socket.
+async fn watch_guest(session: Arc<DestinationSession>) {
+    if let Some(guest) = &session.guest {
+        let lost = guest.lost().await;
+        session.handle.send(DestinationEvent::Failed(Failure::new(Reason::GuestFailed, causes(&lost))));
     }
 }
 

@@ -46,8 +46,7 @@ pub struct Journal {
     directory_file: File,
     /// Serialises creation and removal.
     naming: Mutex<()>,
-    /// Holds the lock while it is open.
-    _lock: File,
+    _lock: Lock,
 }
 
 /// A migration that an earlier agent left in the journal.
@@ -148,7 +147,19 @@ pub fn is_migration_id(id: &str) -> bool {
     (1..=64).contains(&id.len()) && id.bytes().all(|b| b.is_ascii_alphanumeric() || b"._-".contains(&b))
 }
 
-fn lock(directory: &Path) -> Result<File, JournalError> {
+/// Keeps a second agent out while it lives.
+#[derive(Debug)]
+struct Lock(File);
+
+impl Drop for Lock {
+    fn drop(&mut self) {
+        // Closing is not enough: a child of this process that has not yet begun
+        // its own program shares the lock. When it fails, closing has to do.
+        let _ = rustix::fs::flock(&self.0, FlockOperation::Unlock);
+    }
+}
+
+fn lock(directory: &Path) -> Result<Lock, JournalError> {
     let path = directory.join(LOCK);
     let file = fs::OpenOptions::new()
         .read(true)
@@ -159,7 +170,7 @@ fn lock(directory: &Path) -> Result<File, JournalError> {
         .open(&path)
         .map_err(|source| JournalError::Io { path: path.clone(), source })?;
     match rustix::fs::flock(&file, FlockOperation::NonBlockingLockExclusive) {
-        Ok(()) => Ok(file),
+        Ok(()) => Ok(Lock(file)),
         Err(rustix::io::Errno::WOULDBLOCK) => Err(JournalError::Locked { path: directory.to_owned() }),
         Err(errno) => Err(JournalError::Io { path, source: errno.into() }),
     }

@@ -187,7 +187,6 @@ fn start(agent: Arc<Agent>, entry: Arc<Entry>, start: Start) {
     let publisher =
         Publisher::new(&agent.metrics, MigrationRole::Source, &entry.id, setup.mode, setup.fabric);
     let (queue, incoming) = device_stream::queue();
-    let watched = guest.clone();
     let driven = Arc::clone(&entry);
     let (handle, thread) = spawn_source(engine, |handle| {
         let peer = Peer::new(setup, handle.clone(), queue);
@@ -200,18 +199,21 @@ fn start(agent: Arc<Agent>, entry: Arc<Entry>, start: Start) {
             incoming: tokio::sync::Mutex::new(incoming),
             plan: Mutex::new(plan),
         });
-        Outside::new(session, log, publisher, claim)
+        let watching = tokio::spawn(watch_guest(Arc::clone(&session)));
+        Outside::new(session, log, publisher, claim, watching.abort_handle())
     });
     if !entry.has_ended() {
-        entry.set_driver(Some((handle.clone(), parameters)));
+        entry.set_driver(Some((handle, parameters)));
     }
     // The driver ends by itself, and nobody waits for it.
     drop(thread);
-    if let Some(guest) = watched {
-        tokio::spawn(async move {
-            let lost = guest.lost().await;
-            handle.send(SourceEvent::Failed(Failure::new(Reason::GuestFailed, causes(&lost))));
-        });
+}
+
+/// Tells the driver when the guest is lost. Ended with the migration: it keeps the guest's QMP socket.
+async fn watch_guest(session: Arc<Session>) {
+    if let Some(guest) = &session.guest {
+        let lost = guest.lost().await;
+        session.handle.send(SourceEvent::Failed(Failure::new(Reason::GuestFailed, causes(&lost))));
     }
 }
 

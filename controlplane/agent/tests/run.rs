@@ -43,8 +43,10 @@ async fn start(dir: &Path) -> Running {
         };
         run_until(config, shutdown, |bound| ready.send(*bound).expect("awaited")).await
     });
-    let bound = tokio::time::timeout(PATIENCE, bound).await.expect("in time").expect("ready");
-    Running { bound, stop, agent }
+    match tokio::time::timeout(PATIENCE, bound).await.expect("in time") {
+        Ok(bound) => Running { bound, stop, agent },
+        Err(_) => panic!("did not start: {:?}", agent.await),
+    }
 }
 
 impl Running {

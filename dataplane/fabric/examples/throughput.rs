@@ -231,16 +231,19 @@ fn fabric(memories: &Memories, size: Size, links: usize, is_shm: bool) -> Result
         (admission, (None, Some(listener)))
     };
     let start = Clocks::now();
-    std::thread::scope(|scope| {
+    let links = std::thread::scope(|scope| {
         let (local, remote) = (&local, &remote);
         let threads: Vec<_> = open
             .into_iter()
             .enumerate()
             .map(|(index, link)| scope.spawn(move || drive(link, index, links, size, local, remote)))
             .collect();
-        threads.into_iter().try_for_each(|thread| thread.join().map_err(|_| "a thread panicked")?)
+        let links = threads.into_iter().map(|thread| thread.join().map_err(|_| "a thread panicked")?);
+        links.collect::<Result<Vec<_>, Failure>>()
     })?;
-    Ok(start.took(registration))
+    let took = start.took(registration);
+    links.into_iter().for_each(|link| link.close());
+    Ok(took)
 }
 
 /// Writes every `links`th chunk, then fences.
@@ -251,7 +254,7 @@ fn drive(
     size: Size,
     local: &[Region],
     remote: &[Region],
-) -> Result<(), Failure> {
+) -> Result<Box<dyn Link>, Failure> {
     let (mut under_way, mut unpolled) = (0_usize, 0);
     let mut completions = Vec::new();
     let chunks = (0..size.total).step_by(size.chunk as usize).skip(index).step_by(links);
@@ -264,7 +267,10 @@ fn drive(
             };
             match posted {
                 Ok(()) => break,
-                Err(PostError::Full) => under_way -= reap(&mut *link, &mut completions)?,
+                Err(PostError::Full) => match reap(&mut *link, &mut completions)? {
+                    0 => link.wait(Duration::from_millis(100))?,
+                    completed => under_way -= completed,
+                },
                 Err(error) => return Err(error.into()),
             }
         }
@@ -279,8 +285,7 @@ fn drive(
         link.wait(Duration::from_millis(100))?;
         under_way -= reap(&mut *link, &mut completions)?;
     }
-    link.close();
-    Ok(())
+    Ok(link)
 }
 
 fn transfer(offset: u64, size: Size, local: &[Region], remote: &[Region]) -> ramferry_fabric::Transfer {

@@ -1,3 +1,5 @@
+use std::fmt;
+
 use crate::{BlockIndex, BlockRange, Layout};
 
 const WORD_BITS: u64 = u64::BITS as u64;
@@ -19,10 +21,16 @@ impl PageRun {
 }
 
 /// A set of the pages of one block: one bit a page.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, PartialEq, Eq)]
 pub struct PageSet {
     pages: u64,
     words: Vec<u64>,
+}
+
+impl fmt::Debug for PageSet {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{} of {} pages", self.count(), self.pages)
+    }
 }
 
 impl PageSet {

@@ -13,21 +13,31 @@ pub(crate) struct ThreadStatus {
     pub(crate) tracer: u32,
     /// 0: none, 1: strict, 2: filter.
     pub(crate) seccomp: u32,
+    /// Whether the kernel runs it, for io_uring, vhost or KVM: it never comes to user mode.
+    pub(crate) is_worker: bool,
 }
+
+/// `PF_IO_WORKER` and `PF_USER_WORKER` in the flags of `/proc/PID/stat`.
+const WORKER_FLAGS: u64 = 0x10 | 0x4000;
 
 /// Status of one thread of `pid`.
 pub(crate) fn thread_status(pid: u32, tid: u32) -> io::Result<ThreadStatus> {
-    let text = fs::read(format!("/proc/{pid}/task/{tid}/status"))?;
-    parse_status(&String::from_utf8_lossy(&text)).ok_or_else(|| io::ErrorKind::InvalidData.into())
+    let status = fs::read(format!("/proc/{pid}/task/{tid}/status"))?;
+    let stat = fs::read(format!("/proc/{pid}/task/{tid}/stat"))?;
+    let parsed = parse_status(&String::from_utf8_lossy(&status), &String::from_utf8_lossy(&stat));
+    parsed.ok_or_else(|| io::ErrorKind::InvalidData.into())
 }
 
-fn parse_status(text: &str) -> Option<ThreadStatus> {
+fn parse_status(text: &str, stat: &str) -> Option<ThreadStatus> {
+    // The name, in parentheses, may hold anything; flags are the seventh field after it.
+    let flags = stat.rsplit_once(')')?.1.split_whitespace().nth(6)?.parse::<u64>().ok()?;
     let field = |name: &str| text.lines().find_map(|line| line.strip_prefix(name)).map(str::trim);
     Some(ThreadStatus {
         ended: field("State:")?.starts_with(['Z', 'X', 'x']),
         tracer: field("TracerPid:")?.parse().ok()?,
         // Not there on a kernel that has no seccomp.
         seccomp: field("Seccomp:").map_or(Some(0), |mode| mode.parse().ok())?,
+        is_worker: flags & WORKER_FLAGS != 0,
     })
 }
 
@@ -96,11 +106,16 @@ mod tests {
     fn status_of_a_traced_filtered_thread_is_understood() {
         let text =
             "Name:\tqemu\nState:\tt (tracing stop)\nTracerPid:\t77\nSeccomp:\t2\nSeccomp_filters:\t3\n";
-        let status = ThreadStatus { ended: false, tracer: 77, seccomp: 2 };
-        assert_eq!(parse_status(text), Some(status));
+        let stat = |flags| format!("9 (a) b)) S 1 2 3 0 -1 {flags} 0 0");
+        let status = ThreadStatus { ended: false, tracer: 77, seccomp: 2, is_worker: false };
+        assert_eq!(parse_status(text, &stat("4194304")), Some(status));
+        let worker = ThreadStatus { is_worker: true, ..status };
+        assert_eq!(parse_status(text, &stat("4210752")), Some(worker));
+        assert_eq!(parse_status(text, "9 (a)"), None);
         let dead = "State:\tZ (zombie)\nTracerPid:\t0\n";
-        assert_eq!(parse_status(dead), Some(ThreadStatus { ended: true, tracer: 0, seccomp: 0 }));
-        assert_eq!(parse_status("State:\tS\nTracerPid:\tx\n"), None);
+        let status = ThreadStatus { ended: true, tracer: 0, seccomp: 0, is_worker: false };
+        assert_eq!(parse_status(dead, &stat("0")), Some(status));
+        assert_eq!(parse_status("State:\tS\nTracerPid:\tx\n", &stat("0")), None);
     }
 
     #[test]

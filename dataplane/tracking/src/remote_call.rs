@@ -23,6 +23,8 @@
 //!   the thread is let go is the one after which the kernel looks at them.
 //! * No signal is lost: they wait while the thread's mask is full. SIGSTOP cannot
 //!   be blocked; it is passed on, and the process is stopped when we leave it.
+//! * Only threads that come to user mode are borrowed, not those that the kernel
+//!   runs in the process for io_uring, vhost and KVM.
 //! * A seccomp filter that would kill the process for calling `userfaultfd` is
 //!   suspended for this thread while we trace it; where that is not allowed,
 //!   nothing is tried.
@@ -205,7 +207,8 @@ pub fn remote_userfaultfd(pid: u32, faults: Faults) -> Result<OwnedFd, RemoteCal
     let threads = process::threads_of(pid).map_err(ended)?;
     let pid = process::process_of(pid).map_err(ended)?;
     let mut last = RemoteCallError::Ended { pid };
-    for tid in threads.into_iter().take(MAX_THREADS) {
+    let can_call = |tid: &u32| process::thread_status(pid, *tid).is_ok_and(|status| !status.ended && !status.is_worker);
+    for tid in threads.into_iter().filter(can_call).take(MAX_THREADS) {
         let attempt = on_tracer_thread(PATIENCE, move || Attempt { pid, tid, faults }.run());
         last = match attempt.map_err(|source| RemoteCallError::Trace { pid, operation: "thread", source })? {
             Some(Ok(fd)) => return Ok(fd),

@@ -8,6 +8,7 @@ use ramferry_engine::{DestinationAction, DestinationEvent, DestinationOutcome, F
 use ramferry_mover::{DestinationInput, DestinationOutside, DestinationSnapshot};
 use ramferry_proto::v1;
 use ramferry_proto::v1::exchange_control_response::Answer;
+use tokio::task::AbortHandle;
 
 use super::DestinationSession;
 use crate::journal::{Durability, MigrationLog, Record};
@@ -20,6 +21,7 @@ pub(crate) struct Outside {
     log: MigrationLog,
     publisher: Publisher,
     claim: Option<Claim>,
+    watching: AbortHandle,
     committed: Option<Instant>,
     journal_nanoseconds: u64,
 }
@@ -30,8 +32,9 @@ impl Outside {
         log: MigrationLog,
         publisher: Publisher,
         claim: Claim,
+        watching: AbortHandle,
     ) -> Self {
-        Self { session, log, publisher, claim: Some(claim), committed: None, journal_nanoseconds: 0 }
+        Self { session, log, publisher, claim: Some(claim), watching, committed: None, journal_nanoseconds: 0 }
     }
 
     fn spawn<F>(&self, work: F)
@@ -96,6 +99,7 @@ impl Outside {
             // The outcome stands without it: after a restart it is found again.
             tracing::error!(error = causes(&error), "the end of a migration was not recorded");
         }
+        self.watching.abort();
         self.claim = None;
         entry.update(|view| {
             view.error = error;

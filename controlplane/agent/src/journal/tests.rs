@@ -160,6 +160,16 @@ fn second_agent_is_refused_until_the_first_is_gone() {
 }
 
 #[test]
+fn child_of_an_agent_that_ended_does_not_keep_the_lock() {
+    let dir = tempfile::tempdir().unwrap();
+    let (first, _) = Journal::open(dir.path()).unwrap();
+    let shared = first._lock.0.try_clone().unwrap();
+    drop(first);
+    assert!(Journal::open(dir.path()).is_ok());
+    drop(shared);
+}
+
+#[test]
 fn one_id_has_a_log_for_each_role_and_no_more() {
     let dir = tempfile::tempdir().unwrap();
     let (journal, _) = Journal::open(dir.path()).unwrap();

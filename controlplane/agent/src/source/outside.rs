@@ -7,7 +7,7 @@ use ramferry_engine::{Failure, Outcome, Reason, SourceAction, SourceEvent};
 use ramferry_mover::{SourceInput, SourceOutside, SourceSnapshot};
 use ramferry_proto::v1;
 use ramferry_proto::v1::exchange_control_request::Order;
-use tokio::task::JoinHandle;
+use tokio::task::{AbortHandle, JoinHandle};
 
 use super::Session;
 use super::view;
@@ -23,11 +23,18 @@ pub(crate) struct Outside {
     pausing: Option<JoinHandle<()>>,
     last: Option<SourceSnapshot>,
     claim: Option<Claim>,
+    watching: AbortHandle,
 }
 
 impl Outside {
-    pub(crate) fn new(session: Arc<Session>, log: MigrationLog, publisher: Publisher, claim: Claim) -> Self {
-        Self { session, log, publisher, pausing: None, last: None, claim: Some(claim) }
+    pub(crate) fn new(
+        session: Arc<Session>,
+        log: MigrationLog,
+        publisher: Publisher,
+        claim: Claim,
+        watching: AbortHandle,
+    ) -> Self {
+        Self { session, log, publisher, pausing: None, last: None, claim: Some(claim), watching }
     }
 
     /// Runs `work` on the agent's runtime; what it gives goes to the driver.
@@ -118,6 +125,7 @@ impl Outside {
             tracing::error!(%failure, "the end of a migration was not recorded");
         }
         self.session.close();
+        self.watching.abort();
         self.session.entry.set_driver(None);
         self.claim = None;
         self.session.entry.update(|view| {

@@ -27,6 +27,10 @@ const LOOK_INTERVAL: Duration = Duration::from_millis(2);
 /// a `migrate-continue` for ever. One that comes too much does no harm.
 const PATIENT_LOOKS: u32 = 2;
 
+/// Looks at a QEMU that holds on to a migration that has ended, some hundred
+/// milliseconds, before it is left at that.
+const HELD_LOOKS: u32 = 100;
+
 /// Reopenings of the connection while one guest is made to run again.
 const REOPEN_LIMIT: u32 = 1;
 
@@ -207,7 +211,10 @@ impl Qemu {
             }
             // QEMU is about to leave it.
             "finish-migrate" => Ok(None),
-            _ if stream::is_held(client).await? => Ok(None),
+            _ if last.held_looks < HELD_LOOKS && stream::is_held(client).await? => {
+                last.held_looks += 1;
+                Ok(None)
+            }
             run_state if status.running || stopped_itself(run_state) || !course.was_running => {
                 Ok(Some(as_found(status)))
             }
@@ -249,6 +256,8 @@ struct Last {
     refusal: Option<QmpError>,
     /// How often it stood still in a migration that was being cancelled.
     cancelling_looks: u32,
+    /// How often QEMU still held on to a migration that had ended.
+    held_looks: u32,
 }
 
 /// Keeps QEMU's refusal for the case that time runs out: the next look tries again.

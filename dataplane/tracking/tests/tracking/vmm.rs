@@ -193,6 +193,7 @@ fn every_thread_of_a_vmm_can_be_borrowed_while_its_guest_runs() {
     for _ in 0..50 {
         for tid in std::fs::read_dir(format!("/proc/{}/task", vm.pid())).unwrap() {
             let tid: u32 = tid.unwrap().file_name().to_str().unwrap().parse().unwrap();
+            // Threads that the kernel runs in there never call: another is then borrowed.
             remote_userfaultfd(tid, Faults::All).unwrap();
         }
         assert!(vm.execute("query-status").contains("running"));
