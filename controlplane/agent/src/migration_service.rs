@@ -88,7 +88,7 @@ impl MigrationService for Migrations {
             let view = entry.view();
             let same = !call.request_id.is_empty()
                 && entry.request_id == call.request_id
-                && view.spec.as_ref() == Some(&request.spec);
+                && entry.asked.as_ref() == Some(&request.spec);
             if same {
                 return Ok(Response::new(v1::CreateMigrationResponse { migration: Some(view) }));
             }

@@ -18,6 +18,8 @@ pub(crate) struct Entry {
     pub(crate) id: String,
     pub(crate) role: MigrationRole,
     pub(crate) request_id: String,
+    /// As the caller gave it; the view's follows what is changed later.
+    pub(crate) asked: Option<v1::MigrationSpec>,
     view: watch::Sender<v1::Migration>,
     /// At a source, while the migration runs: its driver, and the parameters last set.
     driver: Mutex<Option<(SourceHandle, Parameters)>>,
@@ -31,12 +33,13 @@ impl Entry {
         if view.create_time.is_none() {
             view.create_time = Some(SystemTime::now().into());
         }
-        let id = view.id.clone();
+        let (id, asked) = (view.id.clone(), view.spec.clone());
         let view = watch::Sender::new(view);
         Arc::new(Self {
             id,
             role,
             request_id,
+            asked,
             view,
             driver: Mutex::new(None),
             settled: AtomicBool::new(false),

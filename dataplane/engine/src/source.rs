@@ -17,7 +17,7 @@
 //!    | HandedOverSynced
 //! ===|================================================== COMMIT is sent: the source may not resume ===========
 //!  Commit -- PeerLost, Failed, COMMIT_ANSWER passed --> Ask <-- recover_handed_over
-//!    |                                                   |      AskOutcome at each PeerBack and Tick
+//!    |                                                   |      AskOutcome at PeerBack and at intervals
 //!    +------- DestinationRunning ------------------------+--> Ending: Release, Finish(Succeeded)
 //!    +------- DestinationAborted ------------------------+--> Ending: ResumeGuest, Release, Finish(Failed)
 //!
@@ -75,6 +75,7 @@ pub struct Source {
     /// The guest wrote these, and no round carries them yet.
     owed: Option<PageSets>,
     ask: Retry,
+    asked_at: Option<Duration>,
     /// The last failure that did not end the migration, because the outcome is in doubt.
     doubt: Option<Failure>,
 }
@@ -180,6 +181,7 @@ impl Source {
             forced: false,
             owed: None,
             ask: Retry::new(None),
+            asked_at: None,
             doubt: None,
         }
     }

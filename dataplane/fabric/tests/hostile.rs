@@ -447,3 +447,50 @@ fn forged_keys_in_every_slot_are_refused_by_shm() {
     }
     assert!(pair.destination.all() == before);
 }
+
+#[test]
+fn links_of_a_session_outlive_the_listener() {
+    let memory = || TestMemory::patterned(1, Access::ReadWrite).memory;
+    let listener = tcp::Listener::bind(LOOPBACK).unwrap();
+    let token = SessionToken::random().unwrap();
+    let admission = listener.admit(token.clone(), Arc::new(TcpDomain::new(memory())), 1);
+    let domain = Arc::new(TcpDomain::new(memory()));
+    let mut drive =
+        Drive::new(tcp::connect(listener.local_addr(), &token, Arc::clone(&domain), TIMEOUT).unwrap());
+    let address = listener.local_addr();
+    drop(listener);
+    drive.fence(1).unwrap();
+    drive.succeed();
+    assert_eq!(admission.connections(), 1);
+    assert!(tcp::connect(address, &token, domain, TIMEOUT).is_err(), "nobody listens any more");
+    drive.link.close();
+    eventually("the link's end is seen", || admission.connections() == 0);
+    assert_eq!(admission.failure(), None);
+}
+
+#[test]
+fn other_users_are_refused_by_shm() {
+    use std::fs::{Permissions, set_permissions};
+    use std::os::unix::fs::PermissionsExt;
+
+    if !rustix::process::geteuid().is_root() {
+        eprintln!("SKIPPED: only root can become another user");
+        return;
+    }
+    let pair = Pair::new(&Shm);
+    let (path, directory) = &pair.session.as_ref().unwrap().address;
+    // The socket's own permissions would keep others out too.
+    set_permissions(directory.path(), Permissions::from_mode(0o755)).unwrap();
+    set_permissions(path, Permissions::from_mode(0o666)).unwrap();
+    let refused = std::thread::scope(|scope| {
+        let thread = scope.spawn(|| {
+            let nobody = rustix::thread::Uid::from_raw(65534);
+            // This thread alone becomes another user.
+            rustix::thread::set_thread_res_uid(nobody, nobody, nobody).unwrap();
+            shm::connect(path, &pair.token, Arc::clone(&pair.source_domain), TIMEOUT).err()
+        });
+        thread.join().unwrap()
+    });
+    assert!(refused.is_some(), "the token alone opens no link to another user");
+    expect_working(&pair);
+}

@@ -40,7 +40,7 @@ use crate::tracker::{Mechanism, Seen, View};
 use crate::{TrackedFile, TrackerKind};
 
 /// How long the threads of the process have to stop.
-const STOP_TIMEOUT: Duration = Duration::from_millis(500);
+const STOP_TIMEOUT: Duration = Duration::from_secs(2);
 const PAGE_BYTES: u64 = 4096;
 const ENTRY_BYTES: usize = 8;
 /// Entries read at once.

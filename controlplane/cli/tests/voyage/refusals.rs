@@ -41,7 +41,7 @@ async fn guests_that_cannot_be_moved_are_refused_by_reason() {
     refused(&pair, &private, &waiting, "PRIVATE_MEMORY", "share=on").await;
 
     let running = proof(quiet()).start().unwrap();
-    refused(&pair, &good, &running, "NOT_INCOMING", "-incoming defer").await;
+    refused(&pair, &good, &running, "GUEST_STATE", "-incoming defer").await;
 
     let longer = idle().block(RamBlock::node(512 * MIB)).incoming(true).start().unwrap();
     refused(&pair, &good, &longer, "LAYOUT_DIFFERS", "memory options").await;

@@ -103,7 +103,8 @@ impl Source {
                 self.doubt(now, Failure::new(Reason::PeerLost, message));
             }
             SourceEvent::Failed(failure) => self.doubt(now, failure),
-            SourceEvent::Start | SourceEvent::PeerBack => self.ask_outcome(now, actions),
+            SourceEvent::Start => self.ask_outcome(now, actions),
+            SourceEvent::PeerBack => self.peer_back(now, actions),
             SourceEvent::Tick => self.in_doubt_tick(now, actions),
             _ => {}
         }
@@ -127,11 +128,21 @@ impl Source {
         }
     }
 
+    /// Asks at once, unless it has just asked: a stream that comes and goes must not make it spin.
+    fn peer_back(&mut self, now: Duration, actions: &mut Vec<SourceAction>) {
+        let not_before = self.asked_at.map(|asked_at| asked_at.saturating_add(RETRY_FIRST));
+        match not_before {
+            Some(not_before) if now < not_before => self.ask.ordered(Some(not_before)),
+            _ => self.ask_outcome(now, actions),
+        }
+    }
+
     fn ask_outcome(&mut self, now: Duration, actions: &mut Vec<SourceAction>) {
         if matches!(self.phase, Phase::Commit) {
             self.enter(now, Phase::Ask);
         }
         self.ask.put_off(now);
+        self.asked_at = Some(now);
         actions.push(SourceAction::AskOutcome);
     }
 

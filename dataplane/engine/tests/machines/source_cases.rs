@@ -358,12 +358,27 @@ fn peer_lost_after_commit_asks_until_it_is_answered() {
         assert!(checked.now - before <= limits::RETRY_MOST);
     }
     assert_eq!(checked.times(&SourceAction::AskOutcome), 100);
+    checked.now += limits::RETRY_FIRST;
     assert_eq!(checked.handle(SourceEvent::PeerBack), [SourceAction::AskOutcome]);
     assert!(checked.handle(SourceEvent::Cancel).is_empty());
     assert_eq!(checked.source.trouble().unwrap().reason, Reason::PeerLost);
     assert_eq!(checked.handle(SourceEvent::DestinationRunning), [SourceAction::Release]);
     let_end(&mut checked);
     assert_eq!(checked.ended(), Some(&Outcome::Succeeded));
+}
+
+/// A driver may report PeerBack when its question opened a stream: that must not be a reason to ask again at once.
+#[test]
+fn a_stream_that_comes_back_again_and_again_is_asked_at_intervals() {
+    let mut checked = Checked::at("commit");
+    checked.handle(SourceEvent::PeerLost);
+    for _ in 0..10_000 {
+        checked.handle(SourceEvent::PeerBack);
+        checked.handle(SourceEvent::Tick);
+        checked.now += milliseconds(1);
+    }
+    let asked = checked.times(&SourceAction::AskOutcome);
+    assert!((90..=101).contains(&asked), "{asked} in 10 s");
 }
 
 #[test]
