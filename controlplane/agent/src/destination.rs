@@ -123,7 +123,7 @@ pub(crate) fn recover(agent: &Arc<Agent>, found: Recovered) {
     let mut view = crate::summary::restored(&found);
     let ended = found.records.iter().any(|record| matches!(record, Record::Ended { .. }));
     if ended {
-        let entry = Entry::new(found.created.request_id.clone(), MigrationRole::Destination, view);
+        let entry = Entry::new(found.created.request_id, MigrationRole::Destination, view);
         return agent.registry.insert(&entry);
     }
     // The last of the two counts: docs/architecture.md, "Who may run the guest".

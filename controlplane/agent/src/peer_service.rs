@@ -151,7 +151,7 @@ async fn serve(
         match order {
             Some(order) if allowed => take(&session, order).await,
             Some(_) => {
-                tracing::warn!(id = session.entry.id, "an order without the session's token was refused")
+                tracing::warn!(id = session.entry.id, "an order without the session's token was refused");
             }
             None => {}
         }

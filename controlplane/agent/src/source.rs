@@ -12,7 +12,7 @@ use ramferry_engine::{Failure, FixedCosts, Reason, Source, SourceEvent};
 use ramferry_fabric::windows::WindowConfig;
 use ramferry_fabric::{FabricKind, Link, MappedDomain, SessionToken, shm, tcp};
 use ramferry_guest::{Guest, GuestInfo, Qemu, Side, Timeouts};
-use ramferry_mover::{SourceHandle, SourceParts, spawn_source};
+use ramferry_mover::{SourceHandle, SourceInput, SourceParts, spawn_source};
 use ramferry_proto::v1;
 use ramferry_proto::v1::exchange_control_request::Order;
 use ramferry_proto::v1::peer_service_client::PeerServiceClient;
@@ -164,8 +164,8 @@ pub(crate) async fn create(
     let parameters = request.parameters.clone();
     let plan = Plan { request, info, files, agreed };
     start(
-        Arc::clone(agent),
-        Arc::clone(&entry),
+        agent,
+        &entry,
         Start { engine, parameters, setup, guest: Some(guest), plan: Some(plan), log, claim },
     );
     Ok(entry)
@@ -182,17 +182,16 @@ struct Start {
     claim: Claim,
 }
 
-fn start(agent: Arc<Agent>, entry: Arc<Entry>, start: Start) {
+fn start(agent: &Arc<Agent>, entry: &Arc<Entry>, start: Start) {
     let Start { engine, parameters, setup, guest, plan, log, claim } = start;
     let publisher =
         Publisher::new(&agent.metrics, MigrationRole::Source, &entry.id, setup.mode, setup.fabric);
     let (queue, incoming) = device_stream::queue();
-    let driven = Arc::clone(&entry);
     let (handle, thread) = spawn_source(engine, |handle| {
         let peer = Peer::new(setup, handle.clone(), queue);
         let session = Arc::new(Session {
-            agent,
-            entry: driven,
+            agent: Arc::clone(agent),
+            entry: Arc::clone(entry),
             handle,
             peer,
             guest,
@@ -229,7 +228,7 @@ pub(crate) fn recover(agent: &Arc<Agent>, found: Recovered) {
     let mut view = crate::summary::restored(&found);
     let ended = found.records.iter().any(|record| matches!(record, Record::Ended { .. }));
     if ended {
-        let entry = Entry::new(found.created.request_id.clone(), MigrationRole::Source, view);
+        let entry = Entry::new(found.created.request_id, MigrationRole::Source, view);
         return agent.registry.insert(&entry);
     }
     let handed_over = found.records.iter().any(|record| matches!(record, Record::HandedOver));
@@ -267,7 +266,7 @@ pub(crate) fn recover(agent: &Arc<Agent>, found: Recovered) {
             fabric: "unknown",
             mode: mode.map_or("unknown", |mode| mode.as_str()),
         };
-        start(agent, entry, Start { engine, parameters, setup, guest, plan: None, log: found.log, claim });
+        start(&agent, &entry, Start { engine, parameters, setup, guest, plan: None, log: found.log, claim });
     });
 }
 
@@ -354,7 +353,7 @@ impl Session {
 
     /// Brings the guest to its pause: the destination's VMM listens, the
     /// source's sends up to the point where it stops its vCPUs.
-    async fn pause(self: Arc<Self>) -> Result<SourceEvent, Failure> {
+    async fn pause(self: Arc<Self>) -> Result<SourceInput, Failure> {
         let lost = |status: Status| Failure::new(Reason::PeerLost, status.message());
         if !self.peer.send(Order::PrepareIncoming(v1::PrepareIncoming {})).await {
             return Err(lost(Status::unavailable("the control stream is lost")));
@@ -376,8 +375,8 @@ impl Session {
         let paused = self.guest()?.pause_for_switchover(&path).await;
         let _ = std::fs::remove_file(&path);
         let paused = paused.map_err(|error| guest_failure(&error))?;
-        let since = SystemTime::now().duration_since(paused.stop_time).unwrap_or_default();
-        Ok(SourceEvent::GuestPaused)
+        let ago = SystemTime::now().duration_since(paused.stop_time).unwrap_or_default();
+        Ok(SourceInput::GuestPaused(ago))
     }
 
     async fn relay_device_state(&self, listener: UnixListener) -> std::io::Result<()> {
@@ -404,18 +403,18 @@ impl Session {
         Ok(SourceEvent::GuestResumed)
     }
 
-    async fn ask_outcome(&self) -> SourceEvent {
-        match self.peer.open().await {
-            Ok(()) if self.peer.send(Order::AskOutcome(v1::AskOutcome {})).await => SourceEvent::PeerBack,
-            Ok(()) => SourceEvent::PeerLost,
+    /// Asks the destination for the outcome; its answer comes by the control stream.
+    async fn ask_outcome(&self) {
+        let asked = match self.peer.open().await {
+            Ok(()) => self.peer.send(Order::AskOutcome(v1::AskOutcome {})).await,
             Err(error) => {
-                tracing::warn!(
-                    id = self.entry.id,
-                    error = error.message(),
-                    "the destination cannot be asked for the outcome"
-                );
-                SourceEvent::PeerLost
+                let (id, error) = (&self.entry.id, error.message());
+                tracing::warn!(id, error, "the destination cannot be asked for the outcome");
+                false
             }
+        };
+        if !asked {
+            self.handle.send(SourceEvent::PeerLost);
         }
     }
 

@@ -12,7 +12,8 @@
 //!   the far end does not read, QMP hangs and `migrate_cancel` is not heard:
 //!   only the end of the stream helps, which `yank`, out of band, brings about.
 //! * After a migration has failed, QEMU still holds on to it for a moment. A
-//!   `migrate` in that moment crashes 7.2. `query-yank` tells when it is over.
+//!   `migrate` in that moment crashes 7.2. `query-yank` tells when it is over,
+//!   except for a thread that only time can be given to ([`source`]).
 //! * `stop` at a destination that waits for its migration turns off its
 //!   autostart: once loaded, it stays paused.
 //! * Without `late-block-activate` a destination takes its image locks when it

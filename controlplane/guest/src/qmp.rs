@@ -272,7 +272,6 @@ impl QmpClient {
         let limit = self.command_timeout;
         let (mut slot, reply) = self.shared.expect_reply().map_err(QmpError::Ended)?;
         let line = wire::command(slot.id, band, command, &arguments);
-        eprint!("{:?} > {}", SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap(), String::from_utf8_lossy(&line));
         let outcome = timeout(limit, async {
             // A writer that is gone has said why to every pending reply.
             let _ = self.commands.send(line).await;
@@ -372,7 +371,6 @@ impl Shared {
     }
 
     fn accept(&self, line: &[u8]) -> Result<(), Ended> {
-        eprint!("{:?} < {}", SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap(), String::from_utf8_lossy(&line[..line.len().min(200)]));
         match wire::parse(line).ok_or_else(|| Ended::Garbage { excerpt: wire::excerpt(line) })? {
             // Nobody listening is no error.
             Message::Event(event) => drop(self.events.send(event)),

@@ -8,7 +8,7 @@ mod lives;
 mod refusals;
 mod transfers;
 
-pub use fixture::{Drive, Fixture, Pair, SOURCE_BLOCKS, TestMemory, eventually};
+pub use fixture::{BLOCK_LENGTHS_BYTES, Drive, Fixture, Pair, TestMemory, eventually};
 pub use lives::*;
 pub use refusals::*;
 pub use transfers::*;

@@ -102,6 +102,8 @@ pub enum SourceInput {
     WindowsRegistered(Vec<(WindowId, Result<RegionKey, String>)>),
     /// The destination answered `ReleaseWindows`.
     WindowsReleased(Vec<WindowId>),
+    /// The guest stands still, and has for this long.
+    GuestPaused(Duration),
     /// The destination's digests, one a block.
     PeerDigests(Vec<Digest>),
     #[doc(hidden)]
@@ -185,7 +187,7 @@ struct Driver {
     /// RAM and present bytes.
     sizes: (u64, u64),
     tracker_kind: Option<TrackerKind>,
-    events: VecDeque<SourceEvent>,
+    events: VecDeque<(Duration, SourceEvent)>,
     feeding: bool,
     finished: bool,
 }
@@ -267,6 +269,9 @@ impl Driver {
                     plane.copy.remote_released(&ids);
                 }
             }
+            SourceInput::GuestPaused(ago) => {
+                self.feed_at(self.now().saturating_sub(ago), SourceEvent::GuestPaused);
+            }
             SourceInput::PeerDigests(digests) => {
                 self.digests.1 = Some(digests);
                 self.compare_digests();
@@ -276,20 +281,25 @@ impl Driver {
                 self.compare_digests();
             }
             SourceInput::OwnDigests(Err(error)) | SourceInput::MemoryFailed(error) => self.fail(&error),
-            SourceInput::JobDone(result) => self.job_done(result),
+            SourceInput::JobDone(result) => self.job_done(&result),
         }
     }
 
     /// Feeds the engine. Events that its actions bring about at once wait until
     /// all actions of the event before them are carried out.
     fn feed(&mut self, event: SourceEvent) {
-        self.events.push_back(event);
+        self.feed_at(self.now(), event);
+    }
+
+    /// Feeds an event that happened at `now`, a while ago.
+    fn feed_at(&mut self, now: Duration, event: SourceEvent) {
+        self.events.push_back((now, event));
         if std::mem::replace(&mut self.feeding, true) {
             return;
         }
-        while let Some(event) = self.events.pop_front() {
+        while let Some((now, event)) = self.events.pop_front() {
             let mut actions = Vec::new();
-            self.engine.handle(self.now(), event, &mut actions);
+            self.engine.handle(now, event, &mut actions);
             for action in actions {
                 self.carry_out(action);
             }
@@ -436,32 +446,32 @@ impl Driver {
         }
     }
 
-    fn job_done(&mut self, result: Result<(), MoverError>) {
+    fn job_done(&mut self, result: &Result<(), MoverError>) {
         let Some(job) = &mut self.job else {
             return;
         };
         job.waiting -= 1;
         let failed_before = job.failed;
         job.failed |= result.is_err();
-        if let (Err(_), JobKind::Copy { pass, .. }) = (&result, &job.kind) {
+        if let (Err(_), JobKind::Copy { pass, .. }) = (result, &job.kind) {
             pass.stop();
         }
         let done = if job.waiting == 0 { self.job.take() } else { None };
-        if let (Err(error), false) = (&result, failed_before) {
+        if let (Err(error), false) = (result, failed_before) {
             self.fail(error);
         }
         match done {
-            Some(job) if !job.failed => self.report(job),
+            Some(job) if !job.failed => self.report(&job),
             _ => {}
         }
     }
 
-    fn report(&mut self, job: RunningJob) {
+    fn report(&mut self, job: &RunningJob) {
         let elapsed = job.started.elapsed();
         let Some(plane) = &self.plane else {
             return;
         };
-        let event = match job.kind {
+        let event = match &job.kind {
             JobKind::Fence => SourceEvent::Fenced { elapsed },
             JobKind::Copy { before, .. } => {
                 let broken = plane.memory.check();

@@ -1,8 +1,8 @@
 //! Whether the kernel may map a RAM file on tmpfs with huge pages of its own.
 //!
-//! Both trackers read page tables. A huge mapping of tmpfs can leave them
-//! without a trace (the kernel splits it by forgetting it), and what was written
-//! through it with it, unless the tracker prepares for that.
+//! Splitting a huge mapping of tmpfs leaves its page table empty, and what soft-dirty
+//! bits told of it is forgotten: where that can happen, a page without an entry
+//! must be taken for written.
 
 use std::fs;
 use std::path::Path;

@@ -203,17 +203,21 @@ fn refusal_hint(source: &io::Error) -> &'static str {
 /// # Errors
 /// When it cannot be had, whatever the reason; the process is then as before.
 pub fn remote_userfaultfd(pid: u32, faults: Faults) -> Result<OwnedFd, RemoteCallError> {
-    let ended = |_| RemoteCallError::Ended { pid };
-    let threads = process::threads_of(pid).map_err(ended)?;
-    let pid = process::process_of(pid).map_err(ended)?;
+    let threads = process::threads_of(pid).map_err(|_| RemoteCallError::Ended { pid })?;
+    let pid = process::process_of(pid).map_err(|_| RemoteCallError::Ended { pid })?;
     let mut last = RemoteCallError::Ended { pid };
-    let can_call = |tid: &u32| process::thread_status(pid, *tid).is_ok_and(|status| !status.ended && !status.is_worker);
+    let can_call =
+        |tid: &u32| process::thread_status(pid, *tid).is_ok_and(|status| !status.ended && !status.is_worker);
     for tid in threads.into_iter().filter(can_call).take(MAX_THREADS) {
         let attempt = on_tracer_thread(PATIENCE, move || Attempt { pid, tid, faults }.run());
         last = match attempt.map_err(|source| RemoteCallError::Trace { pid, operation: "thread", source })? {
             Some(Ok(fd)) => return Ok(fd),
             // Another thread may still be one that stops.
             Some(Err(error @ (RemoteCallError::NotStopped { .. } | RemoteCallError::Ended { .. }))) => error,
+            // Whatever fails with a process on its way out.
+            Some(Err(_)) if !maps::vmas_of(pid).is_ok_and(|vmas| !vmas.is_empty()) => {
+                return Err(RemoteCallError::Ended { pid });
+            }
             Some(Err(error)) => return Err(error),
             None => return Err(RemoteCallError::Stuck { pid }),
         };

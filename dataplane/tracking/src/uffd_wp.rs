@@ -210,7 +210,11 @@ fn shares<'a>(pieces: &[Piece<'a>], count: usize) -> Vec<Vec<Piece<'a>>> {
             }
             let end = last.min(start.saturating_add(left).next_multiple_of(PIECE_ALIGNMENT_BYTES));
             left = left.saturating_sub(end - start);
-            shares.last_mut().expect("one was pushed when nothing was left").push(Piece { segment, start, end });
+            shares.last_mut().expect("one was pushed when nothing was left").push(Piece {
+                segment,
+                start,
+                end,
+            });
             start = end;
         }
     }
@@ -253,7 +257,8 @@ fn scan_in_parallel(
         for (scanner, share) in scanners.iter_mut().zip(shares) {
             let work = move || {
                 let mut ranges = Vec::new();
-                let lost = scan(scanner, view, share, |segment, start, end| ranges.push((*segment, start, end)))?;
+                let lost =
+                    scan(scanner, view, share, |segment, start, end| ranges.push((*segment, start, end)))?;
                 Ok::<_, WriterError>((ranges, lost))
             };
             let worker = thread::Builder::new().name("ramferry-scan".to_owned()).spawn_scoped(scope, work);
@@ -286,8 +291,10 @@ mod tests {
             Segment { start: 20 * GIB, end: 20 * GIB + 8192, file: 1, offset: 0 },
             Segment { start: 30 * GIB, end: 31 * GIB, file: 2, offset: 0 },
         ];
-        let whole: Vec<_> =
-            segments.iter().map(|segment| Piece { segment, start: segment.start, end: segment.end }).collect();
+        let whole: Vec<_> = segments
+            .iter()
+            .map(|segment| Piece { segment, start: segment.start, end: segment.end })
+            .collect();
         for count in 1..10 {
             let shares = shares(&whole, count);
             assert!(shares.len() <= count, "{} shares of {count}", shares.len());

@@ -34,7 +34,15 @@ impl Outside {
         claim: Claim,
         watching: AbortHandle,
     ) -> Self {
-        Self { session, log, publisher, claim: Some(claim), watching, committed: None, journal_nanoseconds: 0 }
+        Self {
+            session,
+            log,
+            publisher,
+            claim: Some(claim),
+            watching,
+            committed: None,
+            journal_nanoseconds: 0,
+        }
     }
 
     fn spawn<F>(&self, work: F)

@@ -68,7 +68,7 @@ impl Outside {
             return self.session.handle.send(SourceEvent::Failed(failure));
         }
         let session = Arc::clone(&self.session);
-        self.pausing = Some(self.spawn(async move { session.pause().await.map(Into::into) }));
+        self.pausing = Some(self.spawn(session.pause()));
     }
 
     fn resume(&mut self) {
@@ -153,7 +153,7 @@ impl SourceOutside for Outside {
             SourceAction::WriteHandedOver => self.hand_over(),
             SourceAction::SendCommit => self.order(Order::Commit(v1::Commit {})),
             SourceAction::AskOutcome => {
-                self.spawn(async move { Ok(session.ask_outcome().await.into()) });
+                self.session.agent.runtime.spawn(async move { session.ask_outcome().await });
             }
             SourceAction::AbortPeer(failure) => {
                 self.spawn(async move {

@@ -29,15 +29,22 @@ async fn working_set_rewritten_without_pause_is_moved_by_policy_and_its_downtime
             let part = progress.downtime_parts.iter().find(|part| part.name == name);
             seconds(part.unwrap_or_else(|| panic!("no part {name}")).duration)
         };
-        for name in ["pause", "harvest", "copy", "fence", "acknowledge", "device_state", "journal", "commit"] {
+        for name in ["pause", "harvest", "copy", "fence", "acknowledge", "device_state", "journal", "commit"]
+        {
             assert!(part(name) > 0.0, "{name}: {progress:?}");
         }
         let parts: f64 = progress.downtime_parts.iter().map(|part| seconds(part.duration)).sum();
         let (downtime, pause) = (seconds(progress.downtime), part("pause"));
         let unaccounted = downtime - (parts - pause);
-        assert!(unaccounted.abs() < 0.001 + 0.05 * downtime, "{unaccounted} s of {downtime} s: {progress:#?}");
+        assert!(
+            unaccounted.abs() < 0.001 + 0.05 * downtime,
+            "{unaccounted} s of {downtime} s: {progress:#?}"
+        );
 
-        assert!(progress.rounds.len() >= 3, "it gave up before it saw that it does not converge: {progress:?}");
+        assert!(
+            progress.rounds.len() >= 3,
+            "it gave up before it saw that it does not converge: {progress:?}"
+        );
         let last = progress.rounds.last().unwrap();
         let copied: f64 = progress.rounds.iter().map(|round| seconds(round.duration)).sum();
         let throughput = progress.transferred_bytes as f64 / copied;
@@ -49,7 +56,11 @@ async fn working_set_rewritten_without_pause_is_moved_by_policy_and_its_downtime
             downtime * 1e3,
             downtime / needed,
             needed * 1e3,
-            progress.downtime_parts.iter().map(|part| (&part.name, seconds(part.duration) * 1e3)).collect::<Vec<_>>()
+            progress
+                .downtime_parts
+                .iter()
+                .map(|part| (&part.name, seconds(part.duration) * 1e3))
+                .collect::<Vec<_>>()
         );
     }
 }

@@ -1,6 +1,8 @@
 //! Real migrations: unmodified QEMUs with running guests, two agents as
 //! processes of their own, driven over gRPC and by the command line.
 
+#![allow(clippy::unwrap_used, reason = "a test that cannot go on panics")]
+
 mod cancel;
 mod crash;
 mod downtime;

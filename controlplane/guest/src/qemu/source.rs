@@ -21,6 +21,12 @@ const CUT_AFTER: Duration = Duration::from_millis(20);
 /// Between looks at a guest that is to run again; events cut it short.
 const LOOK_INTERVAL: Duration = Duration::from_millis(2);
 
+/// For how long QEMU is left alone after a migration that did not succeed.
+/// Before 8.2 it does not wait for its thread that reads the return path; if
+/// that ends late, it takes the return path of the next migration with it, and
+/// QEMU crashes. Nothing tells when it has ended.
+const SETTLE_DELAY: Duration = Duration::from_millis(300);
+
 /// Looks at a guest that stands still in a cancelled migration before QEMU is
 /// taken to have missed the cancellation: it does when it was cancelled
 /// between deciding to pause and entering `pre-switchover`, and then waits for
@@ -43,7 +49,12 @@ impl Qemu {
     pub async fn prepare_source(&self) -> Result<(), GuestError> {
         self.explained(async {
             if self.course().saved.is_none() {
-                let saved = settings::apply(&self.client(), Side::Source).await?;
+                let client = self.client();
+                let migration = self.status_by(&client).await?.0.migration;
+                if matches!(migration.as_deref(), Some("cancelled" | "failed")) {
+                    sleep(SETTLE_DELAY).await;
+                }
+                let saved = settings::apply(&client, Side::Source).await?;
                 self.course().saved = Some(saved);
             }
             Ok(())

@@ -11,7 +11,7 @@ use crate::{
 };
 
 /// Lengths of the blocks of both sides' memory.
-pub const SOURCE_BLOCKS: [u64; 2] = [2 << 20, 1 << 20];
+pub const BLOCK_LENGTHS_BYTES: [u64; 2] = [2 << 20, 1 << 20];
 /// Nothing in the suite may take longer.
 const LIMIT: Duration = Duration::from_secs(30);
 
@@ -53,9 +53,9 @@ pub struct TestMemory {
 }
 
 impl TestMemory {
-    /// Blocks of [`SOURCE_BLOCKS`], every byte of which is told by `seed` and its place.
+    /// Blocks of [`BLOCK_LENGTHS_BYTES`], every byte of which is told by `seed` and its place.
     pub fn patterned(seed: u8, access: Access) -> Self {
-        Self::with_blocks(seed, access, &SOURCE_BLOCKS)
+        Self::with_blocks(seed, access, &BLOCK_LENGTHS_BYTES)
     }
 
     /// Blocks of the given lengths, every byte of which is told by `seed` and its place.

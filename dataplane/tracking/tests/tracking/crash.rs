@@ -30,7 +30,8 @@ fn outlives_a_killed_tracker(kind: TrackerKind) {
         guest.order(&format!("hammer a {}", round + 1));
         let mut agent = Helper::spawn();
         let (device, inode) = (tracked.identity.device, tracked.identity.inode);
-        let order = format!("track {kind} {} {device} {inode} {} {}", guest.pid(), file.pages, file.page_bytes);
+        let order =
+            format!("track {kind} {} {device} {inode} {} {}", guest.pid(), file.pages, file.page_bytes);
         assert_eq!(agent.order(&order), "ok");
         // The tracker harvests without a pause: any moment is as good as another.
         std::thread::sleep(Duration::from_micros(100 + round * 1733));

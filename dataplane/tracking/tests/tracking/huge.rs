@@ -193,7 +193,8 @@ fn sees_single_pages_of_transparent_huge_ones(kind: TrackerKind) {
 #[test]
 fn a_tracker_that_cannot_see_is_found_out() {
     let soft_dirty_built = std::fs::read("/proc/config.gz").is_ok_and(|packed| {
-        let unpacked = Command::new("zgrep").args(["-q", "^CONFIG_MEM_SOFT_DIRTY=y", "/proc/config.gz"]).status();
+        let unpacked =
+            Command::new("zgrep").args(["-q", "^CONFIG_MEM_SOFT_DIRTY=y", "/proc/config.gz"]).status();
         !packed.is_empty() && unpacked.is_ok_and(|status| status.success())
     });
     match self_test(TrackerKind::SoftDirty) {

@@ -3,6 +3,7 @@
 //!
 //! `conformance` is one suite over every kind of tracker; where a kind fails
 //! its self-test it prints `SKIPPED: reason`.
+#![allow(clippy::unwrap_used, reason = "a failure here is a failed test")]
 #![allow(unsafe_code, reason = "a helper that maps memory, forks and installs seccomp filters")]
 
 mod conformance;

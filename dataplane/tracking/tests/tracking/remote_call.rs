@@ -41,7 +41,7 @@ fn interrupted_system_calls_are_restarted_and_last_as_long_as_asked() {
             }
         }
         assert_eq!(helper.answer(), "0 true", "{call} after {calls} calls");
-        assert!(calls >= 20, "{calls} calls");
+        assert!(calls >= 3, "{calls} calls");
         assert!(start.elapsed().as_millis() < 2000);
     }
 }
@@ -161,7 +161,9 @@ fn a_process_that_is_being_debugged_is_left_to_its_debugger() {
     // SAFETY: seizes a child of ours without stopping it; no memory is involved.
     unsafe { assert_eq!(libc::ptrace(libc::PTRACE_SEIZE, pid, 0, 0), 0) };
     match remote_userfaultfd(helper.pid(), Faults::UserOnly).unwrap_err() {
-        RemoteCallError::AlreadyTraced { tracer, .. } => assert_eq!(tracer, rustix::thread::gettid().as_raw_nonzero().get() as u32),
+        RemoteCallError::AlreadyTraced { tracer, .. } => {
+            assert_eq!(tracer, rustix::thread::gettid().as_raw_nonzero().get() as u32);
+        }
         error => panic!("{error}"),
     }
     assert_eq!(helper.order("hello"), "ok");

@@ -51,7 +51,16 @@ impl Vm {
         let socket = directory.path().join("qmp");
         let backend = format!("memory-backend-file,id=ram,size={RAM_BYTES},share=on,mem-path={}", ram.path());
         let mut child = Command::new("qemu-system-x86_64")
-            .args(["-accel", accelerator, "-machine", "pc,memory-backend=ram", "-m", "64M", "-object", &backend])
+            .args([
+                "-accel",
+                accelerator,
+                "-machine",
+                "pc,memory-backend=ram",
+                "-m",
+                "64M",
+                "-object",
+                &backend,
+            ])
             .args(["-bios", &firmware.display().to_string()])
             .args(["-qmp", &format!("unix:{},server=on,wait=off", socket.display())])
             .args(["-sandbox", sandbox, "-display", "none", "-nodefaults", "-vga", "none"])
@@ -146,7 +155,8 @@ fn migrate_ram_of(accelerator: &str, sandbox: &str, kind: TrackerKind) {
     };
     for _ in 0..50 {
         await_progress(&ram);
-        reported += harvest(&mut replica).iter().filter(|page| (FIRST_PAGE..LAST_PAGE).contains(page)).count();
+        reported +=
+            harvest(&mut replica).iter().filter(|page| (FIRST_PAGE..LAST_PAGE).contains(page)).count();
     }
     assert!(reported > 500, "{reported} pages reported");
     vm.execute("stop");
