@@ -1,6 +1,6 @@
 //! From what the data plane counts to the metrics: the one place that does so.
 
-use ramferry_engine::Progress;
+use ramferry_engine::{Progress, Reason};
 use ramferry_mover::{Counted, DestinationSnapshot, Registered, SourceSnapshot, Stall};
 use ramferry_proto::v1;
 
@@ -102,6 +102,9 @@ impl Publisher {
             v1::MigrationState::Cancelled => MigrationResult::Cancelled,
             _ => MigrationResult::Failed,
         };
+        if reason == Some(Reason::RegistrationFailed.as_str()) {
+            self.metrics.registration_error(self.role, None);
+        }
         if let Some(active) = self.active.take() {
             active.ended(MigrationMode::Precopy, result, reason);
         }

@@ -17,7 +17,7 @@ use ramferry_proto::v1;
 use ramferry_proto::v1::exchange_control_request::Order;
 use ramferry_proto::v1::peer_service_client::PeerServiceClient;
 use ramferry_ram::{Access, Memory, RamFile};
-use ramferry_tracking::{TrackError, TrackedFile, TrackerKind};
+use ramferry_tracking::{TrackedFile, TrackerKind};
 use tokio::net::UnixListener;
 use tokio::sync::mpsc;
 use tonic::{Code, Status};
@@ -33,7 +33,7 @@ use crate::journal::{Created, Record, Recovered, SpecRecord};
 use crate::migrations::{Claim, Entry, Refusal};
 use crate::publish::Publisher;
 use crate::request::{Request, fabric_on_the_wire, registration_mode};
-use crate::status::{causes, invalid_argument, precondition, status};
+use crate::status::{Violation, causes, invalid_argument, precondition, status};
 
 /// Links of a migration whose caller and destination leave that open.
 pub(crate) const DEFAULT_STREAMS: u32 = 2;
@@ -82,13 +82,11 @@ pub(crate) async fn check(
     let (guest, info, files) = inspect(agent, request).await?;
     let tracked = tracked_files(&info, &files);
     let pid = info.pid;
-    let tracker = blocking(move || {
-        ramferry_tracking::check(pid, &tracked)?;
-        let works = |kind| ramferry_tracking::self_test(kind).map(|()| kind);
-        works(TrackerKind::UffdWp).or_else(|_| works(TrackerKind::SoftDirty)).map_err(TrackError::from)
-    })
-    .await?
-    .map_err(|error| precondition("TRACKING_UNAVAILABLE", causes(&error), [], []))?;
+    check_tracking(pid, tracked).await?;
+    let works = |kind| ramferry_tracking::self_test(kind).map(|()| kind);
+    let tracker = blocking(move || works(TrackerKind::UffdWp).or_else(|_| works(TrackerKind::SoftDirty)))
+        .await?
+        .map_err(|error| precondition("TRACKING_UNAVAILABLE", causes(&error), [], []))?;
     let response = negotiate(agent, "check", request, &info, true).await?;
     let fabric = v1::FabricKind::try_from(response.fabric).unwrap_or_default();
     let mut present_bytes = 0;
@@ -119,9 +117,7 @@ pub(crate) async fn create(
     let (guest, info, files) = inspect(agent, &request).await?;
     claim.claim_guest(info.pid).map_err(|refusal| refused(&refusal))?;
     let (pid, tracked) = (info.pid, tracked_files(&info, &files));
-    blocking(move || ramferry_tracking::check(pid, &tracked))
-        .await?
-        .map_err(|error| precondition("TRACKING_UNAVAILABLE", causes(&error), [], []))?;
+    check_tracking(pid, tracked).await?;
     let response = negotiate(agent, id, &request, &info, false).await?;
     let agreed = agreed(&request, response)?;
 
@@ -489,6 +485,9 @@ async fn inspect(
     let inspected = Qemu::inspect(&path, Side::Source, Timeouts::default()).await;
     let (guest, info, files) =
         inspected.map_err(|error| crate::destination::guest_refusal("source", &error))?;
+    if !info.direct_io_disks.is_empty() {
+        return Err(direct_io(&info.direct_io_disks));
+    }
     Ok((Arc::new(guest), info, files))
 }
 
@@ -568,6 +567,41 @@ fn tracked_files(info: &GuestInfo, files: &[RamFile]) -> Vec<TrackedFile> {
         page_bytes: block.page_bytes,
     };
     info.layout.blocks().iter().zip(files).map(tracked).collect()
+}
+
+/// Refuses a guest whose RAM a process writes that cannot be tracked, by that process' name.
+async fn check_tracking(guest: u32, files: Vec<TrackedFile>) -> Result<(), Status> {
+    let refuse = |error: &dyn std::error::Error, violations: Vec<Violation>| {
+        let message = format!("the source guest's writes cannot be tracked: {}", causes(error));
+        precondition("TRACKING_UNAVAILABLE", message, violations, [])
+    };
+    let writers = blocking(move || ramferry_tracking::check(guest, &files)).await?;
+    for writer in writers.map_err(|error| refuse(&error, Vec::new()))? {
+        if let Some(obstacle) = writer.obstacle {
+            let subject = format!("process {} ({})", writer.pid, writer.comm);
+            let description =
+                format!("{subject} writes to the guest's RAM and cannot be tracked: {}", causes(&obstacle));
+            let violation = Violation { kind: "HOST".into(), subject, description };
+            return Err(refuse(&obstacle, vec![violation]));
+        }
+    }
+    Ok(())
+}
+
+/// A page that a disk's DMA fills is marked written when the transfer begins, and
+/// may be filled after it was copied: nobody would see that it must be copied again.
+fn direct_io(disks: &[String]) -> Status {
+    let remedy = "start it with cache=writeback (cache.direct=off) on these disks";
+    let violation = |disk: &String| Violation {
+        kind: "GUEST".into(),
+        subject: disk.clone(),
+        description: format!("it uses direct I/O; {remedy}"),
+    };
+    let message = format!(
+        "the source guest cannot be migrated: its disks {} use direct I/O, whose transfers into guest RAM cannot be tracked; {remedy}",
+        disks.join(", ")
+    );
+    precondition("DIRECT_IO", message, disks.iter().map(violation), [])
 }
 
 pub(crate) fn refused(refusal: &Refusal) -> Status {
