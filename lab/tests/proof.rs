@@ -239,6 +239,8 @@ fn numa_nodes_and_dimms_above_4_gib_are_all_proved() -> Result<()> {
         let mut found: Vec<_> =
             lost(&qemu).iter().map(|lost| qemu.locate(lost.guest_address()).expect("RAM")).collect();
         found.sort_unstable();
+        // The guest's own rotation may have come upon one of them before.
+        found.dedup();
         assert_eq!(found, damaged, "{machine:?}: each page is where the fixture says");
     }
     Ok(())

@@ -25,7 +25,8 @@ pub struct Timeouts {
     pub pause: Duration,
     /// From then until the device state has left the source.
     pub device_state: Duration,
-    /// Loading the device state at the destination, from the order to listen.
+    /// From the call of [`Guest::wait_loaded`] until the device state is there,
+    /// the source's last round included.
     pub load: Duration,
     /// Making a guest run again.
     pub resume: Duration,
@@ -39,7 +40,7 @@ impl Default for Timeouts {
             command: Duration::from_secs(5),
             pause: Duration::from_secs(30),
             device_state: Duration::from_secs(60),
-            load: Duration::from_secs(60),
+            load: Duration::from_secs(300),
             resume: Duration::from_secs(10),
             quit: Duration::from_secs(10),
         }

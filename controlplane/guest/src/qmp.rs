@@ -36,6 +36,9 @@ const LINE_LIMIT_BYTES: u64 = 16 << 20;
 /// Commands that wait to be written. QEMU stops reading when 8 are in its queue.
 const COMMAND_QUEUE: usize = 32;
 
+/// Lines that QEMU may still have for an earlier client.
+const LEFTOVER_LINES: usize = 1000;
+
 /// Events kept for a receiver that is late.
 const EVENT_QUEUE: usize = 256;
 
@@ -194,9 +197,7 @@ impl QmpClient {
         let peer_pid = stream.peer_cred().ok().and_then(|cred| cred.pid());
         let (read, write) = stream.into_split();
         let mut reader = BufReader::new(read);
-        let greeting = read_line(&mut reader).await.map_err(QmpError::Ended)?;
-        let (version, out_of_band) = wire::greeting(&greeting)
-            .ok_or_else(|| QmpError::Ended(Ended::Garbage { excerpt: wire::excerpt(&greeting) }))?;
+        let (version, out_of_band) = hear_greeting(&mut reader).await.map_err(QmpError::Ended)?;
         let (commands, queue) = mpsc::channel(COMMAND_QUEUE);
         let shared = Arc::new(Shared::new());
         let tasks = [
@@ -311,7 +312,7 @@ struct Shared {
     ended: watch::Sender<Option<Ended>>,
 }
 
-#[derive(Debug, Default)]
+#[derive(Debug)]
 struct Pending {
     last_id: u64,
     replies: HashMap<u64, oneshot::Sender<Reply>>,
@@ -334,8 +335,12 @@ impl Drop for Slot<'_> {
 
 impl Shared {
     fn new() -> Self {
+        // Numbers that no earlier connection used, by any process: QEMU may
+        // still answer one of its commands.
+        let since_epoch = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
+        let last_id = u64::try_from(since_epoch.as_micros()).unwrap_or(0);
         Self {
-            pending: Mutex::default(),
+            pending: Mutex::new(Pending { last_id, replies: HashMap::new() }),
             events: broadcast::channel(EVENT_QUEUE).0,
             ended: watch::channel(None).0,
         }
@@ -400,6 +405,24 @@ async fn write_all(mut writer: OwnedWriteHalf, mut queue: mpsc::Receiver<Vec<u8>
             return;
         }
     }
+}
+
+/// Before it greets, QEMU may finish what it had to say to an earlier client,
+/// in the middle of a line.
+async fn hear_greeting(reader: &mut BufReader<OwnedReadHalf>) -> Result<(Version, bool), Ended> {
+    let mut other = None;
+    for _ in 0..=LEFTOVER_LINES {
+        let line = match (read_line(reader).await, other.take()) {
+            (Ok(line), _) => line,
+            (Err(Ended::Closed), Some(excerpt)) => return Err(Ended::Garbage { excerpt }),
+            (Err(why), _) => return Err(why),
+        };
+        match wire::greeting(&line) {
+            Some(greeting) => return Ok(greeting),
+            None => other = Some(wire::excerpt(&line)),
+        }
+    }
+    Err(Ended::Garbage { excerpt: other.unwrap_or_default() })
 }
 
 async fn read_line(reader: &mut BufReader<OwnedReadHalf>) -> Result<Vec<u8>, Ended> {

@@ -24,6 +24,9 @@ const SPIN: Duration = Duration::from_micros(50);
 const NAP: Duration = Duration::from_millis(2);
 /// A link that completes nothing for so long is dead.
 const STALL_LIMIT: Duration = Duration::from_secs(30);
+/// Bytes written between two fences within a pass, so that windows can be
+/// released while it is under way.
+const PROVE_BYTES: u64 = 8 << 20;
 /// Runs of zero pages that are kept for one order.
 const ZERO_RUNS: usize = 4096;
 
@@ -35,8 +38,15 @@ pub(crate) enum Job {
 
 /// Operations of one chunk, or a fence, on their way.
 struct InFlight {
-    window: Option<WindowId>,
+    purpose: Purpose,
     operations: u32,
+}
+
+enum Purpose {
+    /// Writes into this window.
+    Writes(WindowId),
+    /// A fence; it proves what was written into these windows.
+    Fence(Vec<WindowId>),
 }
 
 pub(crate) struct Worker {
@@ -46,6 +56,10 @@ pub(crate) struct Worker {
     next_id: u64,
     completions: Vec<Completion>,
     zero: Vec<(BlockIndex, PageRun)>,
+    /// Windows whose writes have completed. That alone does not prove placement:
+    /// a window is given back, and may be released, only behind a fence.
+    unproven: Vec<WindowId>,
+    unproven_bytes: u64,
     idle_since: Option<Instant>,
     /// Waiting within the job under way.
     waited: Duration,
@@ -60,6 +74,8 @@ impl Worker {
             next_id: 0,
             completions: Vec::new(),
             zero: Vec::new(),
+            unproven: Vec::new(),
+            unproven_bytes: 0,
             idle_since: None,
             waited: Duration::ZERO,
         }
@@ -90,7 +106,11 @@ impl Worker {
                     self.progressed();
                     self.send(&chunk)?;
                 }
-                Next::Wait => self.idle(Stall::Registration)?,
+                Next::Wait => {
+                    // It may be our windows that are waited for.
+                    self.prove()?;
+                    self.idle(Stall::Registration)?;
+                }
                 Next::Done => break,
             }
         }
@@ -99,12 +119,22 @@ impl Worker {
     }
 
     fn fence(&mut self) -> Result<(), MoverError> {
-        let id = self.begin(None);
+        self.post_fence()?;
+        self.drain()
+    }
+
+    /// Posts a fence behind what has completed, if anything has.
+    fn prove(&mut self) -> Result<(), MoverError> {
+        if self.unproven.is_empty() { Ok(()) } else { self.post_fence() }
+    }
+
+    fn post_fence(&mut self) -> Result<(), MoverError> {
+        self.unproven_bytes = 0;
+        let windows = std::mem::take(&mut self.unproven);
+        let id = self.begin(Purpose::Fence(windows));
         self.post(|link| link.post_fence(OpId(id)))?;
         self.count_operation(id);
         self.finish_posting(id);
-        self.drain()?;
-        self.copy.counters.add_fence();
         Ok(())
     }
 
@@ -118,7 +148,7 @@ impl Worker {
         if self.zero.len() >= ZERO_RUNS {
             self.flush_zero();
         }
-        let id = self.begin(Some(chunk.window));
+        let id = self.begin(Purpose::Writes(chunk.window));
         for run in data {
             let (start, end) = (run.first * page_bytes, run.end() * page_bytes);
             let mut offset = start;
@@ -138,7 +168,8 @@ impl Worker {
             self.copy.counters.add_data(end - start, run.count);
         }
         self.finish_posting(id);
-        Ok(())
+        self.unproven_bytes += chunk.range.length;
+        if self.unproven_bytes >= PROVE_BYTES { self.prove() } else { Ok(()) }
     }
 
     /// Splits a range's pages into runs that hold data and runs that are zero.
@@ -189,10 +220,10 @@ impl Worker {
         }
     }
 
-    fn begin(&mut self, window: Option<WindowId>) -> u64 {
+    fn begin(&mut self, purpose: Purpose) -> u64 {
         self.next_id += 1;
         // One more than is posted, until posting is finished.
-        self.in_flight.insert(self.next_id, InFlight { window, operations: 1 });
+        self.in_flight.insert(self.next_id, InFlight { purpose, operations: 1 });
         self.next_id
     }
 
@@ -211,12 +242,18 @@ impl Worker {
             return;
         };
         in_flight.operations -= 1;
-        if in_flight.operations == 0 {
-            let window = in_flight.window;
-            self.in_flight.remove(&id);
-            if let Some(window) = window {
-                self.copy.give_back(window);
+        if in_flight.operations > 0 {
+            return;
+        }
+        match self.in_flight.remove(&id).map(|in_flight| in_flight.purpose) {
+            Some(Purpose::Writes(window)) => self.unproven.push(window),
+            Some(Purpose::Fence(windows)) => {
+                self.copy.counters.add_fence();
+                for window in windows {
+                    self.copy.give_back(window);
+                }
             }
+            None => {}
         }
     }
 

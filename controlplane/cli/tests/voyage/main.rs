@@ -10,3 +10,4 @@ mod harness;
 mod moves;
 mod orchestrator;
 mod refusals;
+mod secured;

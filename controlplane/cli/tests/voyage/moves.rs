@@ -101,19 +101,37 @@ async fn newer_qemu_moves() {
     assert_proves_itself(&move_once(&pair, "newer", &guest, parameters(Tcp)).await);
 }
 
-#[tokio::test(flavor = "multi_thread")]
-async fn debian_guest_under_stress_moves() {
+async fn debian_there_and_back(fabric: v1::FabricKind) {
     let debian = match DebianGuest::find() {
         Ok(debian) => debian,
         Err(reason) => return skipped(reason),
     };
-    let pair = Pair::start();
-    let guest =
+    let mut pair = Pair::start();
+    let builder =
         Qemu::builder().accel(Accel::Tcg).block(RamBlock::node(1024 * MIB)).guest(Guest::Debian(debian));
-    let guest = guest.start().unwrap();
-    guest.wait_line(|line| line.contains("tick"), 3 * PATIENCE).unwrap();
-    let arrived = move_once(&pair, "debian", &guest, parameters(Tcp)).await;
-    arrived.wait_line(|line| line.contains("tick"), PATIENCE).unwrap();
+    let mut guest = builder.start().unwrap();
+    guest.wait_line(|line| line.starts_with("tick"), 3 * PATIENCE).unwrap();
+    for turn in 0..5 {
+        for way in ["there", "back"] {
+            let arrived = move_once(&pair, &format!("{way}-{turn}"), &guest, parameters(fabric)).await;
+            arrived.wait_line(|line| line.starts_with("tick"), PATIENCE).unwrap();
+            guest = arrived;
+            pair = pair.swap();
+        }
+    }
+    let panicked =
+        guest.lines().into_iter().find(|line| line.text.contains("Oops") || line.text.contains("panic"));
+    assert!(panicked.is_none(), "{panicked:?}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn debian_guest_under_stress_moves_there_and_back_five_times_over_shm() {
+    debian_there_and_back(Shm).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn debian_guest_under_stress_moves_there_and_back_five_times_over_tcp() {
+    debian_there_and_back(Tcp).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -190,6 +190,8 @@ fn loaded_by(status: &GuestStatus) -> Verdict<bool> {
     match (status.run_state.as_str(), status.migration.as_deref()) {
         _ if status.running => Verdict::Done(true),
         (_, Some("failed" | "cancelled")) => Verdict::Failed,
+        // QEMU is about to leave it.
+        ("inmigrate", Some("completed")) => Verdict::Ask,
         ("inmigrate", _) => Verdict::Wait,
         (_, Some("completed")) => Verdict::Done(false),
         _ => Verdict::Wait,
@@ -222,6 +224,7 @@ mod tests {
         assert_eq!(loaded(false, "inmigrate", None), "wait");
         assert_eq!(loaded(false, "inmigrate", Some("active")), "wait");
         assert_eq!(loaded(false, "inmigrate", Some("failed")), "failed");
+        assert_eq!(loaded(false, "inmigrate", Some("completed")), "ask");
         assert_eq!(loaded(false, "paused", Some("active")), "wait");
         assert_eq!(loaded(false, "paused", Some("completed")), "loaded");
         assert_eq!(loaded(true, "running", Some("completed")), "ran");

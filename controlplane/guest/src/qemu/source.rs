@@ -127,14 +127,16 @@ impl Qemu {
     /// # Errors
     /// When QEMU is gone or does not resume the guest in time.
     pub async fn resume_source(&self) -> Result<Resumed, GuestError> {
-        let work = self.bring_back();
-        tokio::pin!(work);
+        let cut_in_time = async {
+            sleep(CUT_AFTER).await;
+            self.cut_stream().await;
+            std::future::pending().await
+        };
         tokio::select! {
             biased;
-            result = &mut work => return result,
-            () = sleep(CUT_AFTER) => {}
+            result = self.bring_back() => result,
+            never = cut_in_time => never,
         }
-        tokio::join!(work, self.cut_stream()).0
     }
 
     async fn check_blocks_unchanged(&self, client: &QmpClient) -> Result<(), GuestError> {

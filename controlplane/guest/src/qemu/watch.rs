@@ -16,6 +16,9 @@ use super::replies::MigrateInfo;
 /// Events are what is waited for; this is for one that was missed.
 const POLL_INTERVAL: Duration = Duration::from_millis(200);
 
+/// Between questions when the answer is about to change.
+const ASK_INTERVAL: Duration = Duration::from_millis(2);
+
 /// What was learnt.
 pub(super) enum Seen<'a> {
     /// QEMU's migration has entered a state, at a time.
@@ -30,7 +33,7 @@ pub(super) enum Seen<'a> {
 pub(super) enum Verdict<T> {
     /// Goes on waiting.
     Wait,
-    /// Asks QEMU for its status at once.
+    /// Asks QEMU for its status: at once after an event, soon after a status.
     Ask,
     /// It is there.
     Done(T),
@@ -83,7 +86,8 @@ impl Qemu {
                 verdict
             };
             match verdict {
-                Verdict::Wait | Verdict::Ask => {}
+                Verdict::Wait => {}
+                Verdict::Ask => next_poll = Instant::now() + ASK_INTERVAL,
                 Verdict::Done(value) => return Ok(value),
                 Verdict::Failed => return Err(self.failure(client, step).await),
             }

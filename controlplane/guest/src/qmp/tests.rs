@@ -63,6 +63,22 @@ async fn replies_reach_their_commands_in_any_order() {
 }
 
 #[tokio::test]
+async fn what_was_meant_for_an_earlier_client_is_passed_over() {
+    let (ours, theirs) = UnixStream::pair().unwrap();
+    let (read, writer) = theirs.into_split();
+    let mut server = Server { reader: BufReader::new(read), writer };
+    let script = async {
+        server.say(r#"onds": 2}, "event": "STOP"}"#).await;
+        server.say(r#"{"event": "STOP", "timestamp": {"seconds": 1, "microseconds": 2}}"#).await;
+        server.say(GREETING).await;
+        server.say(r#"{"return": {"status": "running"}, "id": 1}"#).await;
+        server.answer(|id| json!({ "return": {}, "id": id })).await;
+    };
+    let (client, ()) = tokio::join!(QmpClient::negotiate(ours, LIMIT), script);
+    assert!(!client.unwrap().has_ended());
+}
+
+#[tokio::test]
 async fn commands_out_of_band_are_marked_and_were_negotiated() {
     let (ours, theirs) = UnixStream::pair().unwrap();
     let (read, writer) = theirs.into_split();

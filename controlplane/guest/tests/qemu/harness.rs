@@ -182,6 +182,11 @@ impl Vm {
         qemu.pause_for_switchover(&path).await.unwrap_err().reason()
     }
 
+    pub(crate) fn signal(&self, signal: rustix::process::Signal) {
+        let pid = rustix::process::Pid::from_raw(self.pid().try_into().unwrap()).unwrap();
+        rustix::process::kill_process(pid, signal).unwrap();
+    }
+
     /// Ends QEMU as a crash would.
     pub(crate) fn kill(&mut self) {
         self.child.kill().unwrap();

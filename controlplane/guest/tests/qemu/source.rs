@@ -215,6 +215,28 @@ async fn a_guest_whose_device_state_has_left_can_still_be_taken_back() {
 }
 
 #[tokio::test]
+async fn a_disk_is_free_for_the_source_until_the_destination_runs() {
+    for binary in qemus() {
+        let disk = tempfile::TempDir::new_in("/dev/shm").unwrap();
+        let image = disk.path().join("disk");
+        std::fs::File::create(&image).unwrap().set_len(1 << 20).unwrap();
+        let drive = format!("-drive if=virtio,format=raw,file={}", image.display());
+        let vm = Vm::guest(&binary, &drive).await;
+        let qemu = vm.source().await;
+        let arrived = vm.destination(&drive).await;
+        // Loaded, not given up: it must not have locked the image.
+        crate::destination::arrive(&vm, &qemu, &arrived).await;
+        resumes(&vm, &qemu, "completed, with a disk").await;
+        drop(arrived);
+        qemu.prepare_source().await.unwrap();
+        let arrived = vm.destination(&drive).await;
+        let other = crate::destination::arrive(&vm, &qemu, &arrived).await;
+        other.resume_destination().await.unwrap();
+        assert_eq!(arrived.run_state().await, "running");
+    }
+}
+
+#[tokio::test]
 async fn a_pause_is_undone_from_every_instant_of_it() {
     for binary in qemus() {
         let vm = Vm::guest(&binary, "").await;
@@ -369,6 +391,25 @@ async fn a_qemu_that_dies_is_told_from_one_that_hangs_up() {
         assert_eq!(lost.reason(), "VMM_GONE", "{lost}");
         assert_eq!(qemu.resume_source().await.unwrap_err().reason(), "VMM_GONE");
         assert_eq!(qemu.status().await.unwrap_err().reason(), "VMM_GONE");
+    }
+}
+
+#[tokio::test]
+async fn a_qemu_that_hangs_is_not_waited_for_beyond_the_limit() {
+    for binary in qemus() {
+        let vm = Vm::guest(&binary, "").await;
+        let timeouts = Timeouts { resume: Duration::from_millis(300), ..Timeouts::default() };
+        let qemu = vm.source().await.with_timeouts(timeouts);
+        let (path, listener) = vm.listen();
+        let _stream = Stream::accept(listener, FarEnd::Reads);
+        qemu.pause_for_switchover(&path).await.unwrap();
+        vm.signal(rustix::process::Signal::STOP);
+        let started = Instant::now();
+        assert_eq!(qemu.resume_source().await.unwrap_err().reason(), "GUEST_STEP_TIMEOUT");
+        assert!(started.elapsed() < RESUME_LIMIT, "{:?}", started.elapsed());
+        vm.signal(rustix::process::Signal::CONT);
+        let qemu = qemu.with_timeouts(Timeouts::default());
+        resumes(&vm, &qemu, "hung for a while").await;
     }
 }
 
