@@ -4,16 +4,18 @@ mod negotiate;
 mod outside;
 
 use std::sync::{Arc, Mutex};
+use std::time::Duration;
 
 use ramferry_engine::{Destination, DestinationEvent, Failure, Reason};
 use ramferry_fabric::{Admission, FabricKind, MappedDomain, SessionToken};
-use ramferry_guest::{Guest, GuestError};
+use ramferry_guest::GuestError;
 use ramferry_mover::{DestinationHandle, DestinationParts, PeerAnswer, spawn_destination};
 use ramferry_proto::v1;
 use ramferry_proto::v1::exchange_control_response::Answer;
 use ramferry_ram::{Access, Layout, Memory, PageSets, RamFile};
 use tokio::net::UnixStream;
 use tokio::sync::mpsc;
+use tokio::task::AbortHandle;
 use tonic::Status;
 
 pub(crate) use self::negotiate::{guest_refusal, negotiate};
@@ -21,11 +23,14 @@ use self::outside::Outside;
 use crate::MigrationRole;
 use crate::core::Agent;
 use crate::device_stream::{self, Incoming};
+use crate::guest_cell::GuestCell;
 use crate::journal::{Durability, MigrationLog, Record, Recovered};
 use crate::migrations::{Claim, Entry};
 use crate::publish::Publisher;
 use crate::status::causes;
 
+/// Time in which a session's source must open the control stream.
+const OPEN_TIMEOUT: Duration = Duration::from_secs(30);
 /// Answers that wait for the network.
 const ANSWERS: usize = 1024;
 /// Runs that one message of presence carries.
@@ -46,14 +51,18 @@ pub(crate) struct DestinationSession {
     incoming: tokio::sync::Mutex<mpsc::Receiver<v1::DeviceState>>,
     /// The control stream's answers; those that come before it is opened wait.
     answers: Mutex<Answers>,
-    guest: Option<Arc<dyn Guest>>,
+    pub(crate) guest: GuestCell,
     run_guest: bool,
+    /// Ended with the migration: each keeps the session, and so the guest's QMP socket.
+    tasks: Mutex<Vec<AbortHandle>>,
     plan: Mutex<Option<Plan>>,
 }
 
 #[derive(Default)]
 struct Answers {
     stream: Option<AnswerSender>,
+    /// The stream on which the final answer went out.
+    final_on: Option<u64>,
     /// Counts the streams that were opened.
     opened: u64,
     waiting: Vec<Answer>,
@@ -71,7 +80,7 @@ pub(crate) struct Plan {
 pub(crate) struct Start {
     pub(crate) engine: Destination,
     pub(crate) token: Option<SessionToken>,
-    pub(crate) guest: Option<Arc<dyn Guest>>,
+    pub(crate) guest: GuestCell,
     pub(crate) run_guest: bool,
     pub(crate) plan: Option<Plan>,
     pub(crate) publisher: Publisher,
@@ -95,11 +104,15 @@ pub(crate) fn start(agent: &Arc<Agent>, entry: Arc<Entry>, start: Start) {
             answers: Mutex::default(),
             guest,
             run_guest,
+            tasks: Mutex::default(),
             plan: Mutex::new(plan),
         });
         agent.sessions.lock().expect("no panic while it is held").insert(id.clone(), Arc::clone(&session));
-        let watching = tokio::spawn(watch_guest(Arc::clone(&session)));
-        Outside::new(session, log, publisher, claim, watching.abort_handle())
+        session.keep(tokio::spawn(watch_guest(Arc::clone(&session))).abort_handle());
+        if session.token.is_some() {
+            session.keep(tokio::spawn(give_up_unopened(Arc::clone(&session))).abort_handle());
+        }
+        Outside::new(session, log, publisher, claim)
     });
     let agent = Arc::clone(agent);
     tokio::task::spawn_blocking(move || {
@@ -112,9 +125,17 @@ pub(crate) fn start(agent: &Arc<Agent>, entry: Arc<Entry>, start: Start) {
 
 /// Tells the driver when the guest is lost. Ended with the migration: it keeps the guest's QMP socket.
 async fn watch_guest(session: Arc<DestinationSession>) {
-    if let Some(guest) = &session.guest {
+    if let Some(guest) = session.guest.now() {
         let lost = guest.lost().await;
         session.handle.send(DestinationEvent::Failed(Failure::new(Reason::GuestFailed, causes(&lost))));
+    }
+}
+
+/// A source that never opens the control stream is lost, though no stream ended.
+async fn give_up_unopened(session: Arc<DestinationSession>) {
+    tokio::time::sleep(OPEN_TIMEOUT).await;
+    if session.answers().opened == 0 {
+        session.handle.send(DestinationEvent::PeerLost);
     }
 }
 
@@ -145,18 +166,12 @@ pub(crate) fn recover(agent: &Arc<Agent>, found: Recovered) {
         "taking up a migration that a restart interrupted"
     );
     let engine = decided.unwrap_or_else(Destination::recover_prepared);
-    let agent = Arc::clone(agent);
-    tokio::spawn(async move {
-        let guest = crate::source::attach(&found.created.spec.destination_qmp_path, &found.created).await;
-        let publisher =
-            Publisher::new(&agent.metrics, MigrationRole::Destination, &entry.id, "unknown", "unknown");
-        let run_guest = found.created.guest_was_running;
-        start(
-            &agent,
-            entry,
-            Start { engine, token: None, guest, run_guest, plan: None, publisher, log: found.log, claim },
-        );
-    });
+    let guest = GuestCell::lost(found.created.spec.destination_qmp_path.clone(), &found.created);
+    let publisher =
+        Publisher::new(&agent.metrics, MigrationRole::Destination, &entry.id, "unknown", "unknown");
+    let run_guest = found.created.guest_was_running;
+    let parts = Start { engine, token: None, guest, run_guest, plan: None, publisher, log: found.log, claim };
+    start(agent, entry, parts);
 }
 
 /// The final answer about a migration that has no driver, if it is known.
@@ -212,7 +227,39 @@ pub(crate) fn aborted(failure: &Failure) -> v1::DestinationAborted {
     v1::DestinationAborted { reason: failure.reason.as_str().into(), message: failure.message.clone() }
 }
 
+impl Answers {
+    fn note_final(&mut self, answer: &Answer) {
+        if self.stream.is_some() && matches!(answer, Answer::Running(_) | Answer::Aborted(_)) {
+            self.final_on = Some(self.opened);
+        }
+    }
+}
+
 impl DestinationSession {
+    /// Ends `task` with the migration.
+    pub(crate) fn keep(&self, task: AbortHandle) {
+        let mut tasks = self.tasks.lock().expect("no panic while it is held");
+        tasks.retain(|task| !task.is_finished());
+        tasks.push(task);
+    }
+
+    /// Ends every task of the migration; the control stream stays, for the source to close.
+    pub(crate) fn close(&self) {
+        for task in self.tasks.lock().expect("no panic while it is held").drain(..) {
+            task.abort();
+        }
+    }
+
+    /// Whether the final answer went out on control stream `number`.
+    pub(crate) fn has_told(&self, number: u64) -> bool {
+        self.answers().final_on == Some(number)
+    }
+
+    /// Whether a control stream is open.
+    pub(crate) fn is_connected(&self) -> bool {
+        self.answers().stream.as_ref().is_some_and(|stream| !stream.is_closed())
+    }
+
     /// A control stream was opened: what waits goes out on it first. An older
     /// stream ends. Returns the answers and the stream's number.
     pub(crate) fn attach(&self) -> (AnswerStream, u64) {
@@ -246,6 +293,7 @@ impl DestinationSession {
                 answers.waiting.push(answer);
                 return true;
             }
+            answers.note_final(&answer);
             answers.stream.clone()
         };
         sender.is_some_and(|sender| sender.blocking_send(Ok(response(answer))).is_ok())
@@ -258,8 +306,12 @@ impl DestinationSession {
         }
     }
 
-    async fn answer(&self, answer: Answer) -> bool {
-        let sender = self.answers().stream.clone();
+    pub(crate) async fn answer(&self, answer: Answer) -> bool {
+        let sender = {
+            let mut answers = self.answers();
+            answers.note_final(&answer);
+            answers.stream.clone()
+        };
         match sender {
             Some(sender) => sender.send(Ok(response(answer))).await.is_ok(),
             None => false,
@@ -273,7 +325,7 @@ impl DestinationSession {
     async fn prepare(self: &Arc<Self>) -> Result<DestinationParts, Failure> {
         let plan = self.plan.lock().expect("no panic while it is held").take();
         let plan = plan.ok_or_else(|| Failure::new(Reason::Internal, "the migration was prepared twice"))?;
-        self.guest()?.prepare_destination().await.map_err(|error| guest_failure(&error))?;
+        self.guest.get().await?.prepare_destination().await.map_err(|error| guest_failure(&error))?;
         let session = Arc::clone(self);
         tokio::task::spawn_blocking(move || session.build(plan))
             .await
@@ -342,56 +394,53 @@ impl DestinationSession {
     async fn start_incoming(self: &Arc<Self>) -> Result<DestinationEvent, Failure> {
         let path = self.agent.socket_path(&self.entry.id, "destination");
         let _ = std::fs::remove_file(&path);
-        self.guest()?.start_incoming(&path).await.map_err(|error| guest_failure(&error))?;
+        self.guest.get().await?.start_incoming(&path).await.map_err(|error| guest_failure(&error))?;
         let connected = UnixStream::connect(&path).await;
         let _ = std::fs::remove_file(&path);
         let stream = connected.map_err(|error| {
             Failure::new(Reason::GuestFailed, format!("cannot reach the VMM at {path:?}: {error}"))
         })?;
         let session = Arc::clone(self);
-        tokio::spawn(async move {
+        let relaying = tokio::spawn(async move {
             let mut incoming = session.incoming.lock().await;
             let send = |state| session.answer(Answer::DeviceState(state));
             if let Err(error) = device_stream::relay(stream, &mut incoming, send).await {
                 tracing::info!(id = session.entry.id, %error, "the device state's stream broke");
             }
         });
+        self.keep(relaying.abort_handle());
         let session = Arc::clone(self);
-        tokio::spawn(async move {
+        let loading = tokio::spawn(async move {
             let event = match session.wait_loaded().await {
                 Ok(()) => DestinationEvent::DeviceStateLoaded,
                 Err(failure) => DestinationEvent::Failed(failure),
             };
             session.handle.send(event);
         });
+        self.keep(loading.abort_handle());
         Ok(DestinationEvent::IncomingReady)
     }
 
     async fn wait_loaded(&self) -> Result<(), Failure> {
-        self.guest()?.wait_loaded().await.map_err(|error| guest_failure(&error))
+        self.guest.get().await?.wait_loaded().await.map_err(|error| guest_failure(&error))
     }
 
     async fn resume(&self) -> Result<DestinationEvent, Failure> {
         if self.run_guest {
-            self.guest()?.resume_destination().await.map_err(|error| guest_failure(&error))?;
+            self.guest.get().await?.resume_destination().await.map_err(|error| guest_failure(&error))?;
         }
         Ok(DestinationEvent::GuestResumed)
     }
 
     async fn discard(&self) -> Result<DestinationEvent, Failure> {
-        if let Some(guest) = &self.guest {
-            guest.discard().await.map_err(|error| guest_failure(&error))?;
-        }
+        let guest = match self.guest.get().await {
+            Ok(guest) => guest,
+            // Neither is one that has ended.
+            Err(_) if self.guest.is_gone() => return Ok(DestinationEvent::GuestDiscarded),
+            Err(failure) => return Err(failure),
+        };
+        guest.discard().await.map_err(|error| guest_failure(&error))?;
         Ok(DestinationEvent::GuestDiscarded)
-    }
-
-    fn guest(&self) -> Result<&Arc<dyn Guest>, Failure> {
-        self.guest.as_ref().ok_or_else(|| {
-            Failure::new(
-                Reason::GuestFailed,
-                "the destination guest's QMP socket cannot be reached; does it still run?",
-            )
-        })
     }
 }
 

@@ -6,6 +6,7 @@ use std::io;
 
 use bytes::BytesMut;
 use ramferry_proto::v1::DeviceState;
+use thiserror::Error;
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::net::UnixStream;
 use tokio::sync::mpsc;
@@ -23,13 +24,40 @@ pub(crate) fn queue() -> (Incoming, mpsc::Receiver<DeviceState>) {
     mpsc::channel(QUEUE)
 }
 
+/// Why a relay broke off.
+#[derive(Debug, Error)]
+pub(crate) enum RelayError {
+    /// The other agent is lost; whoever reads its control stream says so.
+    #[error("the other agent is lost")]
+    Peer,
+    /// The VMM closed its end, or never opened it.
+    #[error("the VMM's end of the device state's stream broke: {0}")]
+    Vmm(#[from] io::Error),
+}
+
 /// Relays until both directions have ended, or one has failed. `send` hands a
-/// message to the other agent; it says `false` when that is lost.
+/// message to the other agent; it says `false` when that is lost. Afterwards
+/// nothing more is taken from `incoming`.
 pub(crate) async fn relay<S, F>(
     vmm: UnixStream,
     incoming: &mut mpsc::Receiver<DeviceState>,
     send: S,
-) -> io::Result<()>
+) -> Result<(), RelayError>
+where
+    S: Fn(DeviceState) -> F,
+    F: Future<Output = bool>,
+{
+    let result = relay_both(vmm, incoming, send).await;
+    incoming.close();
+    while incoming.try_recv().is_ok() {}
+    result
+}
+
+async fn relay_both<S, F>(
+    vmm: UnixStream,
+    incoming: &mut mpsc::Receiver<DeviceState>,
+    send: S,
+) -> Result<(), RelayError>
 where
     S: Fn(DeviceState) -> F,
     F: Future<Output = bool>,
@@ -42,7 +70,7 @@ where
             let read = from_vmm.read_buf(&mut buffer).await?;
             let message = DeviceState { data: buffer.split().freeze(), end: read == 0 };
             if !send(message).await {
-                return Err(io::Error::from(io::ErrorKind::BrokenPipe));
+                return Err(RelayError::Peer);
             }
             if read == 0 {
                 return Ok(());
@@ -60,7 +88,11 @@ where
     };
     // The VMM closes its end once it has all it needs; what still comes for it
     // then is of no use to it.
-    let inward = async { inward.await.or_else(|error| if is_closed(&error) { Ok(()) } else { Err(error) }) };
+    let inward = async {
+        inward
+            .await
+            .or_else(|error: io::Error| if is_closed(&error) { Ok(()) } else { Err(RelayError::Vmm(error)) })
+    };
     tokio::try_join!(outward, inward).map(|((), ())| ())
 }
 

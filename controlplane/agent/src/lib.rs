@@ -11,6 +11,7 @@ pub mod config;
 mod core;
 mod destination;
 mod device_stream;
+mod guest_cell;
 pub mod journal;
 pub mod logs;
 pub mod metrics;

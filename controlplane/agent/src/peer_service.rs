@@ -66,6 +66,10 @@ impl PeerService for Peers {
             return Ok(Response::new(self.serve_outcome(open.migration_id, orders)));
         };
         let full = authorize(&session, &open.session_token)?;
+        if !full && session.token.is_some() && session.is_connected() {
+            let message = "the session has its source connected; only with its token can that be replaced";
+            return Err(status(Code::PermissionDenied, "SESSION_TOKEN", message, []));
+        }
         let (answers, number) = session.attach();
         session.answer_soon(Answer::Opened(v1::SessionOpened {}));
         session.handle.send(DestinationEvent::PeerBack);
@@ -98,26 +102,28 @@ impl Peers {
                 sender.send(Ok(v1::ExchangeControlResponse { answer: Some(answer) })).await.is_ok()
             };
             respond(Answer::Opened(v1::SessionOpened {})).await;
-            while let Ok(Some(request)) = orders.message().await {
-                if !matches!(request.order, Some(Order::AskOutcome(_) | Order::Commit(_) | Order::Abort(_))) {
+            let mut told = false;
+            loop {
+                let order = match orders.message().await {
+                    Ok(Some(request)) => request.order,
+                    // The source closed; it does so when it has heard the final answer.
+                    Ok(None) if told => break,
+                    Ok(None) | Err(_) => return,
+                };
+                if !matches!(order, Some(Order::AskOutcome(_) | Order::Commit(_) | Order::Abort(_))) {
                     continue;
                 }
                 let known = agent.registry.get(MigrationRole::Destination, &id);
                 let answer = match &known {
-                    // Its driver has just ended or is about to start: the source asks again.
+                    // Its driver is about to start or has just ended: the source asks again.
                     Some(entry) => destination::outcome(entry)
                         .ok_or_else(|| Status::unavailable("the outcome is not decided yet; ask again")),
                     None => destination::abort_unknown(&agent, &id),
                 };
                 match answer {
-                    Ok(answer) => {
-                        if respond(answer).await {
-                            continue;
-                        }
-                    }
-                    Err(status) => drop(sender.send(Err(status)).await),
+                    Ok(answer) => told = respond(answer).await,
+                    Err(status) => return drop(sender.send(Err(status)).await),
                 }
-                return;
             }
             if let Some(entry) = agent.registry.get(MigrationRole::Destination, &id) {
                 entry.settle();
@@ -138,8 +144,10 @@ async fn serve(
         let order = match orders.message().await {
             Ok(Some(request)) => request.order,
             Ok(None) => {
-                // The source heard the final answer and closed.
-                session.entry.settle();
+                // The source closed; it does so when it has heard the final answer.
+                if session.has_told(number) {
+                    session.entry.settle();
+                }
                 break;
             }
             Err(status) => {
@@ -162,6 +170,12 @@ async fn serve(
 async fn take(session: &DestinationSession, order: Order) {
     let handle = &session.handle;
     match order {
+        // The driver has ended, or is about to, and would not answer.
+        Order::Commit(_) | Order::AskOutcome(_) | Order::Abort(_) if session.entry.has_ended() => {
+            if let Some(answer) = destination::outcome(&session.entry) {
+                session.answer(answer).await;
+            }
+        }
         // A second one says nothing new.
         Order::Open(_) => {}
         Order::RegisterWindows(order) => {

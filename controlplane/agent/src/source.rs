@@ -4,12 +4,13 @@ mod outside;
 mod peer;
 mod view;
 
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, SystemTime};
 
 use bytes::Bytes;
 use ramferry_engine::{Failure, FixedCosts, Reason, Source, SourceEvent};
-use ramferry_fabric::windows::WindowConfig;
+use ramferry_fabric::windows::{RegistrationMode, WindowConfig};
 use ramferry_fabric::{FabricKind, Link, MappedDomain, SessionToken, shm, tcp};
 use ramferry_guest::{Guest, GuestInfo, Qemu, Side, Timeouts};
 use ramferry_mover::{SourceHandle, SourceInput, SourceParts, spawn_source};
@@ -20,6 +21,7 @@ use ramferry_ram::{Access, Memory, RamFile};
 use ramferry_tracking::{TrackedFile, TrackerKind};
 use tokio::net::UnixListener;
 use tokio::sync::mpsc;
+use tokio::task::AbortHandle;
 use tonic::{Code, Status};
 
 use self::outside::Outside;
@@ -28,7 +30,8 @@ use self::peer::{Peer, PeerSetup};
 pub(crate) use self::view::{duration as duration_on_the_wire, state as state_on_the_wire};
 use crate::MigrationRole;
 use crate::core::{Agent, EXCHANGE_TIMEOUT, PROTOCOL_VERSION};
-use crate::device_stream;
+use crate::device_stream::{self, RelayError};
+use crate::guest_cell::GuestCell;
 use crate::journal::{Created, Record, Recovered, SpecRecord};
 use crate::migrations::{Claim, Entry, Refusal};
 use crate::publish::Publisher;
@@ -41,8 +44,6 @@ pub(crate) const DEFAULT_STREAMS: u32 = 2;
 const FENCE_ESTIMATE: Duration = Duration::from_millis(1);
 /// Longest wait for the destination to confirm that it gave up.
 const ABORT_TIMEOUT: Duration = Duration::from_secs(5);
-/// How long an agent that was restarted tries to reach its guest.
-const ATTACH_TIMEOUT: Duration = Duration::from_secs(30);
 
 /// Everything that the steps of one migration share.
 pub(crate) struct Session {
@@ -50,8 +51,11 @@ pub(crate) struct Session {
     entry: Arc<Entry>,
     handle: SourceHandle,
     peer: Arc<Peer>,
-    /// `None` when an agent that was restarted did not reach it.
-    guest: Option<Arc<dyn Guest>>,
+    guest: GuestCell,
+    /// Whether HANDED_OVER may be in the journal.
+    handed_over: AtomicBool,
+    /// Ended with the migration: each keeps the session, and so the guest's QMP socket.
+    tasks: Mutex<Vec<AbortHandle>>,
     incoming: tokio::sync::Mutex<mpsc::Receiver<v1::DeviceState>>,
     plan: Mutex<Option<Plan>>,
 }
@@ -121,6 +125,7 @@ pub(crate) async fn create(
     let response = negotiate(agent, id, &request, &info, false).await?;
     let agreed = agreed(&request, response)?;
 
+    let channel = peer::channel(&request.destination_agent, agent.config.tls.as_ref())?;
     let created = Created {
         id: id.to_owned(),
         request_id: request_id.to_owned(),
@@ -148,9 +153,8 @@ pub(crate) async fn create(
     agent.registry.insert(&entry);
     tracing::info!(id, fabric = %agreed.fabric, reason = agreed.fabric_reason, "migration created");
 
-    let channel = peer::channel(&request.destination_agent, agent.config.tls.as_ref())?;
     let setup = PeerSetup {
-        channel,
+        channel: Ok(channel),
         id: id.to_owned(),
         token: Bytes::copy_from_slice(agreed.token.as_bytes()),
         layout: Some(info.layout.clone()),
@@ -162,7 +166,16 @@ pub(crate) async fn create(
     start(
         agent,
         &entry,
-        Start { engine, parameters, setup, guest: Some(guest), plan: Some(plan), log, claim },
+        Start {
+            engine,
+            parameters,
+            setup,
+            guest: GuestCell::found(guest),
+            handed_over: false,
+            plan: Some(plan),
+            log,
+            claim,
+        },
     );
     Ok(entry)
 }
@@ -172,17 +185,19 @@ struct Start {
     engine: Source,
     parameters: ramferry_engine::Parameters,
     setup: PeerSetup,
-    guest: Option<Arc<dyn Guest>>,
+    guest: GuestCell,
+    handed_over: bool,
     plan: Option<Plan>,
     log: crate::journal::MigrationLog,
     claim: Claim,
 }
 
 fn start(agent: &Arc<Agent>, entry: &Arc<Entry>, start: Start) {
-    let Start { engine, parameters, setup, guest, plan, log, claim } = start;
+    let Start { engine, parameters, setup, guest, handed_over, plan, log, claim } = start;
     let publisher =
         Publisher::new(&agent.metrics, MigrationRole::Source, &entry.id, setup.mode, setup.fabric);
     let (queue, incoming) = device_stream::queue();
+    let mut driven = None;
     let (handle, thread) = spawn_source(engine, |handle| {
         let peer = Peer::new(setup, handle.clone(), queue);
         let session = Arc::new(Session {
@@ -191,22 +206,28 @@ fn start(agent: &Arc<Agent>, entry: &Arc<Entry>, start: Start) {
             handle,
             peer,
             guest,
+            handed_over: AtomicBool::new(handed_over),
+            tasks: Mutex::default(),
             incoming: tokio::sync::Mutex::new(incoming),
             plan: Mutex::new(plan),
         });
-        let watching = tokio::spawn(watch_guest(Arc::clone(&session)));
-        Outside::new(session, log, publisher, claim, watching.abort_handle())
+        session.keep(tokio::spawn(watch_guest(Arc::clone(&session))).abort_handle());
+        driven = Some(Arc::clone(&session));
+        Outside::new(session, log, publisher, claim)
     });
     if !entry.has_ended() {
         entry.set_driver(Some((handle, parameters)));
     }
-    // The driver ends by itself, and nobody waits for it.
-    drop(thread);
+    tokio::task::spawn_blocking(move || {
+        if let (Err(_), Some(session)) = (thread.join(), driven) {
+            session.driver_panicked();
+        }
+    });
 }
 
 /// Tells the driver when the guest is lost. Ended with the migration: it keeps the guest's QMP socket.
 async fn watch_guest(session: Arc<Session>) {
-    if let Some(guest) = &session.guest {
+    if let Some(guest) = session.guest.now() {
         let lost = guest.lost().await;
         session.handle.send(SourceEvent::Failed(Failure::new(Reason::GuestFailed, causes(&lost))));
     }
@@ -233,69 +254,29 @@ pub(crate) fn recover(agent: &Arc<Agent>, found: Recovered) {
     let entry = Entry::new(found.created.request_id.clone(), MigrationRole::Source, view);
     agent.registry.insert(&entry);
     let claim = agent.registry.reclaim(MigrationRole::Source, &found.created.id, found.created.guest_pid);
-    let agent = Arc::clone(agent);
     tracing::warn!(id = found.created.id, handed_over, "taking up a migration that a restart interrupted");
-    tokio::spawn(async move {
-        let spec = v1::MigrationSpec::from(&found.created.spec);
-        let parameters =
-            crate::request::engine_parameters(&spec.parameters.unwrap_or_default()).unwrap_or_default();
-        let engine = if handed_over {
-            Source::recover_handed_over(parameters.clone())
-        } else {
-            Source::recover_before_handover(parameters.clone())
-        };
-        let guest = attach(&spec.source_qmp_path, &found.created).await;
-        let mode = registration_mode(spec.parameters.unwrap_or_default().registration_mode);
-        let Ok(channel) = peer::channel(&spec.destination_agent, agent.config.tls.as_ref()) else {
-            tracing::error!(
-                id = found.created.id,
-                address = spec.destination_agent,
-                "the destination's address is not usable"
-            );
-            return;
-        };
-        let setup = PeerSetup {
-            channel,
-            id: found.created.id.clone(),
-            token: Bytes::new(),
-            layout: None,
-            fabric: "unknown",
-            mode: mode.map_or("unknown", |mode| mode.as_str()),
-        };
-        start(&agent, &entry, Start { engine, parameters, setup, guest, plan: None, log: found.log, claim });
-    });
-}
-
-/// Reaches the guest of an interrupted migration. One that another holds busy is tried again.
-pub(crate) async fn attach(qmp: &str, created: &Created) -> Option<Arc<dyn Guest>> {
-    let deadline = tokio::time::Instant::now() + ATTACH_TIMEOUT;
-    let process = std::path::PathBuf::from(format!("/proc/{}", created.guest_pid));
-    loop {
-        match Qemu::attach(qmp.as_ref(), created.guest_was_running).await {
-            Ok(guest) if guest.pid() == created.guest_pid => return Some(Arc::new(guest)),
-            Ok(guest) => {
-                tracing::error!(
-                    id = created.id,
-                    was = created.guest_pid,
-                    is = guest.pid(),
-                    "another guest is there now"
-                );
-                return None;
-            }
-            Err(error) if !process.exists() => {
-                tracing::error!(id = created.id, error = causes(&error), "the guest has ended");
-                return None;
-            }
-            Err(error) if tokio::time::Instant::now() >= deadline => {
-                tracing::error!(id = created.id, error = causes(&error), "the guest cannot be reached");
-                return None;
-            }
-            Err(error) => {
-                tracing::info!(id = created.id, error = causes(&error), "the guest cannot be reached yet");
-                tokio::time::sleep(Duration::from_millis(200)).await;
-            }
-        }
-    }
+    let spec = v1::MigrationSpec::from(&found.created.spec);
+    let given = spec.parameters.unwrap_or_default();
+    let parameters = crate::request::engine_parameters(&given).unwrap_or_default();
+    let engine = if handed_over {
+        Source::recover_handed_over(parameters.clone())
+    } else {
+        Source::recover_before_handover(parameters.clone())
+    };
+    let setup = PeerSetup {
+        channel: peer::channel(&spec.destination_agent, agent.config.tls.as_ref()),
+        id: found.created.id.clone(),
+        token: Bytes::new(),
+        layout: None,
+        fabric: "unknown",
+        mode: registration_mode(given.registration_mode).map_or("unknown", RegistrationMode::as_str),
+    };
+    let guest = GuestCell::lost(spec.source_qmp_path, &found.created);
+    start(
+        agent,
+        &entry,
+        Start { engine, parameters, setup, guest, handed_over, plan: None, log: found.log, claim },
+    );
 }
 
 impl Session {
@@ -307,7 +288,7 @@ impl Session {
         self.peer.open().await.map_err(refused)?;
         self.peer.wait(|said| said.presence.is_some()).await.map_err(refused)?;
         let destination_presence = self.peer.said().presence.expect("it was waited for");
-        self.guest()?.prepare_source().await.map_err(|error| guest_failure(&error))?;
+        self.guest.get().await?.prepare_source().await.map_err(|error| guest_failure(&error))?;
 
         let peer = Arc::clone(&self.peer);
         let config = &self.agent.config;
@@ -361,21 +342,21 @@ impl Session {
         let _ = std::fs::remove_file(&path);
         let listener = UnixListener::bind(&path).map_err(listen)?;
         let relaying = Arc::clone(&self);
-        tokio::spawn(async move {
-            if let Err(error) = relaying.relay_device_state(listener).await {
-                let failure =
-                    Failure::new(Reason::GuestFailed, format!("the device state's stream broke: {error}"));
+        let relay = tokio::spawn(async move {
+            if let Err(error @ RelayError::Vmm(_)) = relaying.relay_device_state(listener).await {
+                let failure = Failure::new(Reason::GuestFailed, error.to_string());
                 relaying.handle.send(SourceEvent::Failed(failure));
             }
         });
-        let paused = self.guest()?.pause_for_switchover(&path).await;
+        self.keep(relay.abort_handle());
+        let paused = self.guest.get().await?.pause_for_switchover(&path).await;
         let _ = std::fs::remove_file(&path);
         let paused = paused.map_err(|error| guest_failure(&error))?;
         let ago = SystemTime::now().duration_since(paused.stop_time).unwrap_or_default();
         Ok(SourceInput::GuestPaused(ago))
     }
 
-    async fn relay_device_state(&self, listener: UnixListener) -> std::io::Result<()> {
+    async fn relay_device_state(&self, listener: UnixListener) -> Result<(), RelayError> {
         let (stream, _) = listener.accept().await?;
         drop(listener);
         let mut incoming = self.incoming.lock().await;
@@ -384,8 +365,9 @@ impl Session {
     }
 
     async fn move_device_state(&self) -> Result<SourceEvent, Failure> {
-        let sent =
-            async { self.guest()?.continue_device_state().await.map_err(|error| guest_failure(&error)) };
+        let sent = async {
+            self.guest.get().await?.continue_device_state().await.map_err(|error| guest_failure(&error))
+        };
         let loaded = async {
             let lost = |status: Status| Failure::new(Reason::PeerLost, status.message());
             self.peer.wait(|said| said.device_state_loaded).await.map_err(lost)
@@ -395,7 +377,7 @@ impl Session {
     }
 
     async fn resume(&self) -> Result<SourceEvent, Failure> {
-        self.guest()?.resume_source().await.map_err(|error| guest_failure(&error))?;
+        self.guest.get().await?.resume_source().await.map_err(|error| guest_failure(&error))?;
         Ok(SourceEvent::GuestResumed)
     }
 
@@ -429,15 +411,39 @@ impl Session {
         let _ = tokio::time::timeout(ABORT_TIMEOUT, told).await;
     }
 
-    fn guest(&self) -> Result<&Arc<dyn Guest>, Failure> {
-        self.guest.as_ref().ok_or_else(|| {
-            let message = "the guest's QMP socket cannot be reached; see whether the guest runs, and resume it by hand if it is paused";
-            Failure::new(Reason::GuestFailed, message)
-        })
+    /// Ends `task` with the migration.
+    fn keep(&self, task: AbortHandle) {
+        let mut tasks = self.tasks.lock().expect("no panic while it is held");
+        tasks.retain(|task| !task.is_finished());
+        tasks.push(task);
     }
 
     fn close(&self) {
         self.peer.close();
+        for task in self.tasks.lock().expect("no panic while it is held").drain(..) {
+            task.abort();
+        }
+    }
+
+    /// A defect of ours. The guest comes first: it runs on here, unless it may run there.
+    fn driver_panicked(&self) {
+        let id = &self.entry.id;
+        if self.handed_over.load(Ordering::Acquire) {
+            tracing::error!(
+                id,
+                "the driver panicked after the handover; restart the agent: it asks for the outcome"
+            );
+            return;
+        }
+        let resumed = self.agent.runtime.block_on(self.resume());
+        tracing::error!(id, ?resumed, "the driver panicked");
+        self.close();
+        self.entry.update(|view| {
+            view.set_state(v1::MigrationState::Failed);
+            let reason = Reason::Internal.as_str().into();
+            let message = "a defect of the agent ended the migration; report it with the agent's log".into();
+            view.error = Some(v1::MigrationError { reason, message });
+        });
     }
 }
 

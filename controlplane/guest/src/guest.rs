@@ -189,6 +189,12 @@ pub trait Guest: Send + Sync {
     /// When it is not loaded, or does not run in time. Calling again is right.
     fn resume_destination(&self) -> GuestFuture<'_, Result<(), GuestError>>;
 
+    /// Undoes `prepare_destination` once the guest runs here. Idempotent.
+    ///
+    /// # Errors
+    /// When the VMM does not answer.
+    fn settle_destination(&self) -> GuestFuture<'_, Result<(), GuestError>>;
+
     /// Gives a destination up: before `start_incoming` leaves the VMM as it was
     /// found, after it ends the VMM. Idempotent; a VMM that is gone is given up.
     ///

@@ -266,6 +266,10 @@ impl Guest for Qemu {
         Box::pin(Qemu::resume_destination(self))
     }
 
+    fn settle_destination(&self) -> GuestFuture<'_, Result<(), GuestError>> {
+        Box::pin(Qemu::settle_destination(self))
+    }
+
     fn discard(&self) -> GuestFuture<'_, Result<(), GuestError>> {
         Box::pin(Qemu::discard(self))
     }

@@ -277,6 +277,9 @@ impl Copy {
         let Some(registration) = plan.registrations.get_mut(&id) else {
             return;
         };
+        if registration.to_release > 0 {
+            return;
+        }
         settle(registration);
         if registration.local.is_some() && registration.remote.is_some() {
             plan.windows.registered(id);
@@ -287,7 +290,12 @@ impl Copy {
     fn registration_failed(&self, id: WindowId, error: MoverError) {
         {
             let mut plan = self.plan();
-            if plan.registrations.remove(&id).is_some() {
+            // A destination may say so of a window that is ready; that one stays as it is.
+            let pending = |entry: &Registration| {
+                entry.to_release == 0 && (entry.local.is_none() || entry.remote.is_none())
+            };
+            if plan.registrations.get(&id).is_some_and(pending) {
+                plan.registrations.remove(&id);
                 plan.windows.failed(id);
             }
         }

@@ -58,7 +58,7 @@ impl Stall {
     }
 }
 
-/// [`Counters`] at one moment. Everything only grows.
+/// What was counted up to one moment. Everything only grows.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Counted {
     /// Bytes sent as data.

@@ -345,7 +345,7 @@ impl Driver {
         }
     }
 
-    fn digest(&self) {
+    fn digest(&mut self) {
         let Some(plane) = &self.plane else {
             return;
         };
@@ -355,7 +355,9 @@ impl Driver {
             let digests = shared.memory.digests().map_err(MoverError::from);
             handle.send(DestinationInput::Digested(digests));
         };
-        builder.spawn(body).expect("the kernel gives a thread");
+        if let Err(error) = builder.spawn(body) {
+            self.fail(Reason::Internal, MoverError::Thread(error).to_string());
+        }
     }
 
     fn look_at_links(&mut self) {

@@ -77,6 +77,12 @@ pub enum MoverError {
     /// The link died.
     #[error("the link is lost: {0}")]
     Link(#[source] LinkError),
+    /// The kernel gave no thread.
+    #[error("cannot start a thread; raise the limit of tasks (TasksMax, RLIMIT_NPROC): {0}")]
+    Thread(#[source] std::io::Error),
+    /// A defect of ours.
+    #[error("a copying thread ended by itself; report it with the agent's log")]
+    ThreadEnded,
     /// Nothing moved for too long.
     #[error("no progress for {limit:?} while waiting for {cause}: is the network or the destination stuck?")]
     Stalled {

@@ -2,6 +2,7 @@
 //! actions on memory.
 
 use std::collections::VecDeque;
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
 use std::thread::{self, JoinHandle};
@@ -368,7 +369,7 @@ impl Driver {
             let cpu = (!cpus.is_empty()).then(|| cpus[index % cpus.len()]);
             self.spawn_worker(index, Worker::new(link, Arc::clone(&copy)), cpu)
         });
-        let workers = workers.collect();
+        let workers = workers.collect::<Result<_, _>>()?;
         self.plane =
             Some(Plane { workers, copy, tracker: parts.tracker, memory: parts.memory, holes: Some(holes) });
         Ok(SourceEvent::Prepared { pages, fixed: parts.fixed_costs })
@@ -379,17 +380,22 @@ impl Driver {
         index: usize,
         worker: Worker,
         cpu: Option<usize>,
-    ) -> (Sender<Job>, JoinHandle<()>) {
+    ) -> Result<(Sender<Job>, JoinHandle<()>), MoverError> {
         let (jobs, queue) = channel();
         let handle = self.handle.clone();
         let builder = thread::Builder::new().name(format!("copy-{index}"));
         let body = move || {
-            if let Some(cpu) = cpu {
-                pin_to(cpu);
+            let work = || {
+                if let Some(cpu) = cpu {
+                    pin_to(cpu);
+                }
+                worker.run(&queue, |result| handle.send(SourceInput::JobDone(result)));
+            };
+            if catch_unwind(AssertUnwindSafe(work)).is_err() {
+                handle.send(SourceInput::MemoryFailed(MoverError::ThreadEnded));
             }
-            worker.run(&queue, |result| handle.send(SourceInput::JobDone(result)));
         };
-        (jobs, builder.spawn(body).expect("the kernel gives a thread"))
+        Ok((jobs, builder.spawn(body).map_err(MoverError::Thread)?))
     }
 
     fn harvest(&mut self) {
@@ -441,7 +447,7 @@ impl Driver {
             Some(RunningJob { started: Instant::now(), waiting: plane.workers.len(), kind, failed: false });
         for (jobs, _) in &plane.workers {
             if jobs.send(job()).is_err() {
-                self.handle.send(SourceInput::JobDone(Ok(())));
+                self.handle.send(SourceInput::JobDone(Err(MoverError::ThreadEnded)));
             }
         }
     }
@@ -461,8 +467,18 @@ impl Driver {
             self.fail(error);
         }
         match done {
-            Some(job) if !job.failed => self.report(&job),
-            _ => {}
+            Some(job) if job.failed => self.report_broken_off(&job),
+            Some(job) => self.report(&job),
+            None => {}
+        }
+    }
+
+    /// A copy that failed has ended all the same.
+    fn report_broken_off(&mut self, job: &RunningJob) {
+        if let (Some(plane), JobKind::Copy { .. }) = (&self.plane, &job.kind) {
+            let unsent = plane.copy.take_unsent();
+            let elapsed = job.started.elapsed();
+            self.feed(SourceEvent::Copied { data_bytes: 0, zero_bytes: 0, elapsed, complete: false, unsent });
         }
     }
 
@@ -476,7 +492,8 @@ impl Driver {
             JobKind::Copy { before, .. } => {
                 let broken = plane.memory.check();
                 if let Err(error) = broken {
-                    return self.fail(&error.into());
+                    self.fail(&error.into());
+                    return self.report_broken_off(job);
                 }
                 let after = plane.copy.counters.read();
                 let unsent = plane.copy.take_unsent();
@@ -503,7 +520,9 @@ impl Driver {
             let digests = memory.digests().and_then(|digests| memory.check().map(|()| digests));
             handle.send(SourceInput::OwnDigests(digests.map_err(MoverError::from)));
         };
-        builder.spawn(body).expect("the kernel gives a thread");
+        if let Err(error) = builder.spawn(body) {
+            self.fail(&MoverError::Thread(error));
+        }
     }
 
     fn compare_digests(&mut self) {
@@ -570,6 +589,7 @@ fn failure(error: &MoverError) -> Failure {
         MoverError::Registration(_) | MoverError::RemoteRegistration { .. } | MoverError::Windows(_) => {
             Reason::RegistrationFailed
         }
+        MoverError::Thread(_) | MoverError::ThreadEnded => Reason::Internal,
         MoverError::Post(_) | MoverError::Operation(_) | MoverError::Link(_) | MoverError::Stalled { .. } => {
             Reason::LinkLost
         }
@@ -579,6 +599,10 @@ fn failure(error: &MoverError) -> Failure {
 
 /// Pins the calling thread. A CPU that is not there is no reason to fail.
 fn pin_to(cpu: usize) {
+    if cpu >= rustix::thread::CpuSet::MAX_CPU {
+        tracing::warn!(cpu, "there is no such CPU to pin a copying thread to");
+        return;
+    }
     let mut set = rustix::thread::CpuSet::new();
     set.set(cpu);
     if let Err(error) = rustix::thread::sched_setaffinity(None, &set) {

@@ -14,6 +14,7 @@ use tonic::{Code, Status};
 use super::{Plan, Start, start};
 use crate::MigrationRole;
 use crate::core::{Agent, PROTOCOL_VERSION};
+use crate::guest_cell::GuestCell;
 use crate::journal::{Created, SpecRecord, is_migration_id};
 use crate::migrations::Entry;
 use crate::publish::Publisher;
@@ -86,7 +87,7 @@ pub(crate) async fn negotiate(
     let parts = Start {
         engine: Destination::new(),
         token: Some(token),
-        guest: Some(Arc::new(guest)),
+        guest: GuestCell::found(Arc::new(guest)),
         run_guest: request.guest_running,
         plan: Some(plan),
         publisher,

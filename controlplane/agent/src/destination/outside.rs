@@ -8,7 +8,6 @@ use ramferry_engine::{DestinationAction, DestinationEvent, DestinationOutcome, F
 use ramferry_mover::{DestinationInput, DestinationOutside, DestinationSnapshot};
 use ramferry_proto::v1;
 use ramferry_proto::v1::exchange_control_response::Answer;
-use tokio::task::AbortHandle;
 
 use super::DestinationSession;
 use crate::journal::{Durability, MigrationLog, Record};
@@ -21,7 +20,6 @@ pub(crate) struct Outside {
     log: MigrationLog,
     publisher: Publisher,
     claim: Option<Claim>,
-    watching: AbortHandle,
     committed: Option<Instant>,
     journal_nanoseconds: u64,
 }
@@ -32,17 +30,8 @@ impl Outside {
         log: MigrationLog,
         publisher: Publisher,
         claim: Claim,
-        watching: AbortHandle,
     ) -> Self {
-        Self {
-            session,
-            log,
-            publisher,
-            claim: Some(claim),
-            watching,
-            committed: None,
-            journal_nanoseconds: 0,
-        }
+        Self { session, log, publisher, claim: Some(claim), committed: None, journal_nanoseconds: 0 }
     }
 
     fn spawn<F>(&self, work: F)
@@ -50,12 +39,13 @@ impl Outside {
         F: Future<Output = Result<DestinationInput, Failure>> + Send + 'static,
     {
         let handle = self.session.handle.clone();
-        self.session.agent.runtime.spawn(async move {
+        let task = self.session.agent.runtime.spawn(async move {
             match work.await {
                 Ok(input) => handle.send(input),
                 Err(failure) => handle.send(DestinationEvent::Failed(failure)),
             }
         });
+        self.session.keep(task.abort_handle());
     }
 
     /// Writes a record that an answer depends on.
@@ -82,6 +72,20 @@ impl Outside {
         self.session.answer_blocking(Answer::Running(running));
     }
 
+    /// Leaves the guest that arrived without settings of ours.
+    fn settle_guest(&self) {
+        let settled = self.session.agent.runtime.block_on(async {
+            match self.session.guest.now() {
+                Some(guest) => guest.settle_destination().await,
+                None => Ok(()),
+            }
+        });
+        if let Err(error) = settled {
+            let (id, error) = (&self.session.entry.id, causes(&error));
+            tracing::warn!(id, error, "the guest's migration settings were not put back");
+        }
+    }
+
     fn finish(&mut self, outcome: DestinationOutcome) {
         let (state, failure) = match outcome {
             DestinationOutcome::Running => (v1::MigrationState::Succeeded, None),
@@ -103,12 +107,22 @@ impl Outside {
         let mut ended = entry.view();
         ended.error = error.clone();
         ended.set_state(state);
-        if let Err(error) = self.log.append(&crate::summary::ended_record(&ended), Durability::Buffered) {
-            // The outcome stands without it: after a restart it is found again.
-            tracing::error!(error = causes(&error), "the end of a migration was not recorded");
+        if state == v1::MigrationState::Succeeded {
+            self.settle_guest();
         }
-        self.watching.abort();
-        self.claim = None;
+        match self.log.append(&crate::summary::ended_record(&ended), Durability::Buffered) {
+            Ok(()) => self.claim = None,
+            // A restart takes the migration up again. Until then the guest must not begin another.
+            Err(error) => {
+                tracing::error!(
+                    error = causes(&error),
+                    "the end of a migration was not recorded; restart the agent"
+                );
+                std::mem::forget(self.claim.take());
+            }
+        }
+        self.session.close();
+        let entry = &self.session.entry;
         entry.update(|view| {
             view.error = error;
             view.set_state(state);

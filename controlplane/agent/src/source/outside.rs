@@ -2,12 +2,13 @@
 //! destination's agent, and what is shown of all that.
 
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 
 use ramferry_engine::{Failure, Outcome, Reason, SourceAction, SourceEvent};
 use ramferry_mover::{SourceInput, SourceOutside, SourceSnapshot};
 use ramferry_proto::v1;
 use ramferry_proto::v1::exchange_control_request::Order;
-use tokio::task::{AbortHandle, JoinHandle};
+use tokio::task::JoinHandle;
 
 use super::Session;
 use super::view;
@@ -19,22 +20,15 @@ pub(crate) struct Outside {
     session: Arc<Session>,
     log: MigrationLog,
     publisher: Publisher,
-    /// A pause that is under way.
-    pausing: Option<JoinHandle<()>>,
+    /// Steps that order something of the guest: preparing, pausing, moving its device state.
+    ordering: Vec<JoinHandle<()>>,
     last: Option<SourceSnapshot>,
     claim: Option<Claim>,
-    watching: AbortHandle,
 }
 
 impl Outside {
-    pub(crate) fn new(
-        session: Arc<Session>,
-        log: MigrationLog,
-        publisher: Publisher,
-        claim: Claim,
-        watching: AbortHandle,
-    ) -> Self {
-        Self { session, log, publisher, pausing: None, last: None, claim: Some(claim), watching }
+    pub(crate) fn new(session: Arc<Session>, log: MigrationLog, publisher: Publisher, claim: Claim) -> Self {
+        Self { session, log, publisher, ordering: Vec::new(), last: None, claim: Some(claim) }
     }
 
     /// Runs `work` on the agent's runtime; what it gives goes to the driver.
@@ -43,12 +37,26 @@ impl Outside {
         F: Future<Output = Result<SourceInput, Failure>> + Send + 'static,
     {
         let handle = self.session.handle.clone();
-        self.session.agent.runtime.spawn(async move {
+        let task = self.session.agent.runtime.spawn(async move {
             match work.await {
                 Ok(input) => handle.send(input),
                 Err(failure) => handle.send(SourceEvent::Failed(failure)),
             }
-        })
+        });
+        self.session.keep(task.abort_handle());
+        task
+    }
+
+    /// Orders the guest nothing more that is under way.
+    fn stop_ordering(&mut self) -> impl Future<Output = ()> + Send + use<> {
+        let ordering = std::mem::take(&mut self.ordering);
+        async move {
+            for task in ordering {
+                task.abort();
+                // It was cancelled, or is done.
+                let _ = task.await;
+            }
+        }
     }
 
     fn order(&self, order: Order) {
@@ -68,22 +76,33 @@ impl Outside {
             return self.session.handle.send(SourceEvent::Failed(failure));
         }
         let session = Arc::clone(&self.session);
-        self.pausing = Some(self.spawn(session.pause()));
+        let pausing = self.spawn(session.pause());
+        self.ordering.push(pausing);
     }
 
     fn resume(&mut self) {
-        let (session, pausing) = (Arc::clone(&self.session), self.pausing.take());
+        let (session, stopped) = (Arc::clone(&self.session), self.stop_ordering());
         self.spawn(async move {
-            if let Some(pausing) = pausing {
-                pausing.abort();
-                // It was cancelled, or is done: either way it orders nothing more.
-                let _ = pausing.await;
-            }
+            stopped.await;
             session.resume().await.map(Into::into)
         });
     }
 
+    /// A guest that stays is left as it was found: a migration that ended before
+    /// its pause has not been resumed, which is what puts its settings back.
+    fn restore(&mut self) {
+        let (session, stopped) = (Arc::clone(&self.session), self.stop_ordering());
+        let restored = self.session.agent.runtime.block_on(async move {
+            stopped.await;
+            session.resume().await
+        });
+        if let Err(failure) = restored {
+            tracing::error!(id = self.session.entry.id, %failure, "the guest's migration settings were not put back");
+        }
+    }
+
     fn hand_over(&mut self) {
+        self.session.handed_over.store(true, Ordering::Release);
         let event = match self.append(&Record::HandedOver, Durability::Synced) {
             Ok(()) => SourceEvent::HandedOverSynced,
             Err(failure) => SourceEvent::Failed(failure),
@@ -120,14 +139,19 @@ impl Outside {
         ended.error = error.clone();
         ended.set_state(state);
         let record = crate::summary::ended_record(&ended);
-        if let Err(failure) = self.append(&record, Durability::Buffered) {
-            // The outcome stands without it: after a restart it is found again.
-            tracing::error!(%failure, "the end of a migration was not recorded");
+        if *outcome != Outcome::Succeeded {
+            self.restore();
+        }
+        match self.append(&record, Durability::Buffered) {
+            Ok(()) => self.claim = None,
+            // A restart takes the migration up again. Until then the guest must not begin another.
+            Err(failure) => {
+                tracing::error!(%failure, "the end of a migration was not recorded; restart the agent");
+                std::mem::forget(self.claim.take());
+            }
         }
         self.session.close();
-        self.watching.abort();
         self.session.entry.set_driver(None);
-        self.claim = None;
         self.session.entry.update(|view| {
             view.error = error;
             view.set_state(state);
@@ -140,15 +164,17 @@ impl SourceOutside for Outside {
         let session = Arc::clone(&self.session);
         match action {
             SourceAction::Prepare => {
-                self.spawn(async move {
+                let preparing = self.spawn(async move {
                     session.prepare().await.map(|parts| SourceInput::Ready(Box::new(parts)))
                 });
+                self.ordering.push(preparing);
             }
             SourceAction::EndRound { round } => self.order(Order::EndRound(v1::EndRound { round })),
             SourceAction::PauseGuest => self.pause(),
             SourceAction::Verify => self.order(Order::Verify(v1::Verify {})),
             SourceAction::MoveDeviceState => {
-                self.spawn(async move { session.move_device_state().await.map(Into::into) });
+                let moving = self.spawn(async move { session.move_device_state().await.map(Into::into) });
+                self.ordering.push(moving);
             }
             SourceAction::WriteHandedOver => self.hand_over(),
             SourceAction::SendCommit => self.order(Order::Commit(v1::Commit {})),

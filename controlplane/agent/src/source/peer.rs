@@ -56,6 +56,8 @@ pub(crate) fn channel(address: &str, tls: Option<&TlsConfig>) -> Result<Channel,
 #[derive(Clone, Debug, Default)]
 pub(crate) struct Said {
     pub(crate) opened: bool,
+    /// The control stream ended after it was opened.
+    lost: bool,
     pub(crate) incoming_ready: bool,
     pub(crate) device_state_loaded: bool,
     pub(crate) aborted: bool,
@@ -66,10 +68,11 @@ pub(crate) struct Said {
 
 /// The destination's agent, for one migration.
 pub(crate) struct Peer {
-    client: PeerServiceClient<Channel>,
+    client: Result<PeerServiceClient<Channel>, Status>,
     id: String,
     token: Bytes,
     orders: Mutex<Option<mpsc::Sender<v1::ExchangeControlRequest>>>,
+    opening: tokio::sync::Mutex<()>,
     said: watch::Sender<Said>,
     layout: Option<Layout>,
     handle: SourceHandle,
@@ -78,7 +81,7 @@ pub(crate) struct Peer {
 
 /// What [`Peer::new`] needs.
 pub(crate) struct PeerSetup {
-    pub(crate) channel: Channel,
+    pub(crate) channel: Result<Channel, Status>,
     pub(crate) id: String,
     /// Empty: only the outcome can be asked.
     pub(crate) token: Bytes,
@@ -91,10 +94,11 @@ pub(crate) struct PeerSetup {
 impl Peer {
     pub(crate) fn new(setup: PeerSetup, handle: SourceHandle, device_state: Incoming) -> Arc<Self> {
         Arc::new(Self {
-            client: PeerServiceClient::new(setup.channel),
+            client: setup.channel.map(PeerServiceClient::new),
             id: setup.id,
             token: setup.token,
             orders: Mutex::new(None),
+            opening: tokio::sync::Mutex::default(),
             said: watch::Sender::default(),
             layout: setup.layout,
             handle,
@@ -104,20 +108,21 @@ impl Peer {
 
     /// Opens the control stream, unless it is open.
     pub(crate) async fn open(self: &Arc<Self>) -> Result<(), Status> {
+        let _opening = self.opening.lock().await;
         if self.sender().is_some_and(|orders| !orders.is_closed()) {
             return Ok(());
         }
-        self.said.send_modify(|said| said.opened = false);
+        self.said.send_modify(|said| (said.opened, said.lost) = (false, false));
         let (orders, queue) = mpsc::channel(ORDERS);
         let open = v1::OpenSession { migration_id: self.id.clone(), session_token: self.token.to_vec() };
         let open = v1::ExchangeControlRequest { order: Some(Order::Open(open)) };
         orders.try_send(open).expect("a new queue has room");
-        let mut client = self.client.clone();
+        let mut client = self.client.clone()?;
         let calling = client.exchange_control(ReceiverStream::new(queue));
         let late = |_| Status::deadline_exceeded("the destination's agent did not open the control stream");
         let answers = tokio::time::timeout(EXCHANGE_TIMEOUT, calling).await.map_err(late)??.into_inner();
+        tokio::spawn(Arc::clone(self).read(answers, orders.downgrade()));
         *self.orders.lock().expect("no panic while it is held") = Some(orders);
-        tokio::spawn(Arc::clone(self).read(answers));
         let opened = self.wait(|said| said.opened);
         tokio::time::timeout(EXCHANGE_TIMEOUT, opened).await.map_err(late)?
     }
@@ -138,19 +143,11 @@ impl Peer {
     }
 
     /// Waits for the destination to have said something; fails when the stream ends first.
-    pub(crate) async fn wait(&self, what: impl FnMut(&Said) -> bool) -> Result<(), Status> {
+    pub(crate) async fn wait(&self, what: impl Fn(&Said) -> bool) -> Result<(), Status> {
+        let lost = || Status::unavailable("the control stream to the destination's agent was lost");
         let mut said = self.said.subscribe();
-        let lost = async {
-            match self.sender() {
-                Some(orders) => orders.closed().await,
-                None => std::future::ready(()).await,
-            }
-        };
-        tokio::select! {
-            biased;
-            result = said.wait_for(what) => result.map(drop).map_err(|_| Status::internal("the peer is gone")),
-            () = lost => Err(Status::unavailable("the control stream to the destination's agent was lost")),
-        }
+        let said = said.wait_for(|said| said.lost || what(said)).await.map_err(|_| lost())?;
+        if what(&said) { Ok(()) } else { Err(lost()) }
     }
 
     pub(crate) fn said(&self) -> Said {
@@ -166,7 +163,11 @@ impl Peer {
         self.orders.lock().expect("no panic while it is held").clone()
     }
 
-    async fn read(self: Arc<Self>, mut answers: tonic::Streaming<v1::ExchangeControlResponse>) {
+    async fn read(
+        self: Arc<Self>,
+        mut answers: tonic::Streaming<v1::ExchangeControlResponse>,
+        orders: mpsc::WeakSender<v1::ExchangeControlRequest>,
+    ) {
         let mut presence = self.layout.as_ref().map(PageSets::new);
         loop {
             let answer = match answers.message().await {
@@ -186,9 +187,16 @@ impl Peer {
                 break;
             }
         }
-        // Closing the queue's receiver makes every later send fail.
         drop(answers);
-        self.close();
+        {
+            // Only its own orders: a newer stream may have taken their place.
+            let mut current = self.orders.lock().expect("no panic while it is held");
+            let ours = orders.upgrade();
+            if ours.zip(current.as_ref()).is_some_and(|(ours, others)| ours.same_channel(others)) {
+                *current = None;
+            }
+        }
+        self.said.send_modify(|said| said.lost = true);
         self.handle.send(SourceEvent::PeerLost);
     }
 

@@ -115,6 +115,19 @@ impl Qemu {
         .await
     }
 
+    /// Undoes `prepare_destination` once the guest has arrived: what it set
+    /// would change later migrations and snapshots of others. Idempotent.
+    ///
+    /// # Errors
+    /// When QEMU does not answer.
+    pub async fn settle_destination(&self) -> Result<(), GuestError> {
+        let Some(saved) = self.course().saved.clone() else { return Ok(()) };
+        let client = self.live_client().await?;
+        settings::restore(&client, &saved).await?;
+        self.course().saved = None;
+        Ok(())
+    }
+
     /// Gives this destination up. Before `migrate-incoming` QEMU is left as it
     /// was found; after it QEMU is told to quit. Idempotent.
     ///

@@ -42,6 +42,7 @@ async fn a_guest_arrives_and_stands_still_until_it_is_resumed() {
             let vm = Vm::guest(&binary, "").await;
             let source = vm.source().await;
             let arrived = vm.destination(option).await;
+            let before = arrived.settings().await;
             let destination = arrive(&vm, &source, &arrived).await;
             assert_eq!(
                 (vm.run_state().await, arrived.run_state().await),
@@ -55,6 +56,9 @@ async fn a_guest_arrives_and_stands_still_until_it_is_resumed() {
             println!("{}: destination resumed in {:?}", source.version(), started.elapsed());
             assert_eq!(arrived.run_state().await, "running");
             destination.resume_destination().await.unwrap();
+            destination.settle_destination().await.unwrap();
+            destination.settle_destination().await.unwrap();
+            assert_eq!(arrived.settings().await, before);
             let error = destination.discard().await.unwrap_err();
             assert_eq!(error.reason(), "DESTINATION_RUNS");
             assert_eq!(arrived.run_state().await, "running");

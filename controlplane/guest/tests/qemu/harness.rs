@@ -48,6 +48,8 @@ pub(crate) fn skipped(why: impl std::fmt::Display) -> bool {
 /// A QEMU of its own, with a directory of its own on tmpfs. Ended when dropped.
 pub(crate) struct Vm {
     child: Child,
+    /// A connection of the test's own.
+    control: Option<QmpClient>,
     directory: TempDir,
     binary: PathBuf,
 }
@@ -69,12 +71,17 @@ impl Vm {
             .stderr(log)
             .spawn()
             .unwrap();
-        let mut vm = Self { child, directory, binary: binary.to_owned() };
+        let mut vm = Self { child, control: None, directory, binary: binary.to_owned() };
         let deadline = Instant::now() + PATIENCE;
-        while let Err(error) = QmpClient::connect(&vm.path("control"), PATIENCE).await {
-            let ended = vm.child.try_wait().unwrap();
-            assert!(ended.is_none() && Instant::now() < deadline, "{error}: {}", vm.log());
-            tokio::time::sleep(Duration::from_millis(5)).await;
+        while vm.control.is_none() {
+            match QmpClient::connect(&vm.path("control"), PATIENCE).await {
+                Ok(control) => vm.control = Some(control),
+                Err(error) => {
+                    let ended = vm.child.try_wait().unwrap();
+                    assert!(ended.is_none() && Instant::now() < deadline, "{error}: {}", vm.log());
+                    tokio::time::sleep(Duration::from_millis(5)).await;
+                }
+            }
         }
         vm
     }
@@ -131,7 +138,7 @@ impl Vm {
         qemu
     }
 
-    /// Runs a command on a connection of the test's own.
+    /// Runs a command on the test's own connection.
     pub(crate) async fn ask(&self, command: &str, arguments: Value) -> Value {
         self.try_ask(command, arguments).await.unwrap()
     }
@@ -141,7 +148,11 @@ impl Vm {
         command: &str,
         arguments: Value,
     ) -> Result<Value, ramferry_guest::QmpError> {
-        QmpClient::connect(&self.path("control"), PATIENCE).await?.execute(command, arguments).await
+        self.control().execute(command, arguments).await
+    }
+
+    pub(crate) fn control(&self) -> &QmpClient {
+        self.control.as_ref().unwrap()
     }
 
     pub(crate) async fn run_state(&self) -> String {

@@ -12,17 +12,25 @@ const RESUME_AIM: Duration = Duration::from_millis(100);
 /// And at the worst, on a machine that is busy with other tests.
 const RESUME_LIMIT: Duration = Duration::from_secs(2);
 
-/// Resumes, and checks everything that must be so after it.
+/// Resumes, and checks everything that must be so after it. Returns the time
+/// from the call to vCPUs that run; to its return, where they never stopped.
 async fn resumes(vm: &Vm, qemu: &Qemu, what: &str) -> Duration {
-    let started = Instant::now();
+    let mut events = vm.control().events();
+    let (called, started) = (SystemTime::now(), Instant::now());
     let resumed = qemu.resume_source().await.unwrap_or_else(|error| panic!("{what}: {error}: {}", vm.log()));
     let elapsed = started.elapsed();
     assert_eq!(resumed, Resumed::Running, "{what}");
     assert_eq!(vm.run_state().await, "running", "{what}");
     assert!(elapsed < RESUME_LIMIT, "{what}: {elapsed:?}");
     assert_eq!(qemu.resume_source().await.unwrap(), Resumed::Running, "{what}: again");
-    println!("{what}: resumed in {elapsed:?}");
-    elapsed
+    let mut running_after = elapsed;
+    while let Ok(event) = events.try_recv() {
+        if event.name == "RESUME" {
+            running_after = event.timestamp.duration_since(called).unwrap_or_default();
+        }
+    }
+    println!("{what}: running after {running_after:?}, settled after {elapsed:?}");
+    running_after
 }
 
 /// A guest that was resumed can be paused again, and resumed again.
