@@ -90,3 +90,49 @@ async fn agent_that_is_told_to_stop_ends_its_migrations_first() {
     .expect("it stops in time")
     .unwrap();
 }
+
+/// Which agent dies.
+#[derive(Clone, Copy, Debug)]
+enum Victim {
+    Source,
+    Destination,
+}
+
+/// Whether the guest runs in this QEMU.
+fn runs(guest: &ramferry_lab::Qemu) -> bool {
+    guest.is_alive() && guest.status().is_ok_and(|status| status == "running")
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn agent_killed_in_the_switchover_leaves_exactly_one_guest_running() {
+    for victim in [Victim::Source, Victim::Destination] {
+        let mut pair = Pair::start();
+        let guest = boot(proof(quiet()));
+        let destination = guest.destination().start().unwrap();
+        pair.create("first", &guest, &destination, parameters(v1::FabricKind::Tcp)).await.unwrap();
+        pair.source.wait("first", |migration| migration.state() >= v1::MigrationState::SwitchingOver).await;
+        match victim {
+            Victim::Source => {
+                pair.source.kill();
+                pair.source = pair.source.restart();
+            }
+            Victim::Destination => {
+                pair.destination.kill();
+                pair.destination = pair.destination.restart();
+            }
+        }
+        let at_source = pair.source.wait_end("first").await;
+        let at_destination = pair.destination.wait_end("first").await;
+        let moved = at_source.state() == v1::MigrationState::Succeeded;
+        assert_eq!(moved, at_destination.state() == v1::MigrationState::Succeeded, "the agents agree");
+        assert_eq!((runs(&guest), runs(&destination)), (!moved, moved), "{victim:?}: {:?}", at_source.error);
+        if moved {
+            assert_proves_itself(&destination);
+        } else {
+            assert_runs_untraced(&guest);
+            let destination = guest.destination().start().unwrap();
+            pair.migrate("second", &guest, &destination, parameters(v1::FabricKind::Tcp)).await;
+            assert_proves_itself(&destination);
+        }
+    }
+}
