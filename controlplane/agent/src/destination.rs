@@ -255,6 +255,12 @@ impl DestinationSession {
         self.answers().final_on == Some(number)
     }
 
+    /// Whether a control stream is open on which the final answer did not go out.
+    pub(crate) fn is_untold(&self) -> bool {
+        let answers = self.answers();
+        answers.stream.is_some() && answers.final_on != Some(answers.opened)
+    }
+
     /// Whether a control stream is open.
     pub(crate) fn is_connected(&self) -> bool {
         self.answers().stream.as_ref().is_some_and(|stream| !stream.is_closed())

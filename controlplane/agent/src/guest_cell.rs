@@ -1,6 +1,5 @@
 //! A migration's guest, which an agent that was restarted has to find again.
 
-use std::path::PathBuf;
 use std::sync::Arc;
 
 use ramferry_engine::{Failure, Reason};
@@ -72,7 +71,29 @@ impl GuestCell {
 }
 
 impl Place {
+    /// Whether the process has ended; one that only waits for its parent has.
     fn is_gone(&self) -> bool {
-        !PathBuf::from(format!("/proc/{}", self.pid)).exists()
+        let stat = std::fs::read_to_string(format!("/proc/{}/stat", self.pid));
+        // The state follows the name, which is in parentheses and may hold any character.
+        let state = |stat: &str| stat.rsplit_once(") ").and_then(|(_, rest)| rest.chars().next());
+        stat.map_or(true, |stat| matches!(state(&stat), None | Some('Z' | 'X')))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn process_that_waits_for_its_parent_is_gone() {
+        let place = |pid| Place { qmp: String::new(), pid, was_running: true };
+        assert!(!place(std::process::id()).is_gone());
+        let mut child = std::process::Command::new("true").spawn().unwrap();
+        let wait = rustix::process::WaitIdOptions::EXITED | rustix::process::WaitIdOptions::NOWAIT;
+        let pid = rustix::process::Pid::from_child(&child);
+        rustix::process::waitid(rustix::process::WaitId::Pid(pid), wait).unwrap();
+        assert!(place(child.id()).is_gone());
+        child.wait().unwrap();
+        assert!(place(child.id()).is_gone());
     }
 }

@@ -127,6 +127,12 @@ impl Outside {
             view.error = error;
             view.set_state(state);
         });
+        // A source that came back while this ended may have asked what nobody answered.
+        if self.session.is_untold()
+            && let Some(answer) = super::outcome(entry)
+        {
+            self.session.answer_blocking(answer);
+        }
     }
 }
 
