@@ -14,7 +14,7 @@ demo: ## Migrate a running guest between two agents on this machine
 
 test: ## Every test
 	scripts/setup test
-	cargo test --workspace --locked --no-fail-fast -- --test-threads=$(TEST_THREADS)
+	TEST_THREADS=$(TEST_THREADS) scripts/test
 
 lint: ## Formatting, clippy, documentation, shell scripts, API
 	scripts/setup test
