@@ -1,11 +1,14 @@
 //! What cannot be migrated is refused with its reason, and nothing is changed.
 
-use ramferry_lab::{Backing, Guest, Machine, Qemu, RamBlock};
+use ramferry_lab::{Accel, Backing, DebianGuest, Guest, Machine, Qemu, RamBlock, skipped};
 use ramferry_proto::v1;
 use serde_json::{Value, json};
 use tonic::Code;
+use tonic_types::StatusExt as _;
 
-use crate::harness::{MIB, Pair, assert_refused, assert_runs_untraced, boot, parameters, proof, quiet};
+use crate::harness::{
+    MIB, PATIENCE, Pair, assert_refused, assert_runs_untraced, boot, parameters, proof, quiet,
+};
 
 /// What a migration could change of a VMM.
 fn settings(guest: &Qemu) -> [Value; 3] {
@@ -59,6 +62,84 @@ async fn guests_that_cannot_be_moved_are_refused_by_reason() {
     refused(&pair, &direct, &waiting, "DIRECT_IO", "cache=writeback").await;
 
     assert_runs_untraced(&good);
+}
+
+/// A process that is ended and reaped when it is dropped.
+struct Reaped(std::process::Child);
+
+impl Drop for Reaped {
+    fn drop(&mut self) {
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn guest_whose_disk_is_another_process_is_refused() {
+    let pair = Pair::start();
+    let directory = tempfile::tempdir().unwrap();
+    let (disk, socket) = (directory.path().join("disk"), directory.path().join("blk.sock"));
+    std::fs::File::create(&disk).unwrap().set_len(MIB).unwrap();
+    let server = std::process::Command::new("qemu-storage-daemon")
+        .arg("--blockdev")
+        .arg(format!("driver=file,node-name=disk,filename={}", disk.display()))
+        .arg("--export")
+        .arg(format!(
+            "type=vhost-user-blk,id=export,node-name=disk,addr.type=unix,addr.path={},writable=on",
+            socket.display()
+        ))
+        .spawn()
+        .unwrap();
+    let mut server = Reaped(server);
+    let deadline = std::time::Instant::now() + PATIENCE;
+    while !socket.exists() {
+        assert!(server.0.try_wait().unwrap().is_none(), "qemu-storage-daemon ended");
+        assert!(std::time::Instant::now() < deadline, "qemu-storage-daemon does not listen");
+        std::thread::yield_now();
+    }
+    let source = idle()
+        .block(node())
+        .arg("-chardev")
+        .arg(format!("socket,id=blk,path={}", socket.display()))
+        .arg("-device")
+        .arg("vhost-user-blk-pci,chardev=blk,id=disk0")
+        .start()
+        .unwrap();
+    let receiver = idle().block(node()).incoming(true).start().unwrap();
+    refused(&pair, &source, &receiver, "VHOST_USER", "disk0").await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn balloon_in_motion_is_refused() {
+    let debian = match DebianGuest::find() {
+        Ok(debian) => debian,
+        Err(reason) => return skipped(reason),
+    };
+    let pair = Pair::start();
+    let guest = Qemu::builder()
+        .accel(Accel::Tcg)
+        .block(RamBlock::node(1024 * MIB))
+        .guest(Guest::Debian(DebianGuest { stress: String::new(), ..debian }))
+        .arg("-device")
+        .arg("virtio-balloon-pci");
+    let guest = guest.start().unwrap();
+    guest.wait_line(|line| line.starts_with("tick"), 3 * PATIENCE).unwrap();
+    let spec = pair.spec(&guest.qmp_path(), "/nowhere".as_ref(), parameters(v1::FabricKind::Tcp));
+    let mut client = pair.source.client().await;
+    let mut reasons = Vec::new();
+    for turn in 0..20 {
+        let value = if turn % 2 == 0 { 256 * MIB } else { 1024 * MIB };
+        guest.qmp(&json!({ "execute": "balloon", "arguments": { "value": value } })).unwrap();
+        let request = v1::CheckMigrationRequest { spec: Some(spec.clone()) };
+        let status = client.check_migration(request).await.expect_err("there is no destination");
+        let reason = status.get_details_error_info().map(|info| info.reason).unwrap_or_default();
+        if reason == "BALLOON_MOVING" {
+            assert_eq!(guest.status().unwrap(), "running");
+            return;
+        }
+        reasons.push(reason);
+    }
+    panic!("a balloon in motion was not noticed: {reasons:?}");
 }
 
 #[tokio::test(flavor = "multi_thread")]
