@@ -28,6 +28,7 @@ pub(super) async fn inspect(qemu: &Qemu, side: Side) -> Result<Found, GuestError
     check_state(side, &status, &migration)?;
     check_parameters(&client).await?;
     devices::check(&client).await?;
+    check_blockers(&migration)?;
     let blocks = blocks::query(&client).await?;
     let shared = blocks::shared(&client, &blocks).await?;
     let layout = Layout::new(shared.iter().map(|shared| shared.block.clone()).collect())?;
@@ -75,6 +76,11 @@ fn check_state(side: Side, status: &GuestStatus, migration: &MigrateInfo) -> Res
         Side::Destination if migration.incoming_started() => return Err(GuestError::IncomingStarted),
         Side::Destination => {}
     }
+    Ok(())
+}
+
+/// What QEMU itself knows of, after what is better named by us.
+fn check_blockers(migration: &MigrateInfo) -> Result<(), GuestError> {
     if migration.blocked_reasons.is_empty() {
         Ok(())
     } else {
