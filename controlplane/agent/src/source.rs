@@ -577,18 +577,17 @@ fn tracked_files(info: &GuestInfo, files: &[RamFile]) -> Vec<TrackedFile> {
 
 /// Refuses a guest whose RAM a process writes that cannot be tracked, by that process' name.
 async fn check_tracking(guest: u32, files: Vec<TrackedFile>) -> Result<(), Status> {
-    let refuse = |error: &dyn std::error::Error, violations: Vec<Violation>| {
-        let message = format!("the source guest's writes cannot be tracked: {}", causes(error));
+    let refuse = |why: String, violations: Vec<Violation>| {
+        let message = format!("the source guest's writes cannot be tracked: {why}");
         precondition("TRACKING_UNAVAILABLE", message, violations, [])
     };
     let writers = blocking(move || ramferry_tracking::check(guest, &files)).await?;
-    for writer in writers.map_err(|error| refuse(&error, Vec::new()))? {
+    for writer in writers.map_err(|error| refuse(causes(&error), Vec::new()))? {
         if let Some(obstacle) = writer.obstacle {
             let subject = format!("process {} ({})", writer.pid, writer.comm);
-            let description =
-                format!("{subject} writes to the guest's RAM and cannot be tracked: {}", causes(&obstacle));
-            let violation = Violation { kind: "HOST".into(), subject, description };
-            return Err(refuse(&obstacle, vec![violation]));
+            let description = format!("{subject} writes to its RAM: {}", causes(&obstacle));
+            let violation = Violation { kind: "HOST".into(), subject, description: description.clone() };
+            return Err(refuse(description, vec![violation]));
         }
     }
     Ok(())
