@@ -1,6 +1,6 @@
 # `make help` says what there is.
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint clean
+.PHONY: help demo test lint bench clean
 
 # Tests that boot QEMU take a processor each.
 TEST_THREADS ?= 2
@@ -19,6 +19,10 @@ test: ## Every test
 lint: ## Formatting, clippy, documentation, shell scripts, API
 	scripts/setup test
 	scripts/lint
+
+bench: ## Speed and cost beside this host's limits, into target/bench/native.json
+	scripts/setup test
+	cargo bench --locked --package ramferry --bench native
 
 clean: ## Remove everything that was built or fetched
 	rm -rf target

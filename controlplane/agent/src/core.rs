@@ -1,8 +1,9 @@
 //! What all migrations of one agent share.
 
+use std::collections::{HashMap, VecDeque};
+use std::io;
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
-use std::{collections::HashMap, io};
 
 use ramferry_fabric::{shm, tcp};
 use thiserror::Error;
@@ -33,7 +34,8 @@ pub(crate) struct Agent {
     pub(crate) boot_id: String,
     pub(crate) runtime: Handle,
     /// What moving device state cost last, if it was ever done.
-    device_state_cost: Mutex<Option<Duration>>,
+    /// Of the last migrations, the newest last.
+    device_state_costs: Mutex<VecDeque<Duration>>,
 }
 
 /// Why the agent's core cannot start.
@@ -91,7 +93,7 @@ impl Agent {
             shm,
             boot_id: boot_id.trim().to_owned(),
             runtime: Handle::current(),
-            device_state_cost: Mutex::default(),
+            device_state_costs: Mutex::default(),
         });
         for found in recovered {
             match found.created.role {
@@ -124,17 +126,25 @@ impl Agent {
         }
     }
 
-    /// What moving device state will cost: what it cost last, or an estimate
-    /// from what a small QEMU guest takes and the memory that its VMM copies.
+    /// What moving device state will cost: the least that it cost of late, or an
+    /// estimate from what a small QEMU guest takes and the memory that its VMM
+    /// copies. The least, because one migration on a busy host must not have the
+    /// next ones refuse their switchover.
     pub(crate) fn device_state_cost(&self, private_bytes: u64) -> Duration {
         const LEAST: Duration = Duration::from_millis(10);
         const BYTES_PER_SECOND: f64 = 1e9;
         let copied = Duration::from_secs_f64(private_bytes as f64 / BYTES_PER_SECOND);
-        self.device_state_cost.lock().expect("no panic while it is held").unwrap_or(LEAST + copied)
+        let costs = self.device_state_costs.lock().expect("no panic while it is held");
+        costs.iter().min().copied().unwrap_or(LEAST + copied)
     }
 
     pub(crate) fn note_device_state_cost(&self, cost: Duration) {
-        *self.device_state_cost.lock().expect("no panic while it is held") = Some(cost);
+        const KEPT: usize = 8;
+        let mut costs = self.device_state_costs.lock().expect("no panic while it is held");
+        if costs.len() == KEPT {
+            costs.pop_front();
+        }
+        costs.push_back(cost);
     }
 
     pub(crate) fn session(&self, id: &str) -> Option<Arc<DestinationSession>> {

@@ -139,7 +139,12 @@ pub(crate) async fn create(
     };
     let log = agent.journal.create(MigrationRole::Source, id, &created);
     let log = log.map_err(|error| status(Code::Unavailable, error.reason(), causes(&error), []))?;
-    let engine = Source::new(request.parameters.clone())
+    let mut parameters = request.parameters.clone();
+    if !info.running {
+        // A guest that stands still has no downtime to keep short.
+        parameters.max_downtime = *ramferry_engine::Parameters::MAX_DOWNTIME.end();
+    }
+    let engine = Source::new(parameters.clone())
         .map_err(|error| invalid_argument("spec.parameters", "OUT_OF_RANGE", error.to_string()))?;
     let mut view = v1::Migration {
         id: id.to_owned(),
@@ -161,7 +166,6 @@ pub(crate) async fn create(
         fabric: agreed.fabric.as_str(),
         mode: request.registration.as_str(),
     };
-    let parameters = request.parameters.clone();
     let plan = Plan { request, info, files, agreed };
     start(
         agent,

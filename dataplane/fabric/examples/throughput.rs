@@ -7,13 +7,12 @@
 //! copy); touched: the same once more, copy only. cpu: of all threads in that copy.
 //! Ratios are of touched.
 
-use std::io::{Read, Write};
-use std::net::{Ipv4Addr, SocketAddr, TcpListener, TcpStream};
+use std::net::{Ipv4Addr, SocketAddr};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use ramferry_fabric::{
-    Domain, Link, MappedDomain, OpId, Place, PostError, Region, Rights, SessionToken, shm, tcp,
+    Domain, Link, MappedDomain, OpId, Place, PostError, Region, Rights, SessionToken, limits, shm, tcp,
 };
 use ramferry_ram::{Access, Block, BlockIndex, BlockRange, Layout, Memory, RamFile};
 use rustix::fs::MemfdFlags;
@@ -206,7 +205,12 @@ fn register(domain: &MappedDomain, total: u64, rights: Rights) -> Result<Vec<Reg
 
 fn fabric(memories: &Memories, size: Size, links: usize, is_shm: bool) -> Result<Took, Failure> {
     let source = Arc::new(MappedDomain::new(Arc::clone(&memories.source)));
-    let destination = Arc::new(MappedDomain::new(Arc::clone(&memories.destination)));
+    let destination = Arc::clone(&memories.destination);
+    let destination = Arc::new(if is_shm {
+        MappedDomain::reached_by_peer(destination)
+    } else {
+        MappedDomain::new(destination)
+    });
     let start = Instant::now();
     let local = register(&source, size.total, Rights::LOCAL)?;
     let remote = register(&destination, size.total, Rights::REMOTE_WRITE)?;
@@ -304,86 +308,9 @@ fn reap(link: &mut dyn Link, completions: &mut Vec<ramferry_fabric::Completion>)
 }
 
 /// Plain `send` from the source's mapping and `recv` into the destination's.
-fn raw_sockets(memories: &Memories, size: Size, streams: u64) -> Result<Took, Failure> {
-    let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0))?;
-    let address = listener.local_addr()?;
-    let share = size.total / streams;
+fn raw_sockets(memories: &Memories, size: Size, streams: usize) -> Result<Took, Failure> {
+    let pages = memories.source.presence()?;
     let start = Clocks::now();
-    std::thread::scope(|scope| {
-        let mut threads = Vec::new();
-        for stream in 0..streams {
-            let source = &memories.source;
-            threads.push(scope.spawn(move || -> Result<(), Failure> {
-                let mut socket = TcpStream::connect(address)?;
-                rustix::net::sockopt::set_socket_send_buffer_size(&socket, 4 << 20)?;
-                raw_send(&mut socket, source, stream * share, share, size.chunk)?;
-                socket.read_exact(&mut [0])?;
-                Ok(())
-            }));
-        }
-        for stream in 0..streams {
-            let (mut socket, _) = listener.accept()?;
-            let destination = &memories.destination;
-            threads.push(scope.spawn(move || -> Result<(), Failure> {
-                let mut at = [0; 8];
-                socket.read_exact(&mut at)?;
-                raw_receive(&socket, destination, u64::from_ne_bytes(at), share, size.chunk)?;
-                socket.write_all(&[1])?;
-                let _ = stream;
-                Ok(())
-            }));
-        }
-        threads.into_iter().try_for_each(|thread| thread.join().map_err(|_| "a thread panicked")?)
-    })?;
+    limits::sockets(&memories.source, &memories.destination, &pages, u64::from(size.chunk), streams)?;
     Ok(start.took(Duration::ZERO))
-}
-
-fn raw_send(socket: &mut TcpStream, from: &Memory, at: u64, length: u64, chunk: u32) -> Result<(), Failure> {
-    use std::os::fd::AsRawFd;
-    socket.write_all(&at.to_ne_bytes())?;
-    let mut offset = at;
-    while offset < at + length {
-        let span = from.span(range(offset, u64::from(chunk).min(at + length - offset)))?;
-        offset += call(&|| raw::send(socket.as_raw_fd(), span.as_ptr(), span.len()))?;
-    }
-    Ok(())
-}
-
-fn raw_receive(socket: &TcpStream, to: &Memory, at: u64, length: u64, chunk: u32) -> Result<(), Failure> {
-    use std::os::fd::AsRawFd;
-    let mut offset = at;
-    while offset < at + length {
-        let span = to.span(range(offset, u64::from(chunk).min(at + length - offset)))?;
-        let start = span.as_mut_ptr()?;
-        offset += call(&|| raw::receive(socket.as_raw_fd(), start, span.len()))?;
-    }
-    Ok(())
-}
-
-fn call(call: &dyn Fn() -> isize) -> Result<u64, Failure> {
-    match call() {
-        0 => Err("the stream ended".into()),
-        moved => Ok(u64::try_from(moved).map_err(|_| std::io::Error::last_os_error())?),
-    }
-}
-
-mod raw {
-    #![allow(
-        unsafe_code,
-        reason = "the reference sends and receives guest RAM, of which there are no slices"
-    )]
-
-    use std::os::fd::RawFd;
-
-    pub(super) fn send(socket: RawFd, start: *const u8, length: usize) -> isize {
-        // SAFETY: the kernel reads `length` bytes of a span that the caller holds; were they not
-        // mapped, it would answer EFAULT.
-        unsafe { libc::send(socket, start.cast(), length, 0) }
-    }
-
-    pub(super) fn receive(socket: RawFd, start: *mut u8, length: usize) -> isize {
-        // SAFETY: the kernel writes `length` bytes of a writable span that the caller holds, of
-        // which no reference exists; were they not mapped, it would answer EFAULT.
-        unsafe { libc::recv(socket, start.cast(), length, libc::MSG_WAITALL) }
-    }
 }

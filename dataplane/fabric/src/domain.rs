@@ -96,19 +96,8 @@ pub enum RegisterError {
     /// The peer is to write to memory that this side may only read.
     #[error("the peer cannot be given the right to write: this side's RAM files are open for reading only")]
     ReadOnly,
-    /// Pinning would exceed `RLIMIT_MEMLOCK`.
-    #[error(
-        "RLIMIT_MEMLOCK is {limit_bytes} bytes, at least {needed_bytes} are needed: raise it \
-         (systemd: LimitMEMLOCK=infinity), give the agent CAP_IPC_LOCK, or set a smaller pin budget"
-    )]
-    MemlockLimit {
-        /// The limit now.
-        limit_bytes: u64,
-        /// What the process has locked, and what it asked for.
-        needed_bytes: u64,
-    },
-    /// The memory could not be pinned or unpinned.
-    #[error("the memory cannot be pinned or unpinned")]
+    /// The memory could not be made present.
+    #[error("the memory cannot be made present")]
     Ram(#[source] RamError),
     /// A link has room for no more regions.
     #[error("there are too many regions: use larger windows")]
@@ -139,9 +128,6 @@ pub enum RegisterError {
 impl From<RamError> for RegisterError {
     fn from(error: RamError) -> Self {
         match error {
-            RamError::MemlockLimit { limit_bytes, needed_bytes } => {
-                RegisterError::MemlockLimit { limit_bytes, needed_bytes }
-            }
             RamError::ReadOnly => RegisterError::ReadOnly,
             other => RegisterError::Ram(other),
         }

@@ -17,13 +17,16 @@
 //!
 //! Here are the fabrics [`shm`] (both agents on one host) and [`tcp`]. Both
 //! register by pinning ([`MappedDomain`]). The feature `conformance` has the
-//! suite that every fabric has to pass, and a link that injects faults.
+//! suite that every fabric has to pass, and a link that injects faults; `limits`,
+//! what a fabric is measured beside.
 
 #[cfg(feature = "conformance")]
 pub mod conformance;
 mod domain;
 #[cfg(feature = "conformance")]
 pub mod faulty;
+#[cfg(feature = "limits")]
+pub mod limits;
 mod link;
 mod session;
 pub mod shm;

@@ -94,28 +94,6 @@ pub enum RamError {
         #[source]
         source: io::Error,
     },
-    /// Locking would exceed `RLIMIT_MEMLOCK`.
-    #[error(
-        "RLIMIT_MEMLOCK is {limit_bytes} bytes, at least {needed_bytes} are needed: \
-         raise it (systemd: LimitMEMLOCK=infinity) or give the agent CAP_IPC_LOCK"
-    )]
-    MemlockLimit {
-        /// The limit now.
-        limit_bytes: u64,
-        /// What this process has locked, and what it asked for.
-        needed_bytes: u64,
-    },
-    /// Memory could not be locked or unlocked, and not because of `RLIMIT_MEMLOCK`.
-    #[error("cannot lock or unlock {length} bytes at {offset:#x}: is the host out of memory?")]
-    Lock {
-        /// First byte.
-        offset: u64,
-        /// Length in bytes.
-        length: u64,
-        /// The kernel's reason.
-        #[source]
-        source: io::Error,
-    },
     /// A RAM file was truncated while it was mapped.
     #[error("the RAM file was truncated to {file_bytes} bytes while in use; the page at {offset:#x} is gone")]
     Truncated {

@@ -22,6 +22,6 @@ pub use block::{Block, BlockIndex, BlockRange, Layout, LayoutError, LayoutMismat
 pub use digest::Digest;
 pub use error::RamError;
 pub use file::{Access, FileIdentity, RamFile};
-pub use mapping::{Mapping, Span};
+pub use mapping::{FAULT_AROUND_BYTES, Mapping, Span};
 pub use memory::Memory;
 pub use pages::{PageRun, PageSet, PageSets};

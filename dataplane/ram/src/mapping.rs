@@ -8,7 +8,12 @@ use rustix::io::Errno;
 use rustix::mm::{Advice, MapFlags, ProtFlags};
 
 use crate::sigbus::{self, Fault};
-use crate::{Access, RamError, RamFile, zero};
+use crate::{Access, PageRun, RamError, RamFile, zero};
+
+/// What the kernel maps around a read fault of a page that is present
+/// (`fault_around_bytes`, unless somebody changed it), writable where the mapping
+/// is: pages of tmpfs need not be told of their first store.
+pub const FAULT_AROUND_BYTES: u64 = 64 << 10;
 
 /// The start of a RAM file, mapped shared. Unmapped on drop.
 ///
@@ -105,35 +110,46 @@ impl Mapping {
             .map_err(|errno| RamError::Populate { offset, length, source: errno.into() })
     }
 
-    /// Locks a range into memory, which makes it present. Huge pages never leave
-    /// memory and do not count towards the limit: they are made present only.
+    /// Maps the range's pages that are present, at a small part of what a fault for
+    /// each would cost. Pages that were never touched are left alone.
     ///
     /// # Errors
-    /// [`RamError::MemlockLimit`] when that would exceed the limit.
-    pub fn lock(&self, offset: u64, length: u64) -> Result<(), RamError> {
+    /// When the range is not whole pages of the mapping, or the kernel cannot tell
+    /// which are present.
+    pub fn map_present(&self, offset: u64, length: u64) -> Result<(), RamError> {
         if self.file.is_hugetlbfs() {
             return self.populate(offset, length, Access::Read);
         }
-        let start = self.pages(offset, length)?;
-        // SAFETY: the range is within this mapping (`pages` checked), which stays mapped
-        // while `self` is borrowed; locking changes no byte of it.
-        retry_interrupted(|| unsafe { rustix::mm::mlock(start, length as usize) })
-            .map_err(|errno| self.lock_error(errno, offset, length))
+        let page_bytes = self.file.page_bytes();
+        self.pages(offset, length)?;
+        for run in self.file.present_runs(offset / page_bytes, (offset + length) / page_bytes)? {
+            let (start, end) = (run.first * page_bytes, run.end() * page_bytes);
+            for granule in start / FAULT_AROUND_BYTES..end.div_ceil(FAULT_AROUND_BYTES) {
+                self.span((granule * FAULT_AROUND_BYTES).max(start), 1)?.touch();
+            }
+        }
+        self.check()
     }
 
-    /// Unlocks a range.
+    /// Allocates those of the range's pages that were never touched.
     ///
     /// # Errors
-    /// When the range is not whole pages of the mapping.
-    pub fn unlock(&self, offset: u64, length: u64) -> Result<(), RamError> {
-        let start = self.pages(offset, length)?;
+    /// When the range is not whole pages of the mapping, the mapping is read-only, or
+    /// there is no memory.
+    pub fn allocate(&self, offset: u64, length: u64) -> Result<(), RamError> {
         if self.file.is_hugetlbfs() {
-            return Ok(());
+            return self.populate(offset, length, Access::ReadWrite);
         }
-        // SAFETY: the range is within this mapping (`pages` checked), which stays mapped
-        // while `self` is borrowed; unlocking changes no byte of it.
-        retry_interrupted(|| unsafe { rustix::mm::munlock(start, length as usize) })
-            .map_err(|errno| RamError::Lock { offset, length, source: errno.into() })
+        let page_bytes = self.file.page_bytes();
+        self.pages(offset, length)?;
+        let end = (offset + length) / page_bytes;
+        let mut hole = offset / page_bytes;
+        let present = self.file.present_runs(hole, end)?;
+        for run in present.into_iter().chain([PageRun { first: end, count: 0 }]) {
+            self.populate(hole * page_bytes, (run.first - hole) * page_bytes, Access::ReadWrite)?;
+            hole = run.end();
+        }
+        Ok(())
     }
 
     /// Whether every page reached so far was there.
@@ -153,25 +169,6 @@ impl Mapping {
         } else {
             RamError::Unbacked { offset }
         })
-    }
-
-    fn lock_error(&self, errno: Errno, offset: u64, length: u64) -> RamError {
-        let limit = rustix::process::getrlimit(rustix::process::Resource::Memlock).current;
-        let needed_bytes = locked_bytes().saturating_add(length);
-        if let Ok(file_bytes) = self.file.current_length_bytes()
-            && file_bytes < offset + length
-        {
-            return RamError::Truncated { offset: file_bytes.max(offset), file_bytes };
-        }
-        match limit {
-            // Out of memory is EAGAIN here, so the others are the limit's when it is in the way.
-            Some(limit_bytes)
-                if limit_bytes < needed_bytes && matches!(errno, Errno::NOMEM | Errno::PERM) =>
-            {
-                RamError::MemlockLimit { limit_bytes, needed_bytes }
-            }
-            _ => RamError::Lock { offset, length, source: errno.into() },
-        }
     }
 
     fn check_bounds(&self, offset: u64, length: u64) -> Result<(), RamError> {
@@ -236,6 +233,17 @@ impl Span<'_> {
     /// Whether it has no bytes.
     pub fn is_empty(&self) -> bool {
         self.length == 0
+    }
+
+    /// Reads the first byte, so that the kernel maps its page, and present pages
+    /// around it.
+    pub fn touch(&self) {
+        if !self.is_empty() {
+            // SAFETY: the span has a first byte, which is mapped readable while it is borrowed
+            // (`Mapping::span` checked the bounds). The read is volatile: its value is of no use,
+            // its effect is.
+            unsafe { self.start.read_volatile() };
+        }
     }
 
     /// Whether every byte is zero.
@@ -340,6 +348,12 @@ impl Area {
         // SAFETY: a new mapping at an address of the kernel's choice replaces nothing.
         let start = unsafe { rustix::mm::mmap(std::ptr::null_mut(), length, protection, flags, file, 0) };
         let start = start.map_err(|errno| map_error(errno.into()))?;
+        if access == Access::ReadWrite {
+            // SAFETY: the range was just mapped; the advice changes no byte of it. Where the host
+            // has huge pages on for shared memory, what is allocated through this mapping is made
+            // of them; elsewhere it is refused, or does nothing.
+            let _ = unsafe { rustix::mm::madvise(start, length, Advice::LinuxHugepage) };
+        }
         let start = NonNull::new(start.cast()).expect("mmap never maps at address zero unasked");
         Ok(Self { start, length })
     }
@@ -364,14 +378,6 @@ fn retry_interrupted(mut call: impl FnMut() -> Result<(), Errno>) -> Result<(), 
         result = call();
     }
     result
-}
-
-/// What this process has locked now (`VmLck`); 0 when it cannot be read.
-fn locked_bytes() -> u64 {
-    let status = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
-    let line = status.lines().find_map(|line| line.strip_prefix("VmLck:"));
-    let kib = line.and_then(|line| line.trim().strip_suffix(" kB")?.trim().parse::<u64>().ok());
-    kib.unwrap_or(0).saturating_mul(1024)
 }
 
 #[cfg(test)]

@@ -80,7 +80,7 @@ metrics! {
     BuildInfo: Gauge, "ramferry_build_info", "1", ["version"],
         "Always 1; the agent's version is its label.";
     MemlockLimitBytes: Gauge, "ramferry_memlock_limit_bytes", "bytes", [],
-        "RLIMIT_MEMLOCK of the agent, the most that it can register; +Inf is no limit.";
+        "RLIMIT_MEMLOCK of the agent; a fabric whose device pins memory can register no more. +Inf is no limit.";
 
     MigrationsTotal: Counter, "ramferry_migrations_total", "migrations", ["role", "mode", "result", "reason"],
         "Migrations that ended. reason is empty when they succeeded.";
@@ -135,7 +135,7 @@ metrics! {
     Regions: SummedGauge, "ramferry_regions", "regions", ["side"],
         "Regions registered now.";
     PinnedBytes: SummedGauge, "ramferry_pinned_bytes", "bytes", ["side"],
-        "Memory pinned now by registered regions.";
+        "Memory in registered regions now.";
 
     TrackingHarvestDurationSeconds: Histogram(buckets::REGISTRATION), "ramferry_tracking_harvest_duration_seconds",
         "seconds", ["tracker"],

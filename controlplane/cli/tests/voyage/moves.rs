@@ -135,12 +135,17 @@ async fn debian_guest_under_stress_moves_there_and_back_five_times_over_tcp() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn paused_guest_arrives_paused() {
+async fn paused_guest_arrives_paused_whatever_the_downtime_it_may_have() {
     let pair = Pair::start();
     let guest = boot(proof(quiet()));
     guest.stop().unwrap();
     let destination = guest.destination().start().unwrap();
-    pair.migrate("paused", &guest, &destination, parameters(Shm)).await;
+    let parameters = v1::MigrationParameters {
+        max_downtime: Some(Duration::from_millis(1).try_into().unwrap()),
+        timeout_action: v1::TimeoutAction::Cancel.into(),
+        ..parameters(Shm)
+    };
+    pair.migrate("paused", &guest, &destination, parameters).await;
     assert_eq!(destination.status().unwrap(), "paused");
     destination.cont().unwrap();
     assert_proves_itself(&destination);

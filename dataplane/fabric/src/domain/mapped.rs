@@ -4,7 +4,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError, RwLock, Weak};
 use std::time::{Duration, Instant};
 
-use ramferry_ram::{Access, BlockIndex, BlockRange, Memory, RamError};
+use ramferry_ram::{Access, BlockIndex, BlockRange, Memory};
 
 use super::{Domain, Region, RegisterError, Rights};
 use crate::shm::PeerMemory;
@@ -16,12 +16,16 @@ const GRACE: Duration = Duration::from_secs(1);
 /// How long `deregister` waits for such operations; longer than they may go on.
 const DEREGISTER_WAIT: Duration = Duration::from_secs(3);
 
-/// Registered memory of a session whose fabric moves bytes by the CPU: a region
-/// is populated and locked in this process's mapping of the RAM file.
+/// Registered memory of a session whose fabric moves bytes by the CPU, so that
+/// nothing has to be locked: what registering a region does is to allocate the
+/// pages that the peer will write and that were never touched, and to map those
+/// that are there, so that no copy has to fault them in one by one.
 ///
-/// Locks do not nest, so a range that overlaps a region is refused.
+/// A range that overlaps a region is refused.
 pub struct MappedDomain {
     memory: Arc<Memory>,
+    /// Whether this process' mapping is the one that bytes are read from or written to.
+    reached_here: bool,
     state: RwLock<State>,
     pinned_bytes: AtomicU64,
     /// The peer's RAM, while a link over shm has it mapped.
@@ -77,8 +81,18 @@ pub(crate) struct RegionUse {
 impl MappedDomain {
     /// The memory of one session, nothing of it registered.
     pub fn new(memory: Arc<Memory>) -> Self {
+        Self::reached(memory, true)
+    }
+
+    /// The same, of memory that only the peer reaches, through a mapping of its own.
+    pub fn reached_by_peer(memory: Arc<Memory>) -> Self {
+        Self::reached(memory, false)
+    }
+
+    fn reached(memory: Arc<Memory>, reached_here: bool) -> Self {
         Self {
             memory,
+            reached_here,
             state: RwLock::default(),
             pinned_bytes: AtomicU64::new(0),
             peer_memory: Mutex::default(),
@@ -175,27 +189,20 @@ impl MappedDomain {
         Ok(())
     }
 
-    fn pin(&self, range: BlockRange) -> Result<(), RegisterError> {
+    fn pin(&self, range: BlockRange, rights: Rights) -> Result<(), RegisterError> {
         let mapping = self.memory.mapping(range.block);
-        // Locking populates; to populate first would walk the pages twice.
-        if let Err(error) = mapping.lock(range.offset, range.length) {
-            // A lock that failed may have locked part of the range.
-            let _ = mapping.unlock(range.offset, range.length);
-            if matches!(error, RamError::MemlockLimit { .. }) {
-                return Err(error.into());
-            }
-            // Populating says better than locking does what there is too little of.
-            let populated = mapping.populate(range.offset, range.length, Access::Read);
-            return Err(populated.err().unwrap_or(error).into());
+        if rights.remote_write {
+            mapping.allocate(range.offset, range.length)?;
+        }
+        if self.reached_here {
+            mapping.map_present(range.offset, range.length)?;
         }
         self.pinned_bytes.fetch_add(range.length, Ordering::Relaxed);
         Ok(())
     }
 
-    fn unpin(&self, range: BlockRange) -> Result<(), RegisterError> {
-        self.memory.mapping(range.block).unlock(range.offset, range.length)?;
+    fn unpin(&self, range: BlockRange) {
         self.pinned_bytes.fetch_sub(range.length, Ordering::Relaxed);
-        Ok(())
     }
 
     fn publish(&self, range: BlockRange, rights: Rights) -> Result<Region, RegisterError> {
@@ -267,12 +274,9 @@ impl Domain for MappedDomain {
     fn register(&self, range: BlockRange, rights: Rights) -> Result<Region, RegisterError> {
         self.check(range, rights)?;
         self.reserve(range)?;
-        let registered = self.pin(range).and_then(|()| {
-            self.publish(range, rights).inspect_err(|_| {
-                // The first error is the one to report.
-                let _ = self.unpin(range);
-            })
-        });
+        let registered = self
+            .pin(range, rights)
+            .and_then(|()| self.publish(range, rights).inspect_err(|_| self.unpin(range)));
         if registered.is_err() {
             self.unreserve(range);
         }
@@ -286,24 +290,13 @@ impl Domain for MappedDomain {
         if self.write_state().leaving.remove(&key).is_none() {
             return Err(RegisterError::UnknownKey);
         }
-        let unpinned = self.unpin(entry.range);
+        self.unpin(entry.range);
         self.unreserve(entry.range);
-        unpinned
+        Ok(())
     }
 
     fn pinned_bytes(&self) -> u64 {
         self.pinned_bytes.load(Ordering::Relaxed)
-    }
-}
-
-impl Drop for MappedDomain {
-    fn drop(&mut self) {
-        let state = self.state.get_mut().unwrap_or_else(PoisonError::into_inner);
-        for entry in state.live.values().chain(state.leaving.values()) {
-            let range = entry.range;
-            // Whatever fails to be unlocked is unlocked when the memory is unmapped.
-            let _ = self.memory.mapping(range.block).unlock(range.offset, range.length);
-        }
     }
 }
 

@@ -56,15 +56,6 @@ pub fn non_temporal(destination: Span<'_>, source: Span<'_>) -> Result<(), RamEr
     plain(destination, source)
 }
 
-/// Reads the first byte: the kernel maps its page, and present pages around it.
-pub(super) fn touch(span: Span<'_>) {
-    if !span.is_empty() {
-        // SAFETY: the span has a first byte, which is mapped readable while it is borrowed. The
-        // read is volatile: its value is of no use, its effect is.
-        unsafe { span.as_ptr().read_volatile() };
-    }
-}
-
 #[cfg(target_arch = "x86_64")]
 mod x86 {
     use std::arch::x86_64::{

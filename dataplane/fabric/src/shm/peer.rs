@@ -2,13 +2,14 @@ use std::os::fd::OwnedFd;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 
-use ramferry_ram::{Access, BlockIndex, BlockRange, FileIdentity, Layout, Mapping, RamFile};
+use ramferry_ram::{
+    Access, BlockIndex, BlockRange, FAULT_AROUND_BYTES, FileIdentity, Layout, Mapping, RamFile,
+};
 
-use super::copy::touch;
 use crate::LinkError;
 
-/// What the kernel maps around a read fault (`fault_around_bytes`, by default).
-const GRANULE_BYTES: u64 = 64 << 10;
+/// What is mapped by one touch.
+const GRANULE_BYTES: u64 = FAULT_AROUND_BYTES;
 
 /// A file that a peer granted, for one block.
 pub(super) struct GrantedFile {
@@ -68,10 +69,8 @@ impl PeerMemory {
     }
 
     /// Maps the pages of `range` that were not mapped before: stores would fault
-    /// them in one by one. A read fault maps a granule, writable, as pages of
-    /// tmpfs need not be told of their first store; that is half of what
-    /// `MADV_POPULATE_READ` costs. `region` encloses `range`; pages outside it
-    /// are the peer's to allocate, or not.
+    /// them in one by one, and `MADV_POPULATE_READ` costs twice as much. `region`
+    /// encloses `range`; pages outside it are the peer's to allocate, or not.
     pub(super) fn populate(&self, range: BlockRange, region: BlockRange) {
         let Some(block) = self.blocks.get(range.block.get()) else { return };
         let Some(end) = range.checked_end() else { return };
@@ -79,7 +78,7 @@ impl PeerMemory {
             if block.take(granule) {
                 let first = (granule * GRANULE_BYTES).max(region.offset);
                 if let Ok(span) = block.mapping.span(first, 1) {
-                    touch(span);
+                    span.touch();
                 }
             }
         }

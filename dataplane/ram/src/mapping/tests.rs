@@ -1,7 +1,5 @@
 use std::thread;
 
-use rustix::thread::CapabilitySet;
-
 use super::*;
 use crate::huge;
 use crate::testing::{memory_file, runs};
@@ -86,40 +84,39 @@ fn populating_makes_pages_present() {
     assert!(matches!(mapping.populate(0, PAGE, Access::ReadWrite), Err(RamError::Populate { .. })));
 }
 
-#[test]
-fn locked_pages_are_present_until_unlocked_and_beyond() {
-    let (file, mapping) = mapped(8);
-    mapping.lock(PAGE, 2 * PAGE).unwrap();
-    assert_eq!(runs(&file.presence(8).unwrap()), [(1, 2)]);
-    mapping.unlock(PAGE, 2 * PAGE).unwrap();
-    assert_eq!(runs(&file.presence(8).unwrap()), [(1, 2)]);
+/// How much of a mapping this process' page tables hold.
+fn mapped_bytes(mapping: &Mapping) -> u64 {
+    let maps = std::fs::read_to_string("/proc/self/smaps").unwrap();
+    let start = format!("{:x}-", mapping.span(0, 0).unwrap().as_ptr() as usize);
+    let entry = maps.lines().skip_while(|line| !line.starts_with(&start));
+    let resident = entry.filter_map(|line| line.strip_prefix("Rss:")).next().unwrap();
+    resident.trim().strip_suffix(" kB").unwrap().parse::<u64>().unwrap() * 1024
 }
 
 #[test]
-fn locking_beyond_the_limit_names_the_limit() {
-    let limit = rustix::process::getrlimit(rustix::process::Resource::Memlock).current;
-    let Some(limit) = limit.filter(|limit| *limit < 1 << 32) else {
-        return eprintln!("SKIPPED: RLIMIT_MEMLOCK is not small");
-    };
-    let pages = limit.div_ceil(PAGE) + 1;
-    let (_file, mapping) = mapped(pages);
-    // Capabilities are a thread's own: the other tests keep theirs.
-    let refused = thread::scope(|scope| {
-        let unprivileged = scope.spawn(|| {
-            let mut sets = rustix::thread::capabilities(None).unwrap();
-            sets.effective.remove(CapabilitySet::IPC_LOCK);
-            rustix::thread::set_capabilities(None, sets).unwrap();
-            mapping.lock(0, pages * PAGE)
-        });
-        unprivileged.join().unwrap()
-    });
-    match refused {
-        Err(RamError::MemlockLimit { limit_bytes, needed_bytes }) => {
-            assert_eq!(limit_bytes, limit);
-            assert!(needed_bytes >= pages * PAGE);
-        }
-        other => panic!("{other:?}"),
-    }
+fn mapping_what_is_present_touches_nothing_else() {
+    let (file, mapping) = mapped(100);
+    mapping.span(20 * PAGE, 40 * PAGE).unwrap().write_from(&vec![1; 40 * PAGE as usize]);
+    let again = Mapping::new(&file, 100 * PAGE, Access::Read).unwrap();
+    assert_eq!(mapped_bytes(&again), 0);
+    again.map_present(10 * PAGE, 40 * PAGE).unwrap();
+    // The kernel passes over a page around the fault that somebody else has locked.
+    let now = mapped_bytes(&again);
+    assert!((3 * PAGE..=40 * PAGE).contains(&now), "{now} bytes are mapped");
+    assert_eq!(runs(&file.presence(100).unwrap()), [(20, 40)]);
+    assert!(matches!(again.map_present(1, PAGE), Err(RamError::Misaligned { .. })));
+    assert!(matches!(again.map_present(0, 101 * PAGE), Err(RamError::OutOfBounds { .. })));
+}
+
+#[test]
+fn allocating_fills_the_holes_of_a_range() {
+    let (file, mapping) = mapped(100);
+    mapping.span(20 * PAGE, PAGE).unwrap().write_from(&vec![1; PAGE as usize]);
+    mapping.allocate(10 * PAGE, 20 * PAGE).unwrap();
+    assert_eq!(runs(&file.presence(100).unwrap()), [(10, 20)]);
+    assert_eq!(read(mapping.span(20 * PAGE, 1).unwrap()), [1]);
+    let reader = Mapping::new(&file, 100 * PAGE, Access::Read).unwrap();
+    assert!(matches!(reader.allocate(0, PAGE), Err(RamError::ReadOnly)));
 }
 
 #[test]
@@ -137,7 +134,6 @@ fn a_truncated_file_reads_as_zeros_and_is_reported() {
         Err(RamError::Truncated { offset, file_bytes }) => assert_eq!((offset, file_bytes), (PAGE, PAGE)),
         other => panic!("{other:?}"),
     }
-    assert!(matches!(mapping.lock(0, 4 * PAGE), Err(RamError::Truncated { .. }) | Ok(())));
     // Another mapping of the file, and one that takes the slot, know nothing of it.
     drop(mapping);
     let (_other, other) = mapped(4);

@@ -1,0 +1,67 @@
+//! Downtime under stress: a Debian guest whose `stress` rewrites 200 MB without
+//! pause goes to and fro. It never converges; the policy moves it all the same.
+
+use std::collections::BTreeMap;
+use std::time::Duration;
+
+use anyhow::{Context as _, Result};
+use ramferry_lab::{Accel, DebianGuest, Guest, Qemu, RamBlock};
+use serde_json::json;
+
+use crate::agents::{Agent, Order, migrate};
+use crate::report::{Report, quantile};
+
+const GUEST_BYTES: u64 = 1 << 30;
+const MIGRATIONS: usize = 20;
+const PATIENCE: Duration = Duration::from_secs(120);
+
+/// Measures 20 migrations over each fabric.
+pub(crate) fn run(report: &mut Report) -> Result<()> {
+    let debian = match DebianGuest::find() {
+        Ok(debian) => debian,
+        Err(reason) => {
+            eprintln!("SKIPPED downtime under stress: {reason}");
+            return Ok(());
+        }
+    };
+    let agents = (Agent::start()?, Agent::start()?);
+    for fabric in ["shm", "tcp"] {
+        let guest = Guest::Debian(debian.clone());
+        let mut here =
+            Qemu::builder().block(RamBlock::node(GUEST_BYTES)).accel(Accel::Tcg).guest(guest).start()?;
+        here.wait_line(|line| line.starts_with("tick "), PATIENCE)?;
+        // Until stress has filled its memory: it says nothing itself.
+        let ticks = here.line_count();
+        here.wait_line_from(ticks, |line| line.starts_with("tick 50 "), PATIENCE)?;
+        let (mut downtimes, mut parts) = (Vec::new(), BTreeMap::<String, Vec<f64>>::new());
+        for migration in 1..=MIGRATIONS {
+            eprintln!("downtime over {fabric}: migration {migration} of {MIGRATIONS}");
+            let there = here.destination().start()?;
+            let more = ["--max-downtime", "1ms", "--on-timeout", "force", "--no-progress-timeout", "500ms"];
+            let order = Order { fabric, registration: "dynamic", more: &more };
+            let voyage = migrate((&agents.0, &agents.1), (&here, &there), order)?;
+            downtimes.push(voyage.number("downtime_seconds")?);
+            let spent = voyage.summary["downtime_parts"].as_object().context("no downtime_parts")?;
+            for (part, seconds) in spent {
+                parts.entry(part.clone()).or_default().push(seconds.as_f64().unwrap_or_default());
+            }
+            here = there;
+        }
+        publish(report, fabric, downtimes, parts);
+    }
+    Ok(())
+}
+
+fn publish(report: &mut Report, fabric: &str, mut downtimes: Vec<f64>, parts: BTreeMap<String, Vec<f64>>) {
+    downtimes.sort_by(f64::total_cmp);
+    for (name, share) in [("p50", 0.5), ("p99", 0.99)] {
+        let name = format!("downtime under stress over {fabric}, {name}");
+        report.add_time(&name, quantile(&downtimes, share).unwrap_or_default());
+        report.note(&name, "migrations", json!(downtimes.len()));
+    }
+    for (part, mut seconds) in parts {
+        seconds.sort_by(f64::total_cmp);
+        let name = format!("downtime under stress over {fabric}, part {part}, p50");
+        report.add_time(&name, quantile(&seconds, 0.5).unwrap_or_default());
+    }
+}

@@ -1,0 +1,172 @@
+//! What was measured, as a table and as JSON.
+
+use std::fs;
+use std::path::Path;
+
+use anyhow::{Context as _, Result};
+use serde_json::{Map, Value, json};
+
+/// One case, measured several times.
+#[derive(Debug)]
+struct Row {
+    name: String,
+    bytes: Option<u64>,
+    seconds: Vec<f64>,
+    of: Option<String>,
+    /// Where it is not the quotient of two rates.
+    ratio: Option<f64>,
+    more: Map<String, Value>,
+}
+
+/// Every case, in the order of their first measurement.
+#[derive(Debug, Default)]
+pub(crate) struct Report {
+    rows: Vec<Row>,
+}
+
+impl Report {
+    /// Adds one measurement of a case: `bytes` in `seconds`.
+    pub(crate) fn add(&mut self, name: &str, bytes: u64, seconds: f64) {
+        let row = self.row(name);
+        row.bytes = Some(bytes);
+        row.seconds.push(seconds);
+    }
+
+    /// Adds one measurement of a case that is only a time.
+    pub(crate) fn add_time(&mut self, name: &str, seconds: f64) {
+        self.row(name).seconds.push(seconds);
+    }
+
+    /// Adds an amount of memory, as a share of another.
+    pub(crate) fn add_share(&mut self, name: &str, bytes: u64, of: &str, of_bytes: u64) {
+        let row = self.row(name);
+        row.bytes = Some(bytes);
+        row.ratio = Some(bytes as f64 / of_bytes as f64);
+        row.of = Some(of.to_owned());
+    }
+
+    /// Notes something that only the JSON shows.
+    pub(crate) fn note(&mut self, name: &str, key: &str, value: Value) {
+        self.row(name).more.insert(key.to_owned(), value);
+    }
+
+    /// Says what a case is measured beside.
+    pub(crate) fn compare(&mut self, name: &str, of: &str) {
+        if self.find(of).is_some() && self.find(name).is_some() {
+            self.row(name).of = Some(of.to_owned());
+        }
+    }
+
+    /// Of these cases, the one with the highest rate.
+    pub(crate) fn fastest<'a>(&self, names: &[&'a str]) -> Option<&'a str> {
+        let rate = |name: &str| self.find(name).and_then(Row::bytes_per_second);
+        let rates = names.iter().filter_map(|name| Some((*name, rate(name)?)));
+        rates.max_by(|a, b| a.1.total_cmp(&b.1)).map(|(name, _)| name)
+    }
+
+    /// Prints the table, and writes `path`.
+    pub(crate) fn publish(&self, path: &Path) -> Result<()> {
+        println!("\n{:<58}{:>10}{:>22}{:>9}{:>7}  of", "name", "seconds", "lowest-highest", "GB/s", "ratio");
+        for row in &self.rows {
+            let number = |value: Option<f64>, digits: usize| {
+                value.map_or(String::new(), |value| format!("{value:.digits$}"))
+            };
+            let spread = match (row.sorted().first(), row.sorted().last()) {
+                (Some(low), Some(high)) if row.seconds.len() > 1 => format!("{low:.4}-{high:.4}"),
+                _ => String::new(),
+            };
+            println!(
+                "{:<58}{:>10}{:>22}{:>9}{:>7}  {}",
+                row.name,
+                number(row.median(), 4),
+                spread,
+                number(row.bytes_per_second().map(|rate| rate / 1e9), 2),
+                number(self.ratio(row), if row.ratio.is_some() { 5 } else { 2 }),
+                row.of.as_deref().unwrap_or_default()
+            );
+        }
+        let rows: Vec<Value> = self.rows.iter().map(|row| self.json(row)).collect();
+        let parent = path.parent().context("the report's path has no directory")?;
+        fs::create_dir_all(parent).with_context(|| format!("cannot make {}", parent.display()))?;
+        let text = serde_json::to_string_pretty(&rows)? + "\n";
+        fs::write(path, text).with_context(|| format!("cannot write {}", path.display()))
+    }
+
+    fn json(&self, row: &Row) -> Value {
+        let mut object = row.more.clone();
+        let sorted = row.sorted();
+        object.extend([
+            ("name".to_owned(), json!(row.name)),
+            ("bytes".to_owned(), json!(row.bytes)),
+            ("seconds".to_owned(), json!(row.median())),
+            ("lowest_seconds".to_owned(), json!(sorted.first())),
+            ("highest_seconds".to_owned(), json!(sorted.last())),
+            ("runs".to_owned(), json!(row.seconds.len())),
+            ("bytes_per_second".to_owned(), json!(row.bytes_per_second())),
+            ("ratio".to_owned(), json!(self.ratio(row))),
+            ("of".to_owned(), json!(row.of)),
+        ]);
+        Value::Object(object)
+    }
+
+    /// The median of the runs' own quotients, where both cases ran in turns: what
+    /// else the host did is then in both.
+    fn ratio(&self, row: &Row) -> Option<f64> {
+        if row.ratio.is_some() {
+            return row.ratio;
+        }
+        let of = self.find(row.of.as_deref()?)?;
+        let per_byte = |row: &Row| row.bytes.map_or(1.0, |bytes| bytes as f64);
+        if row.seconds.len() != of.seconds.len() {
+            return Some((per_byte(row) / row.median()?) / (per_byte(of) / of.median()?));
+        }
+        let quotient = |(ours, its): (&f64, &f64)| (per_byte(row) / ours) / (per_byte(of) / its);
+        let mut quotients: Vec<f64> = row.seconds.iter().zip(&of.seconds).map(quotient).collect();
+        quotients.sort_by(f64::total_cmp);
+        middle(&quotients)
+    }
+
+    fn find(&self, name: &str) -> Option<&Row> {
+        self.rows.iter().find(|row| row.name == name)
+    }
+
+    fn row(&mut self, name: &str) -> &mut Row {
+        let index = self.rows.iter().position(|row| row.name == name).unwrap_or_else(|| {
+            let (name, more) = (name.to_owned(), Map::new());
+            self.rows.push(Row { name, bytes: None, seconds: Vec::new(), of: None, ratio: None, more });
+            self.rows.len() - 1
+        });
+        &mut self.rows[index]
+    }
+}
+
+impl Row {
+    fn sorted(&self) -> Vec<f64> {
+        let mut sorted = self.seconds.clone();
+        sorted.sort_by(f64::total_cmp);
+        sorted
+    }
+
+    fn median(&self) -> Option<f64> {
+        middle(&self.sorted())
+    }
+
+    fn bytes_per_second(&self) -> Option<f64> {
+        Some(self.bytes? as f64 / self.median()?)
+    }
+}
+
+fn middle(sorted: &[f64]) -> Option<f64> {
+    let upper = *sorted.get(sorted.len() / 2)?;
+    Some(if sorted.len().is_multiple_of(2) {
+        f64::midpoint(sorted[sorted.len() / 2 - 1], upper)
+    } else {
+        upper
+    })
+}
+
+/// The value below which `share` of the values lie, the values in order.
+pub(crate) fn quantile(sorted: &[f64], share: f64) -> Option<f64> {
+    let rank = (share * sorted.len() as f64).ceil() as usize;
+    sorted.get(rank.saturating_sub(1)).copied()
+}

@@ -1,0 +1,250 @@
+//! A guest that stands still, moved by ramferry and by QEMU itself, beside
+//! `memcpy` and plain sockets: the same bytes each time.
+
+use std::fs::OpenOptions;
+use std::io::{Seek as _, SeekFrom, Write as _};
+use std::path::Path;
+use std::time::Duration;
+
+use anyhow::{Context as _, Result, bail};
+use ramferry_fabric::limits;
+use ramferry_lab::{Accel, Fill, Qemu, RamBlock, Workload};
+use ramferry_ram::{Access, Block, Layout, Memory, PageSets, RamFile};
+use serde_json::{Value, json};
+
+use crate::agents::{Agent, Order, migrate};
+use crate::report::Report;
+
+const MIB: u64 = 1 << 20;
+const GUEST_BYTES: u64 = 1 << 30;
+/// Written by the guest, with words that have no pattern.
+const TOUCHED_MIB: u64 = 960;
+const PIECE_BYTES: u64 = MIB;
+const STREAMS: usize = 2;
+const PATIENCE: Duration = Duration::from_secs(120);
+
+/// The destination's memory before the copy.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum State {
+    /// Never touched: the copy allocates it.
+    Fresh,
+    /// Written before.
+    Touched,
+}
+
+impl State {
+    fn as_str(self) -> &'static str {
+        match self {
+            State::Fresh => "fresh",
+            State::Touched => "touched",
+        }
+    }
+}
+
+/// Measures everything, `runs` times in turns.
+pub(crate) fn run(report: &mut Report, runs: usize) -> Result<()> {
+    let workload =
+        Workload { mib: 16, touch_mib: TOUCHED_MIB, rate_mib: 16, fill: Fill::Random, ..Workload::default() };
+    let guest =
+        Qemu::builder().block(RamBlock::node(GUEST_BYTES)).accel(Accel::best()).proof(workload).start()?;
+    guest.wait_ready(PATIENCE)?;
+    guest.stop()?;
+    let agents = (Agent::start()?, Agent::start()?);
+    for run in 1..=runs {
+        for state in [State::Fresh, State::Touched] {
+            eprintln!("still guest, {} destination: run {run} of {runs}", state.as_str());
+            measure_limits(report, &guest, state)?;
+            for way in ["unix", "tcp", "multifd"] {
+                measure_qemu(report, &guest, state, way)?;
+            }
+            for fabric in ["shm", "tcp"] {
+                for registration in ["dynamic", "pin-all"] {
+                    measure_ramferry(report, (&agents.0, &agents.1), &guest, state, fabric, registration)?;
+                }
+            }
+        }
+    }
+    compare(report);
+    Ok(())
+}
+
+fn compare(report: &mut Report) {
+    for state in ["fresh", "touched"] {
+        let name = |what: &str| format!("{what}, {state}");
+        let sockets = [name("sockets, 1 stream"), name(&format!("sockets, {STREAMS} streams"))];
+        let sockets = report.fastest(&sockets.each_ref().map(String::as_str)).map(str::to_owned);
+        let qemus = ["unix", "tcp", "multifd"].map(|way| name(&format!("qemu {way}, whole")));
+        let qemu = report.fastest(&qemus.each_ref().map(String::as_str)).map(str::to_owned);
+        for registration in ["dynamic", "pin-all"] {
+            let memcpy = name(if state == "fresh" { "memcpy" } else { "memcpy, warm mapping" });
+            report.compare(&name(&format!("shm {registration}, copy")), &memcpy);
+            if let Some(sockets) = &sockets {
+                report.compare(&name(&format!("tcp {registration}, copy")), sockets);
+            }
+            for fabric in ["shm", "tcp"] {
+                if let Some(qemu) = &qemu {
+                    report.compare(&name(&format!("{fabric} {registration}, whole")), qemu);
+                }
+            }
+        }
+        for fabric in ["shm", "tcp"] {
+            let dynamic = name(&format!("{fabric} dynamic, copy beside pin-all"));
+            report.compare(&dynamic, &name(&format!("{fabric} pin-all, copy")));
+        }
+    }
+}
+
+fn measure_ramferry(
+    report: &mut Report,
+    agents: (&Agent, &Agent),
+    guest: &Qemu,
+    state: State,
+    fabric: &str,
+    registration: &str,
+) -> Result<()> {
+    let destination = destination(guest, state)?;
+    let voyage = migrate(agents, (guest, &destination), Order { fabric, registration, more: &[] })?;
+    let bytes = voyage.transferred_bytes()?;
+    let name = |what: &str| format!("{fabric} {registration}, {what}, {}", state.as_str());
+    report.add(&name("copy"), bytes, voyage.copy_seconds()?);
+    if registration == "dynamic" {
+        report.add(&name("copy beside pin-all"), bytes, voyage.copy_seconds()?);
+    }
+    report.add(&name("whole"), bytes, voyage.number("total_seconds")?);
+    report.note(&name("copy"), "registration_seconds", voyage.summary["registration_seconds"].clone());
+    for (side, cost) in [("source", voyage.source), ("destination", voyage.destination)] {
+        report.add(&name(&format!("{side} cpu")), bytes, cost.cpu_seconds);
+        let memory = name(&format!("{side} memory"));
+        report.add_share(&memory, cost.memory_bytes, "guest RAM", GUEST_BYTES);
+    }
+    stand_still(guest)
+}
+
+/// QEMU's own migration of the same guest, all of its RAM through its stream.
+fn measure_qemu(report: &mut Report, guest: &Qemu, state: State, way: &str) -> Result<()> {
+    let destination = destination(guest, state)?;
+    let multifd = way == "multifd";
+    for side in [guest, &destination] {
+        let capability = |name: &str, state: bool| json!({ "capability": name, "state": state });
+        let capabilities = [
+            capability("x-ignore-shared", false),
+            capability("pause-before-switchover", false),
+            capability("multifd", multifd),
+        ];
+        side.qmp(
+            &json!({ "execute": "migrate-set-capabilities", "arguments": { "capabilities": capabilities } }),
+        )?;
+        // Its default limit of bandwidth is not what is measured.
+        let parameters = json!({ "max-bandwidth": 1_u64 << 40, "multifd-channels": STREAMS });
+        side.qmp(&json!({ "execute": "migrate-set-parameters", "arguments": parameters }))?;
+    }
+    let listen = match way {
+        "unix" => format!("unix:{}", destination.directory().join("migration").display()),
+        _ => "tcp:127.0.0.1:0".to_owned(),
+    };
+    destination.qmp(&json!({ "execute": "migrate-incoming", "arguments": { "uri": listen } }))?;
+    let address =
+        if way == "unix" { listen } else { format!("tcp:127.0.0.1:{}", listening_port(&destination)?) };
+    guest.qmp(&json!({ "execute": "migrate", "arguments": { "uri": address } }))?;
+    let status = wait_migrated(guest)?;
+    let bytes = status["ram"]["transferred"].as_u64().context("QEMU does not say what it transferred")?;
+    let milliseconds = status["total-time"].as_u64().context("QEMU does not say what it took")?;
+    report.add(&format!("qemu {way}, whole, {}", state.as_str()), bytes, milliseconds as f64 / 1e3);
+    stand_still(guest)
+}
+
+fn listening_port(destination: &Qemu) -> Result<String> {
+    let status = destination.qmp(&json!({ "execute": "query-migrate" }))?;
+    let address = status["socket-address"].as_array().and_then(|addresses| addresses.first()).cloned();
+    let address = address.context("the destination does not say where it listens")?;
+    Ok(address["port"].as_str().context("an address without a port")?.to_owned())
+}
+
+fn wait_migrated(guest: &Qemu) -> Result<Value> {
+    let deadline = std::time::Instant::now() + PATIENCE;
+    loop {
+        let status = guest.qmp(&json!({ "execute": "query-migrate" }))?;
+        match status["status"].as_str() {
+            Some("completed") => return Ok(status),
+            Some("failed" | "cancelled") => bail!("QEMU's own migration failed: {status}"),
+            _ if std::time::Instant::now() > deadline => bail!("QEMU's own migration does not end: {status}"),
+            _ => std::thread::sleep(Duration::from_millis(20)),
+        }
+    }
+}
+
+/// After its move the source is left in `postmigrate`: it runs a moment, and stands still again.
+fn stand_still(guest: &Qemu) -> Result<()> {
+    guest.cont()?;
+    guest.stop()
+}
+
+fn destination(guest: &Qemu, state: State) -> Result<Qemu> {
+    let destination = guest.destination().start()?;
+    if state == State::Touched {
+        let file = destination.ram_files()[0].as_deref().context("the guest's RAM has no name")?;
+        touch(file, GUEST_BYTES)?;
+    }
+    Ok(destination)
+}
+
+/// Writes all of a RAM file.
+fn touch(path: &Path, bytes: u64) -> Result<()> {
+    let mut file = OpenOptions::new().write(true).open(path)?;
+    file.seek(SeekFrom::Start(0))?;
+    let piece = vec![0x5a; MIB as usize];
+    for _ in 0..bytes / MIB {
+        file.write_all(&piece)?;
+    }
+    Ok(())
+}
+
+fn measure_limits(report: &mut Report, guest: &Qemu, state: State) -> Result<()> {
+    let file = guest.ram_files()[0].as_deref().context("the guest's RAM has no name")?;
+    let source = memory(RamFile::open(file, Access::Read)?, Access::Read)?;
+    let pages = source.presence()?;
+    let name = |what: &str| format!("{what}, {}", state.as_str());
+    let mut add =
+        |what: &str, seconds: Duration| report.add(&name(what), pages.bytes(), seconds.as_secs_f64());
+    // Each on memory of its own, in the same state.
+    let to = limit_destination(state)?;
+    add("memcpy", limits::memcpy(&source, &to, &pages, PIECE_BYTES)?);
+    if state == State::Touched {
+        add("memcpy, warm mapping", limits::memcpy(&source, &to, &pages, PIECE_BYTES)?);
+    }
+    drop(to);
+    for (streams, what) in
+        [(1, "sockets, 1 stream".to_owned()), (STREAMS, format!("sockets, {STREAMS} streams"))]
+    {
+        let to = limit_destination(state)?;
+        add(&what, sockets(&source, &to, &pages, streams, state)?);
+    }
+    Ok(())
+}
+
+fn sockets(source: &Memory, to: &Memory, pages: &PageSets, streams: usize, state: State) -> Result<Duration> {
+    if state == State::Touched {
+        // Into a mapping that is warm, as memcpy's.
+        limits::memcpy(source, to, pages, PIECE_BYTES)?;
+    }
+    Ok(limits::sockets(source, to, pages, PIECE_BYTES, streams)?)
+}
+
+fn limit_destination(state: State) -> Result<Memory> {
+    let file = tempfile::Builder::new().prefix("ramferry-bench").tempfile_in("/dev/shm")?;
+    file.as_file().set_len(GUEST_BYTES)?;
+    if state == State::Touched {
+        touch(file.path(), GUEST_BYTES)?;
+    }
+    memory(RamFile::open(file.path(), Access::ReadWrite)?, Access::ReadWrite)
+}
+
+fn memory(file: RamFile, access: Access) -> Result<Memory> {
+    let block = Block {
+        name: "ram".into(),
+        guest_address: 0,
+        length_bytes: GUEST_BYTES,
+        page_bytes: file.page_bytes(),
+    };
+    Ok(Memory::new(Layout::new(vec![block])?, vec![file], access)?)
+}
