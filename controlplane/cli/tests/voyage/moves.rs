@@ -1,5 +1,7 @@
 //! A guest moves, and nothing is lost.
 
+use std::time::Duration;
+
 use ramferry_lab::{
     Accel, Backing, DebianGuest, Guest, HugePages, Machine, Qemu, QemuVersion, RamBlock, Workload,
     downtime_seen, qemu_binary, skipped,
