@@ -341,10 +341,11 @@ impl DestinationSession {
     fn build(self: &Arc<Self>, plan: Plan) -> Result<DestinationParts, Failure> {
         let ram = |error: ramferry_ram::RamError| Failure::new(Reason::GuestFailed, causes(&error));
         let memory = Arc::new(Memory::new(plan.layout, plan.files, Access::ReadWrite).map_err(ram)?);
-        let domain = Arc::new(match plan.fabric {
+        let domain = match plan.fabric {
             FabricKind::Shm => MappedDomain::reached_by_peer(Arc::clone(&memory)),
             _ => MappedDomain::new(Arc::clone(&memory)),
-        });
+        };
+        let domain = Arc::new(domain.map_err(ram)?);
         let token = self.token.clone().expect("a session that is prepared has a token");
         let admission: Admission = match plan.fabric {
             FabricKind::Shm => self.agent.shm.admit(token, Arc::clone(&domain), plan.streams),

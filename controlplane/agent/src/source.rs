@@ -305,7 +305,7 @@ impl Session {
             let tracked = tracked_files(&info, &files);
             let ram = |error: ramferry_ram::RamError| Failure::new(Reason::GuestFailed, causes(&error));
             let memory = Arc::new(Memory::new(info.layout.clone(), files, Access::Read).map_err(ram)?);
-            let domain = Arc::new(MappedDomain::new(Arc::clone(&memory)));
+            let domain = Arc::new(MappedDomain::new(Arc::clone(&memory)).map_err(ram)?);
             let links = connect(&agreed, &domain, &request.destination_agent)?;
             let tracker = ramferry_tracking::arm(None, info.pid, &tracked)
                 .map_err(|error| Failure::new(Reason::TrackerFailed, causes(&error)))?;

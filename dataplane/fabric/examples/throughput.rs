@@ -204,12 +204,11 @@ fn register(domain: &MappedDomain, total: u64, rights: Rights) -> Result<Vec<Reg
 }
 
 fn fabric(memories: &Memories, size: Size, links: usize, is_shm: bool) -> Result<Took, Failure> {
-    let source = Arc::new(MappedDomain::new(Arc::clone(&memories.source)));
+    let source = Arc::new(MappedDomain::new(Arc::clone(&memories.source))?);
     let destination = Arc::clone(&memories.destination);
-    let destination = Arc::new(if is_shm {
-        MappedDomain::reached_by_peer(destination)
-    } else {
-        MappedDomain::new(destination)
+    let destination = Arc::new(match is_shm {
+        true => MappedDomain::reached_by_peer(destination)?,
+        false => MappedDomain::new(destination)?,
     });
     let start = Instant::now();
     let local = register(&source, size.total, Rights::LOCAL)?;

@@ -274,7 +274,7 @@ fn impostor(answer: Vec<u8>) -> (SocketAddr, JoinHandle<()>) {
 fn answered(answer: Vec<u8>) -> LinkError {
     let memory = TestMemory::patterned(1, Access::ReadWrite);
     let before = memory.all();
-    let domain = Arc::new(TcpDomain::new(Arc::clone(&memory.memory)));
+    let domain = Arc::new(TcpDomain::new(Arc::clone(&memory.memory)).unwrap());
     let local = domain.register(REGION, Rights::LOCAL).unwrap();
     let (address, peer) = impostor(answer);
     let token = SessionToken::random().unwrap();
@@ -329,7 +329,7 @@ proptest! {
 #[test]
 fn unreachable_peers_are_named() {
     let memory = TestMemory::patterned(1, Access::Read);
-    let domain = Arc::new(TcpDomain::new(Arc::clone(&memory.memory)));
+    let domain = Arc::new(TcpDomain::new(Arc::clone(&memory.memory)).unwrap());
     let token = SessionToken::random().unwrap();
     // A port that was just given back.
     let address = TcpListener::bind(LOOPBACK).unwrap().local_addr().unwrap();
@@ -345,7 +345,7 @@ fn unreachable_peers_are_named() {
 fn peer_that_never_answers_the_hello_is_given_up() {
     let listener = TcpListener::bind(LOOPBACK).unwrap();
     let memory = TestMemory::patterned(1, Access::Read);
-    let domain = Arc::new(TcpDomain::new(Arc::clone(&memory.memory)));
+    let domain = Arc::new(TcpDomain::new(Arc::clone(&memory.memory)).unwrap());
     let token = SessionToken::random().unwrap();
     let limit = Duration::from_millis(100);
     let refused = tcp::connect(listener.local_addr().unwrap(), &token, domain, limit).err();
@@ -453,8 +453,8 @@ fn links_of_a_session_outlive_the_listener() {
     let memory = || TestMemory::patterned(1, Access::ReadWrite).memory;
     let listener = tcp::Listener::bind(LOOPBACK).unwrap();
     let token = SessionToken::random().unwrap();
-    let admission = listener.admit(token.clone(), Arc::new(TcpDomain::new(memory())), 1);
-    let domain = Arc::new(TcpDomain::new(memory()));
+    let admission = listener.admit(token.clone(), Arc::new(TcpDomain::new(memory()).unwrap()), 1);
+    let domain = Arc::new(TcpDomain::new(memory()).unwrap());
     let mut drive =
         Drive::new(tcp::connect(listener.local_addr(), &token, Arc::clone(&domain), TIMEOUT).unwrap());
     let address = listener.local_addr();

@@ -142,18 +142,8 @@ impl RamFile {
 
     fn presence_by_seek(&self, pages: u64) -> Result<PageSet, RamError> {
         let mut present = PageSet::new(pages);
-        for run in self.present_runs(0, pages)? {
-            present.insert_run(run);
-        }
-        Ok(present)
-    }
-
-    /// Which of the pages from `first` to before `end` were ever touched, in order.
-    /// Not for hugetlbfs, which cannot be asked.
-    pub(crate) fn present_runs(&self, first: u64, end: u64) -> Result<Vec<PageRun>, RamError> {
-        let mut runs = Vec::new();
-        let mut offset = first.saturating_mul(self.page_bytes);
-        let end = end.saturating_mul(self.page_bytes);
+        let end = pages.saturating_mul(self.page_bytes);
+        let mut offset = 0;
         while offset < end {
             let data = match rustix::fs::seek(&self.fd, SeekFrom::Data(offset)) {
                 Ok(data) => data,
@@ -171,10 +161,10 @@ impl RamFile {
             };
             let first = data / self.page_bytes;
             let count = hole.div_ceil(self.page_bytes) - first;
-            runs.push(PageRun { first, count });
+            present.insert_run(PageRun { first, count });
             offset = (first + count) * self.page_bytes;
         }
-        Ok(runs)
+        Ok(present)
     }
 
     fn presence_of_huge_pages(&self, pages: u64) -> Result<PageSet, RamError> {

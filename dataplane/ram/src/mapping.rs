@@ -8,7 +8,7 @@ use rustix::io::Errno;
 use rustix::mm::{Advice, MapFlags, ProtFlags};
 
 use crate::sigbus::{self, Fault};
-use crate::{Access, PageRun, RamError, RamFile, zero};
+use crate::{Access, RamError, RamFile, zero};
 
 /// What the kernel maps around a read fault of a page that is present
 /// (`fault_around_bytes`, unless somebody changed it), writable where the mapping
@@ -110,46 +110,21 @@ impl Mapping {
             .map_err(|errno| RamError::Populate { offset, length, source: errno.into() })
     }
 
-    /// Maps the range's pages that are present, at a small part of what a fault for
-    /// each would cost. Pages that were never touched are left alone.
+    /// Maps a range whose pages are present, at a small part of what a fault for each
+    /// would cost. A page that was never touched may be allocated by it.
     ///
     /// # Errors
-    /// When the range is not whole pages of the mapping, or the kernel cannot tell
-    /// which are present.
+    /// When the range is not whole pages of the mapping, or a page is lost.
     pub fn map_present(&self, offset: u64, length: u64) -> Result<(), RamError> {
         if self.file.is_hugetlbfs() {
             return self.populate(offset, length, Access::Read);
         }
-        let page_bytes = self.file.page_bytes();
         self.pages(offset, length)?;
-        for run in self.file.present_runs(offset / page_bytes, (offset + length) / page_bytes)? {
-            let (start, end) = (run.first * page_bytes, run.end() * page_bytes);
-            for granule in start / FAULT_AROUND_BYTES..end.div_ceil(FAULT_AROUND_BYTES) {
-                self.span((granule * FAULT_AROUND_BYTES).max(start), 1)?.touch();
-            }
+        let end = offset + length;
+        for granule in offset / FAULT_AROUND_BYTES..end.div_ceil(FAULT_AROUND_BYTES) {
+            self.span((granule * FAULT_AROUND_BYTES).max(offset), 1)?.touch();
         }
         self.check()
-    }
-
-    /// Allocates those of the range's pages that were never touched.
-    ///
-    /// # Errors
-    /// When the range is not whole pages of the mapping, the mapping is read-only, or
-    /// there is no memory.
-    pub fn allocate(&self, offset: u64, length: u64) -> Result<(), RamError> {
-        if self.file.is_hugetlbfs() {
-            return self.populate(offset, length, Access::ReadWrite);
-        }
-        let page_bytes = self.file.page_bytes();
-        self.pages(offset, length)?;
-        let end = (offset + length) / page_bytes;
-        let mut hole = offset / page_bytes;
-        let present = self.file.present_runs(hole, end)?;
-        for run in present.into_iter().chain([PageRun { first: end, count: 0 }]) {
-            self.populate(hole * page_bytes, (run.first - hole) * page_bytes, Access::ReadWrite)?;
-            hole = run.end();
-        }
-        Ok(())
     }
 
     /// Whether every page reached so far was there.

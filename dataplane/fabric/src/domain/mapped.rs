@@ -4,7 +4,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError, RwLock, Weak};
 use std::time::{Duration, Instant};
 
-use ramferry_ram::{Access, BlockIndex, BlockRange, Memory};
+use ramferry_ram::{Access, BlockIndex, BlockRange, Memory, PageRun, PageSets, RamError};
 
 use super::{Domain, Region, RegisterError, Rights};
 use crate::shm::PeerMemory;
@@ -24,6 +24,8 @@ const DEREGISTER_WAIT: Duration = Duration::from_secs(3);
 /// A range that overlaps a region is refused.
 pub struct MappedDomain {
     memory: Arc<Memory>,
+    /// What was ever touched when the session began.
+    presence: PageSets,
     /// Whether this process' mapping is the one that bytes are read from or written to.
     reached_here: bool,
     state: RwLock<State>,
@@ -80,23 +82,30 @@ pub(crate) struct RegionUse {
 
 impl MappedDomain {
     /// The memory of one session, nothing of it registered.
-    pub fn new(memory: Arc<Memory>) -> Self {
+    ///
+    /// # Errors
+    /// When the kernel cannot tell what of it was ever touched.
+    pub fn new(memory: Arc<Memory>) -> Result<Self, RamError> {
         Self::reached(memory, true)
     }
 
     /// The same, of memory that only the peer reaches, through a mapping of its own.
-    pub fn reached_by_peer(memory: Arc<Memory>) -> Self {
+    ///
+    /// # Errors
+    /// As [`MappedDomain::new`].
+    pub fn reached_by_peer(memory: Arc<Memory>) -> Result<Self, RamError> {
         Self::reached(memory, false)
     }
 
-    fn reached(memory: Arc<Memory>, reached_here: bool) -> Self {
-        Self {
+    fn reached(memory: Arc<Memory>, reached_here: bool) -> Result<Self, RamError> {
+        Ok(Self {
+            presence: memory.presence()?,
             memory,
             reached_here,
             state: RwLock::default(),
             pinned_bytes: AtomicU64::new(0),
             peer_memory: Mutex::default(),
-        }
+        })
     }
 
     /// The memory.
@@ -191,11 +200,20 @@ impl MappedDomain {
 
     fn pin(&self, range: BlockRange, rights: Rights) -> Result<(), RegisterError> {
         let mapping = self.memory.mapping(range.block);
-        if rights.remote_write {
-            mapping.allocate(range.offset, range.length)?;
-        }
-        if self.reached_here {
-            mapping.map_present(range.offset, range.length)?;
+        let present = self.presence.block(range.block);
+        let page_bytes = self.presence.page_bytes(range.block);
+        let (mut page, end) = (range.offset / page_bytes, (range.offset + range.length) / page_bytes);
+        while page < end {
+            let next = present.next_run_capped(page, end - page);
+            let run = next.filter(|run| run.first < end).unwrap_or(PageRun { first: end, count: 0 });
+            if rights.remote_write {
+                let hole_bytes = (run.first - page) * page_bytes;
+                mapping.populate(page * page_bytes, hole_bytes, Access::ReadWrite)?;
+            }
+            page = run.end().min(end);
+            if self.reached_here {
+                mapping.map_present(run.first * page_bytes, (page - run.first) * page_bytes)?;
+            }
         }
         self.pinned_bytes.fetch_add(range.length, Ordering::Relaxed);
         Ok(())
