@@ -24,6 +24,9 @@ pub mod conformance;
 mod domain;
 #[cfg(feature = "conformance")]
 pub mod faulty;
+#[cfg(feature = "fuzzing")]
+#[doc(hidden)]
+pub mod fuzzing;
 mod link;
 mod session;
 pub mod shm;
