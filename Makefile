@@ -1,6 +1,6 @@
 # `make help` says what there is.
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint clean
+.PHONY: help demo test fuzz lint clean
 
 # Tests that boot QEMU take a processor each.
 TEST_THREADS ?= 2
@@ -15,6 +15,10 @@ demo: ## Migrate a running guest between two agents on this machine
 test: ## Every test
 	scripts/setup test
 	TEST_THREADS=$(TEST_THREADS) scripts/test
+
+fuzz: ## Each reader of foreign bytes, for FUZZ_SECONDS (default 600)
+	scripts/setup test
+	scripts/fuzz long
 
 lint: ## Formatting, clippy, documentation, shell scripts, API
 	scripts/setup test

@@ -45,7 +45,8 @@ async fn converse(stream: UnixStream, script: &[u8]) {
         if number > 0 {
             match timeout(PATIENCE, commands.next_line()).await {
                 Ok(Ok(Some(command))) => {
-                    let command: serde_json::Value = serde_json::from_str(&command).expect("a command is JSON");
+                    let command: serde_json::Value =
+                        serde_json::from_str(&command).expect("a command is JSON");
                     id = command["id"].to_string();
                 }
                 Ok(_) => return,
