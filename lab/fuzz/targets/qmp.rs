@@ -2,6 +2,7 @@
 //! conversation, in which each line answers a command and `@` stands for the command's id.
 #![no_main]
 
+use std::pin::pin;
 use std::sync::LazyLock;
 use std::time::Duration;
 
@@ -10,16 +11,17 @@ use ramferry_guest::fuzzing;
 use tokio::io::{AsyncBufReadExt as _, AsyncWriteExt as _, BufReader};
 use tokio::net::UnixStream;
 use tokio::runtime::{Builder, Runtime};
-use tokio::time::timeout;
+use tokio::task::yield_now;
 
 /// For a command. None is waited for so long: whoever has no answer left hangs up.
 const LIMIT: Duration = Duration::from_secs(20);
-/// After so long the next line is said though nothing was asked: the last one was not understood.
-const PATIENCE: Duration = Duration::from_millis(1);
+/// After so many turns of all tasks the next line is said though nothing was asked: the last one was not understood.
+const PATIENCE_TURNS: usize = 100;
 const MOST_LINES: usize = 40;
 
-static RUNTIME: LazyLock<Runtime> =
-    LazyLock::new(|| Builder::new_current_thread().enable_all().build().expect("a runtime"));
+static RUNTIME: LazyLock<Runtime> = LazyLock::new(|| {
+    Builder::new_current_thread().enable_all().event_interval(4).build().expect("a runtime")
+});
 
 fuzz_target!(|data: &[u8]| {
     let Some((kind, rest)) = data.split_first() else { return };
@@ -43,14 +45,14 @@ async fn converse(stream: UnixStream, script: &[u8]) {
     let mut id = String::new();
     for (number, line) in script.split(|byte| *byte == b'\n').take(MOST_LINES).enumerate() {
         if number > 0 {
-            match timeout(PATIENCE, commands.next_line()).await {
-                Ok(Ok(Some(command))) => {
+            match soon(commands.next_line()).await {
+                Some(Ok(Some(command))) => {
                     let command: serde_json::Value =
                         serde_json::from_str(&command).expect("a command is JSON");
                     id = command["id"].to_string();
                 }
-                Ok(_) => return,
-                Err(_) => {}
+                Some(_) => return,
+                None => {}
             }
         }
         let mut answer = Vec::new();
@@ -62,4 +64,16 @@ async fn converse(stream: UnixStream, script: &[u8]) {
             return;
         }
     }
+}
+
+async fn soon<T>(future: impl Future<Output = T>) -> Option<T> {
+    let mut future = pin!(future);
+    for _ in 0..PATIENCE_TURNS {
+        tokio::select! {
+            biased;
+            output = &mut future => return Some(output),
+            () = yield_now() => {}
+        }
+    }
+    None
 }

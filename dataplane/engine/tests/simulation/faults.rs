@@ -140,6 +140,10 @@ pub(crate) enum Sabotage {
     CommitWithoutHandedOver,
     /// ABORTED is not written.
     AbortWithoutRecord,
+    /// HANDED_OVER is written, and not synced.
+    UnsyncedHandedOver,
+    /// COMMITTED is written, and not synced.
+    UnsyncedCommitted,
     /// What the guest wrote until its pause is not collected.
     SkipLastHarvest,
     /// Writes are not waited for.

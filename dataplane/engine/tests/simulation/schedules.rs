@@ -11,7 +11,7 @@ use crate::world::{Record, World};
 /// Seeds of the migrations that single faults are put into: different guests' writes, delays and coincidences.
 const SEEDS: [u64; 3] = [1, 2, 3];
 /// Runs with several random faults; more with RAMFERRY_SIMULATION_RUNS, from RAMFERRY_SIMULATION_SEED on.
-const RANDOM_RUNS: u64 = 10_000;
+pub(crate) const RANDOM_RUNS: u64 = 10_000;
 /// Of all pairs of faults around the commit, one in so many is tried; each with RAMFERRY_SIMULATION_PAIRS=all.
 const PAIRS_STRIDE: usize = 13;
 
@@ -115,7 +115,7 @@ fn any_two_faults_around_the_commit_leave_one_guest() {
 
 /// From 2 to 6 faults: anywhere, or, in every other schedule, from just before HANDED_OVER on. Most of those
 /// that come earlier end the migration before it is there.
-fn random_injections(seed: u64) -> Vec<Injection> {
+pub(crate) fn random_injections(seed: u64) -> Vec<Injection> {
     let mut random = Random(seed ^ 0x5eed);
     let count = 2 + random.below(5);
     let (first, steps) = if random.chance(2) { (handover(seed) - 3, 16) } else { (0, 20 + random.below(60)) };

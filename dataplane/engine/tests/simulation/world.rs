@@ -496,10 +496,17 @@ impl World {
         match effect {
             Effect::Nothing => {}
             Effect::Written(record) => {
+                let is_synced = !matches!(
+                    (self.sabotage, &record),
+                    (Sabotage::UnsyncedHandedOver, Record::HandedOver)
+                        | (Sabotage::UnsyncedCommitted, Record::Committed)
+                );
                 let journal = self.journal(side);
-                if journal.writing.is_some() {
-                    journal.writing = Some(record);
-                    journal.sync();
+                if journal.writing.take().is_some() {
+                    journal.records.push(record);
+                    if is_synced {
+                        journal.sync();
+                    }
                 }
             }
             Effect::PauseSource { order } if order == self.source_vmm.pause_order => {
@@ -516,7 +523,7 @@ impl World {
             }
             Effect::ResumeDestination => self.resume_destination(),
             Effect::Discard => {
-                self.checker.require(!self.destination_vmm.running, Violation::NeitherRuns);
+                self.checker.require(!self.destination_vmm.running, Violation::GuestLost);
                 self.destination_vmm.dead = true;
             }
             Effect::Zero(page) => {
