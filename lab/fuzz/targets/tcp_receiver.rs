@@ -40,8 +40,11 @@ static SIDE: LazyLock<Side> = LazyLock::new(|| {
     Side { memory, domain, keys }
 });
 
+/// Connections to hear out, and what was heard.
+type Ear = (Sender<UnixStream>, Receiver<Vec<u8>>);
+
 /// Hears what the receiver says, on a thread of its own: it says more than a socket holds.
-static EAR: LazyLock<Mutex<(Sender<UnixStream>, Receiver<Vec<u8>>)>> = LazyLock::new(|| {
+static EAR: LazyLock<Mutex<Ear>> = LazyLock::new(|| {
     let (connections, queue) = channel::<UnixStream>();
     let (heard, answers) = channel();
     std::thread::spawn(move || {
