@@ -12,7 +12,7 @@ demo: ## Migrate a running guest between two agents on this machine
 	scripts/setup demo
 	scripts/demo
 
-test: ## Every test
+test: ## Every test, and a few seconds of each fuzz target
 	scripts/setup test
 	TEST_THREADS=$(TEST_THREADS) scripts/test
 
