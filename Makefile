@@ -1,6 +1,6 @@
 # `make help` says what there is.
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint bench clean
+.PHONY: help demo test fuzz bench lint clean
 
 # Tests that boot QEMU take a processor each.
 TEST_THREADS ?= 2
@@ -12,9 +12,13 @@ demo: ## Migrate a running guest between two agents on this machine
 	scripts/setup demo
 	scripts/demo
 
-test: ## Every test
+test: ## Every test, and a few seconds of each fuzz target
 	scripts/setup test
 	TEST_THREADS=$(TEST_THREADS) scripts/test
+
+fuzz: ## Each reader of foreign bytes, for FUZZ_SECONDS (default 600)
+	scripts/setup test
+	scripts/fuzz long
 
 lint: ## Formatting, clippy, documentation, shell scripts, API
 	scripts/setup test

@@ -217,19 +217,30 @@ impl Config {
 }
 
 fn merge(flags: &Options) -> Result<Options, ConfigError> {
-    let mut figment = Figment::new();
-    if let Some(path) = &flags.config {
-        let text = std::fs::read_to_string(path)
-            .map_err(|source| ConfigError::File { path: path.clone(), source })?;
-        figment = figment.merge(Toml::string(&text));
-    }
+    let file = match &flags.config {
+        None => Figment::new(),
+        Some(path) => {
+            let text = std::fs::read_to_string(path)
+                .map_err(|source| ConfigError::File { path: path.clone(), source })?;
+            Figment::from(Toml::string(&text))
+        }
+    };
+    merge_over(file.merge(Env::prefixed("RAMFERRY_").only(KEYS)), flags)
+}
+
+fn merge_over(below: Figment, flags: &Options) -> Result<Options, ConfigError> {
     let config = flags.config.clone();
-    figment
-        .merge(Env::prefixed("RAMFERRY_").only(KEYS))
+    below
         .merge(Serialized::defaults(flags))
         .extract::<Options>()
         .map(|options| Options { config, ..options })
         .map_err(|source| ConfigError::Load { source: Box::new(source) })
+}
+
+/// Reads the text of a configuration file.
+#[cfg(feature = "fuzzing")]
+pub(crate) fn of_text(text: &str) -> Result<Config, ConfigError> {
+    Config::check(&merge_over(Figment::from(Toml::string(text)), &Options::default())?)
 }
 
 fn address(key: &'static str, text: &str) -> Result<SocketAddr, ConfigError> {

@@ -18,6 +18,8 @@ use tokio::sync::mpsc;
 use tokio::task::AbortHandle;
 use tonic::Status;
 
+#[cfg(feature = "fuzzing")]
+pub(crate) use self::negotiate::layout;
 pub(crate) use self::negotiate::{guest_refusal, negotiate};
 use self::outside::Outside;
 use crate::MigrationRole;

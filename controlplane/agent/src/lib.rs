@@ -11,6 +11,9 @@ pub mod config;
 mod core;
 mod destination;
 mod device_stream;
+#[cfg(feature = "fuzzing")]
+#[doc(hidden)]
+pub mod fuzzing;
 mod guest_cell;
 pub mod journal;
 pub mod logs;

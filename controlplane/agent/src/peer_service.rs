@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use ramferry_engine::{DestinationEvent, Failure};
+use ramferry_engine::{DestinationEvent, Failure, Reason};
 use ramferry_fabric::SessionToken;
 use ramferry_fabric::windows::{Window, WindowId};
 use ramferry_mover::DestinationInput;
@@ -168,7 +168,6 @@ async fn serve(
 }
 
 async fn take(session: &DestinationSession, order: Order) {
-    let handle = &session.handle;
     match order {
         // The driver has ended, or is about to, and would not answer.
         Order::Commit(_) | Order::AskOutcome(_) | Order::Abort(_) if session.entry.has_ended() => {
@@ -176,8 +175,23 @@ async fn take(session: &DestinationSession, order: Order) {
                 session.answer(answer).await;
             }
         }
+        Order::DeviceState(state) => {
+            // Without a VMM that reads there is nobody to give it to.
+            let _ = session.device_state.send(state).await;
+        }
+        order => {
+            if let Some(input) = input(order) {
+                session.handle.send(input);
+            }
+        }
+    }
+}
+
+/// What the driver is told of an order; `None` for what is not the driver's.
+pub(crate) fn input(order: Order) -> Option<DestinationInput> {
+    Some(match order {
         // A second one says nothing new.
-        Order::Open(_) => {}
+        Order::Open(_) | Order::DeviceState(_) => return None,
         Order::RegisterWindows(order) => {
             let windows = order.windows.into_iter().map(|window| Window {
                 id: WindowId(window.id),
@@ -187,29 +201,41 @@ async fn take(session: &DestinationSession, order: Order) {
                     length: window.length,
                 },
             });
-            handle.send(DestinationInput::RegisterWindows(windows.collect()));
+            DestinationInput::RegisterWindows(windows.collect())
         }
         Order::ReleaseWindows(order) => {
-            let ids = order.ids.into_iter().map(WindowId).collect();
-            handle.send(DestinationInput::ReleaseWindows(ids));
+            DestinationInput::ReleaseWindows(order.ids.into_iter().map(WindowId).collect())
+        }
+        Order::ZeroPages(order) if !order.runs.len().is_multiple_of(2) => {
+            let message = format!("the source named zero pages of block {} by half a run", order.block);
+            DestinationEvent::Failed(Failure::new(Reason::PeerRefused, message)).into()
         }
         Order::ZeroPages(order) => {
             let runs = order.runs.chunks_exact(2).map(|pair| PageRun { first: pair[0], count: pair[1] });
-            let runs = runs.collect();
-            handle.send(DestinationInput::ZeroPages { block: BlockIndex(order.block), runs });
+            DestinationInput::ZeroPages { block: BlockIndex(order.block), runs: runs.collect() }
         }
-        Order::EndRound(order) => handle.send(DestinationEvent::EndRound { round: order.round }),
-        Order::PrepareIncoming(_) => handle.send(DestinationEvent::PrepareIncoming),
-        Order::DeviceState(state) => {
-            // Without a VMM that reads there is nobody to give it to.
-            let _ = session.device_state.send(state).await;
-        }
-        Order::Verify(_) => handle.send(DestinationEvent::Verify),
-        Order::Commit(_) => handle.send(DestinationEvent::Commit),
-        Order::AskOutcome(_) => handle.send(DestinationEvent::AskOutcome),
-        Order::Abort(order) => {
-            let failure: Failure = failure_of(&order.reason, order.message);
-            handle.send(DestinationEvent::Abort(failure));
-        }
+        Order::EndRound(order) => DestinationEvent::EndRound { round: order.round }.into(),
+        Order::PrepareIncoming(_) => DestinationEvent::PrepareIncoming.into(),
+        Order::Verify(_) => DestinationEvent::Verify.into(),
+        Order::Commit(_) => DestinationEvent::Commit.into(),
+        Order::AskOutcome(_) => DestinationEvent::AskOutcome.into(),
+        Order::Abort(order) => DestinationEvent::Abort(failure_of(&order.reason, order.message)).into(),
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn zero_pages_with_half_a_run_are_refused() {
+        let order = |runs: &[u64]| Order::ZeroPages(v1::PageRuns { block: 1, runs: runs.to_vec() });
+        let Some(DestinationInput::ZeroPages { runs, .. }) = input(order(&[3, 4])) else { panic!("a run") };
+        assert_eq!(runs, [PageRun { first: 3, count: 4 }]);
+        let refused = input(order(&[3, 4, 5]));
+        let Some(DestinationInput::Event(DestinationEvent::Failed(failure))) = refused else {
+            panic!("refused")
+        };
+        assert_eq!(failure.reason, Reason::PeerRefused);
     }
 }

@@ -27,6 +27,8 @@ use tonic::{Code, Status};
 use self::outside::Outside;
 pub(crate) use self::peer::failure_of;
 use self::peer::{Peer, PeerSetup};
+#[cfg(feature = "fuzzing")]
+pub(crate) use self::peer::{input, take_presence};
 pub(crate) use self::view::{duration as duration_on_the_wire, state as state_on_the_wire};
 use crate::MigrationRole;
 use crate::core::{Agent, EXCHANGE_TIMEOUT, PROTOCOL_VERSION};

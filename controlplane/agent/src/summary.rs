@@ -8,7 +8,7 @@ use prost::Message as _;
 use ramferry_proto::v1;
 use serde_json::json;
 
-use crate::journal::{Record, Recovered};
+use crate::journal::{Created, Record, Recovered};
 
 /// The record of `ended`, whose state is final.
 pub(crate) fn ended_record(ended: &v1::Migration) -> Record {
@@ -28,7 +28,11 @@ pub(crate) fn ended_record(ended: &v1::Migration) -> Record {
 
 /// What is known of a migration that the journal holds.
 pub(crate) fn restored(found: &Recovered) -> v1::Migration {
-    let created = &found.created;
+    shown(&found.created, &found.records)
+}
+
+/// What is shown of a migration with these records.
+pub(crate) fn shown(created: &Created, records: &[Record]) -> v1::Migration {
     let create_time = SystemTime::UNIX_EPOCH.checked_add(Duration::from_millis(created.created_unix_ms));
     let mut view = v1::Migration {
         id: created.id.clone(),
@@ -36,7 +40,7 @@ pub(crate) fn restored(found: &Recovered) -> v1::Migration {
         create_time: create_time.map(Into::into),
         ..Default::default()
     };
-    let ended = found.records.iter().rev().find_map(|record| match record {
+    let ended = records.iter().rev().find_map(|record| match record {
         Record::Ended { state, reason, message, summary } => Some((state, reason, message, summary)),
         _ => None,
     });

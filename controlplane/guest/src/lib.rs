@@ -9,6 +9,10 @@ mod guest;
 mod qemu;
 mod qmp;
 
+#[cfg(feature = "fuzzing")]
+#[doc(hidden)]
+pub use qemu::fuzzing;
+
 pub use error::{GuestError, Step};
 pub use guest::{Guest, GuestFuture, GuestInfo, GuestStatus, Paused, Resumed, Side, Timeouts};
 pub use qemu::Qemu;

@@ -22,6 +22,9 @@
 mod blocks;
 mod destination;
 mod devices;
+#[cfg(feature = "fuzzing")]
+#[doc(hidden)]
+pub mod fuzzing;
 mod inspect;
 mod process;
 mod replies;

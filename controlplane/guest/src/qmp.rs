@@ -388,6 +388,16 @@ impl Shared {
     }
 }
 
+/// What a line of a monitor is taken for: a reply's result, if it is one.
+#[cfg(feature = "fuzzing")]
+pub(crate) fn result_in(line: &[u8]) -> Option<Value> {
+    let _ = (wire::greeting(line), wire::excerpt(line));
+    match wire::parse(line)? {
+        Message::Reply { reply, .. } => reply.ok(),
+        Message::Event(event) => Some(event.data),
+    }
+}
+
 async fn read_all(mut reader: BufReader<OwnedReadHalf>, shared: Arc<Shared>) {
     let why = loop {
         match read_line(&mut reader).await.and_then(|line| shared.accept(&line)) {

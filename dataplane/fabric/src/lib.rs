@@ -27,6 +27,9 @@ mod domain;
 pub mod faulty;
 #[cfg(feature = "limits")]
 pub mod limits;
+#[cfg(feature = "fuzzing")]
+#[doc(hidden)]
+pub mod fuzzing;
 mod link;
 mod session;
 pub mod shm;

@@ -17,6 +17,8 @@ use rustix::net::Shutdown;
 use crate::{FabricKind, LinkError, MappedDomain, SessionToken};
 
 pub(crate) use acceptor::Acceptor;
+#[cfg(feature = "fuzzing")]
+pub(crate) use hello::{HELLO_BYTES, decode_hello};
 pub(crate) use hello::{greet, wait_readable};
 
 /// How one fabric serves its connections.
@@ -43,6 +45,18 @@ pub(crate) struct Connection {
 }
 
 impl Connection {
+    /// The one connection of a session that nobody else knows.
+    #[cfg(feature = "fuzzing")]
+    pub(crate) fn alone(socket: OwnedFd, domain: Arc<MappedDomain>) -> Result<Self, getrandom::Error> {
+        let session = Arc::new(Session::new(SessionToken::random()?, Arc::clone(&domain), 1));
+        Ok(Self { socket: Arc::new(socket), domain, session })
+    }
+
+    #[cfg(feature = "fuzzing")]
+    pub(crate) fn placed_bytes(&self) -> u64 {
+        self.session.placed_bytes.load(Ordering::Relaxed)
+    }
+
     pub(crate) fn is_stopped(&self) -> bool {
         self.session.stopped.load(Ordering::Relaxed)
     }

@@ -90,6 +90,15 @@ pub fn connect(
     Ok(Box::new(link::TcpLink::new(socket, domain)))
 }
 
+/// A link over a connected, non-blocking socket whose peer has welcomed it.
+#[cfg(feature = "fuzzing")]
+pub(crate) fn over(socket: OwnedFd, domain: Arc<MappedDomain>) -> Box<dyn Link> {
+    Box::new(link::TcpLink::new(socket, domain))
+}
+
+#[cfg(feature = "fuzzing")]
+pub(crate) use receiver::serve;
+
 fn failed(what: &'static str) -> impl Fn(Errno) -> LinkError {
     move |source| LinkError::System { what, source }
 }

@@ -155,6 +155,16 @@ pub fn open_mapped_file(pid: u32, vma: &Vma, access: Access) -> Result<OwnedFd, 
     Ok(fd)
 }
 
+/// Reads what `/proc/PID/maps` might say.
+///
+/// # Errors
+/// The line that is not understood.
+#[cfg(feature = "fuzzing")]
+#[doc(hidden)]
+pub fn parse_text(text: &[u8]) -> Result<Vec<Vma>, String> {
+    parse(text)
+}
+
 /// Reads a `/proc/PID/maps` that is open at its start.
 pub(crate) fn read_vmas(pid: u32, mut maps: &File) -> Result<Vec<Vma>, MapsError> {
     let mut text = Vec::new();

@@ -98,7 +98,7 @@ pub(crate) async fn negotiate(
     Ok(response)
 }
 
-fn layout(blocks: &[v1::MemoryBlock]) -> Result<Layout, Status> {
+pub(crate) fn layout(blocks: &[v1::MemoryBlock]) -> Result<Layout, Status> {
     let block = |block: &v1::MemoryBlock| Block {
         name: block.name.clone(),
         guest_address: block.guest_address,

@@ -60,29 +60,16 @@ impl MigrationLog {
     /// Reads a log back and cuts a torn tail off.
     pub(super) fn recover(path: &Path) -> Result<Recovered, JournalError> {
         let at = |source| JournalError::Io { path: path.to_owned(), source };
-        let corrupt = |offset: u64, why| JournalError::Corrupt { path: path.to_owned(), offset, why };
         let file = fs::OpenOptions::new().read(true).write(true).open(path).map_err(at)?;
         let length = file.metadata().map_err(at)?.len();
         if length > LOG_LIMIT_BYTES {
-            return Err(corrupt(LOG_LIMIT_BYTES, "it is longer than any log"));
+            return Err(corrupt(path, LOG_LIMIT_BYTES, "it is longer than any log"));
         }
         let mut bytes = vec![0; usize::try_from(length).expect("LOG_LIMIT_BYTES fits")];
         file.read_exact_at(&mut bytes, 0).map_err(at)?;
 
-        let frames = frame::decode(&bytes)
-            .map_err(|damage| corrupt(damage.offset as u64, "a record is broken and whole ones follow it"))?;
-        let (first, rest) =
-            frames.bodies.split_first().ok_or_else(|| corrupt(0, "its first record is not whole"))?;
-        let unknown = |offset: usize| {
-            move |source| JournalError::Unknown { path: path.to_owned(), offset: offset as u64, source }
-        };
-        let created = serde_json::from_slice(first.1).map_err(unknown(first.0))?;
-        let records = rest
-            .iter()
-            .map(|&(offset, body)| serde_json::from_slice(body).map_err(unknown(offset)))
-            .collect::<Result<_, _>>()?;
-
-        let whole = frames.end as u64;
+        let Contents { created, records, end } = read(path, &bytes)?;
+        let whole = end as u64;
         if whole < length {
             warn!(path = %path.display(), bytes = length - whole, "journal: cutting off a record not finished");
             file.set_len(whole).map_err(at)?;
@@ -129,7 +116,37 @@ impl MigrationLog {
     }
 }
 
-fn encode<T: Serialize>(record: &T) -> Result<Vec<u8>, JournalError> {
+/// What a log's bytes hold.
+pub(super) struct Contents {
+    pub(super) created: Created,
+    pub(super) records: Vec<Record>,
+    /// Where its whole records end; what follows is torn.
+    pub(super) end: usize,
+}
+
+/// Reads the bytes of the log at `path`.
+pub(super) fn read(path: &Path, bytes: &[u8]) -> Result<Contents, JournalError> {
+    let frames = frame::decode(bytes).map_err(|damage| {
+        corrupt(path, damage.offset as u64, "a record is broken and whole ones follow it")
+    })?;
+    let (first, rest) =
+        frames.bodies.split_first().ok_or_else(|| corrupt(path, 0, "its first record is not whole"))?;
+    let unknown = |offset: usize| {
+        move |source| JournalError::Unknown { path: path.to_owned(), offset: offset as u64, source }
+    };
+    let created = serde_json::from_slice(first.1).map_err(unknown(first.0))?;
+    let records = rest
+        .iter()
+        .map(|&(offset, body)| serde_json::from_slice(body).map_err(unknown(offset)))
+        .collect::<Result<_, _>>()?;
+    Ok(Contents { created, records, end: frames.end })
+}
+
+fn corrupt(path: &Path, offset: u64, why: &'static str) -> JournalError {
+    JournalError::Corrupt { path: path.to_owned(), offset, why }
+}
+
+pub(super) fn encode<T: Serialize>(record: &T) -> Result<Vec<u8>, JournalError> {
     let body =
         serde_json::to_vec(record).expect("records hold only what JSON can: string keys, numbers, text");
     frame::encode(&body)

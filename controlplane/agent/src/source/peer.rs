@@ -204,59 +204,83 @@ impl Peer {
         match answer {
             Answer::Opened(_) => self.said.send_modify(|said| said.opened = true),
             Answer::Presence(part) => {
-                let pages = presence.as_mut().ok_or("the destination told of its presence again")?;
-                for runs in &part.pages {
-                    add_runs(pages, runs)?;
-                }
-                if part.last {
-                    let presence = presence.take().map(Arc::new);
-                    self.said.send_modify(|said| said.presence = presence);
+                if let Some(presence) = take_presence(&part, presence)? {
+                    self.said.send_modify(|said| said.presence = Some(Arc::new(presence)));
                 }
             }
-            Answer::WindowsRegistered(answer) => self.windows_registered(answer.windows),
-            Answer::WindowsReleased(answer) => {
-                let ids = answer.ids.into_iter().map(WindowId).collect();
-                self.handle.send(SourceInput::WindowsReleased(ids));
-            }
-            Answer::RoundEnded(answer) => self.handle.send(SourceEvent::RoundEnded { round: answer.round }),
             Answer::IncomingReady(_) => self.said.send_modify(|said| said.incoming_ready = true),
             Answer::DeviceState(state) => {
                 // Without a VMM that reads there is nobody to give it to.
                 let _ = self.device_state.send(state).await;
             }
             Answer::DeviceStateLoaded(_) => self.said.send_modify(|said| said.device_state_loaded = true),
-            Answer::Digests(answer) => {
-                let digest = |bytes: Vec<u8>| <[u8; 32]>::try_from(bytes).map(Digest::from_bytes);
-                let digests: Result<_, _> = answer.blocks.into_iter().map(digest).collect();
-                let digests = digests.map_err(|_| "a digest of the destination is not 32 bytes long")?;
-                self.handle.send(SourceInput::PeerDigests(digests));
-            }
-            Answer::Running(running) => {
-                self.said.send_modify(|said| said.running = Some(running));
-                self.handle.send(SourceEvent::DestinationRunning);
-            }
-            Answer::Aborted(aborted) => {
-                self.said.send_modify(|said| said.aborted = true);
-                self.handle
-                    .send(SourceEvent::DestinationAborted(failure_of(&aborted.reason, aborted.message)));
+            answer => {
+                match &answer {
+                    Answer::Running(running) => {
+                        self.said.send_modify(|said| said.running = Some(*running));
+                    }
+                    Answer::Aborted(_) => self.said.send_modify(|said| said.aborted = true),
+                    _ => {}
+                }
+                if let Some(input) = input(answer)? {
+                    self.handle.send(input);
+                }
             }
         }
         Ok(())
     }
+}
 
-    fn windows_registered(&self, windows: Vec<v1::RegisteredWindow>) {
-        let settled = windows.into_iter().map(|window| {
-            let id = WindowId(window.id);
-            if window.error.is_empty() {
-                let elapsed = Duration::from_nanos(window.nanoseconds);
-                tracing::trace!(id = window.id, ?elapsed, "registered at the destination");
-                (id, Ok(RegionKey(window.remote_key)))
-            } else {
-                (id, Err(window.error))
-            }
-        });
-        self.handle.send(SourceInput::WindowsRegistered(settled.collect()));
+/// What the driver is told of an answer; `None` for what is not the driver's.
+pub(crate) fn input(answer: Answer) -> Result<Option<SourceInput>, String> {
+    Ok(Some(match answer {
+        Answer::WindowsRegistered(answer) => windows_registered(answer.windows),
+        Answer::WindowsReleased(answer) => {
+            SourceInput::WindowsReleased(answer.ids.into_iter().map(WindowId).collect())
+        }
+        Answer::RoundEnded(answer) => SourceEvent::RoundEnded { round: answer.round }.into(),
+        Answer::Digests(answer) => {
+            let digest = |bytes: Vec<u8>| <[u8; 32]>::try_from(bytes).map(Digest::from_bytes);
+            let digests: Result<_, _> = answer.blocks.into_iter().map(digest).collect();
+            let digests = digests.map_err(|_| "a digest of the destination is not 32 bytes long")?;
+            SourceInput::PeerDigests(digests)
+        }
+        Answer::Running(_) => SourceEvent::DestinationRunning.into(),
+        Answer::Aborted(aborted) => {
+            SourceEvent::DestinationAborted(failure_of(&aborted.reason, aborted.message)).into()
+        }
+        Answer::Opened(_)
+        | Answer::Presence(_)
+        | Answer::IncomingReady(_)
+        | Answer::DeviceState(_)
+        | Answer::DeviceStateLoaded(_) => return Ok(None),
+    }))
+}
+
+fn windows_registered(windows: Vec<v1::RegisteredWindow>) -> SourceInput {
+    let settled = windows.into_iter().map(|window| {
+        let id = WindowId(window.id);
+        if window.error.is_empty() {
+            let elapsed = Duration::from_nanos(window.nanoseconds);
+            tracing::trace!(id = window.id, ?elapsed, "registered at the destination");
+            (id, Ok(RegionKey(window.remote_key)))
+        } else {
+            (id, Err(window.error))
+        }
+    });
+    SourceInput::WindowsRegistered(settled.collect())
+}
+
+/// Adds a part of the destination's presence to what came before it; all of it after the last.
+pub(crate) fn take_presence(
+    part: &v1::DestinationPresence,
+    so_far: &mut Option<PageSets>,
+) -> Result<Option<PageSets>, String> {
+    let pages = so_far.as_mut().ok_or("the destination told of its presence again")?;
+    for runs in &part.pages {
+        add_runs(pages, runs)?;
     }
+    Ok(if part.last { so_far.take() } else { None })
 }
 
 /// A failure that came from a peer.

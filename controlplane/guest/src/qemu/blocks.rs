@@ -158,7 +158,7 @@ fn private(block: &RamBlock, kind: &str, share: bool) -> GuestError {
     }
 }
 
-fn parse(text: &str) -> Result<Vec<RamBlock>, GuestError> {
+pub(super) fn parse(text: &str) -> Result<Vec<RamBlock>, GuestError> {
     let bad = |line: &str| GuestError::RamBlocks { line: line.trim().to_owned() };
     let mut lines = text.lines().filter(|line| !line.trim().is_empty());
     let header = lines.next().ok_or_else(|| bad(text))?;

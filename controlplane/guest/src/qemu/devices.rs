@@ -20,18 +20,14 @@ const BALLOON_INTERVAL: Duration = Duration::from_millis(100);
 const CONTAINERS: [&str; 2] = ["/machine/peripheral", "/machine/peripheral-anon"];
 
 #[derive(Debug)]
-struct Device {
+pub(super) struct Device {
     path: String,
     kind: String,
 }
 
 /// Refuses every device that the agent cannot follow.
 pub(super) async fn check(client: &QmpClient) -> Result<(), GuestError> {
-    let mut devices = Vec::new();
-    for container in CONTAINERS {
-        devices.extend(children(client, container).await?);
-    }
-    let backends = network_backends(client).await?;
+    let (devices, backends) = find(client).await?;
     let of = |kinds: &[&str]| -> Vec<String> {
         let devices = devices.iter().chain(&backends);
         let found = devices.filter(|device| kinds.iter().any(|kind| device.kind.starts_with(kind)));
@@ -45,6 +41,16 @@ pub(super) async fn check(client: &QmpClient) -> Result<(), GuestError> {
     refuse(of(&["virtio-mem"]), |devices| GuestError::VirtioMem { devices })?;
     let balloons = devices.iter().filter(|device| device.kind.starts_with("virtio-balloon"));
     check_balloon(client, balloons).await
+}
+
+/// Devices, and network back ends.
+pub(super) async fn find(client: &QmpClient) -> Result<(Vec<Device>, Vec<Device>), QmpError> {
+    let mut devices = Vec::new();
+    for container in CONTAINERS {
+        devices.extend(children(client, container).await?);
+    }
+    let backends = network_backends(client).await?;
+    Ok((devices, backends))
 }
 
 /// Resolves when a `BALLOON_CHANGE` arrives.
@@ -114,7 +120,7 @@ async fn network_backends(client: &QmpClient) -> Result<Vec<Device>, QmpError> {
 }
 
 /// ` \ net0: index=0,type=vhost-user,...`
-fn network_backend(line: &str) -> Option<Device> {
+pub(super) fn network_backend(line: &str) -> Option<Device> {
     let (name, rest) = line.trim_start_matches([' ', '\\']).split_once(": ")?;
     let kind = rest.split(',').find_map(|pair| pair.strip_prefix("type="))?;
     Some(Device { path: name.to_owned(), kind: kind.trim().to_owned() })

@@ -88,22 +88,22 @@ fn check_blockers(migration: &MigrateInfo) -> Result<(), GuestError> {
     }
 }
 
-async fn check_parameters(client: &QmpClient) -> Result<(), GuestError> {
+pub(super) async fn check_parameters(client: &QmpClient) -> Result<(), GuestError> {
     let Parameters { tls_creds, .. } = client.execute("query-migrate-parameters", json!({})).await?;
     if tls_creds.is_empty() { Ok(()) } else { Err(GuestError::TlsCredentials { credentials: tls_creds }) }
 }
 
-async fn machine(client: &QmpClient) -> Result<String, QmpError> {
+pub(super) async fn machine(client: &QmpClient) -> Result<String, QmpError> {
     let kind: String = blocks::property(client, "/machine", "type").await?;
     Ok(kind.strip_suffix("-machine").unwrap_or(&kind).to_owned())
 }
 
-async fn vcpus(client: &QmpClient) -> Result<u32, QmpError> {
+pub(super) async fn vcpus(client: &QmpClient) -> Result<u32, QmpError> {
     let cpus: Vec<serde::de::IgnoredAny> = client.execute("query-cpus-fast", json!({})).await?;
     Ok(u32::try_from(cpus.len()).unwrap_or(u32::MAX))
 }
 
-async fn direct_io_disks(client: &QmpClient) -> Result<Vec<String>, QmpError> {
+pub(super) async fn direct_io_disks(client: &QmpClient) -> Result<Vec<String>, QmpError> {
     let nodes: Vec<BlockNode> = client.execute("query-named-block-nodes", json!({ "flat": true })).await?;
     Ok(nodes.into_iter().filter(|node| node.cache.direct).filter_map(|node| node.node_name).collect())
 }

@@ -5,6 +5,8 @@
 pub(crate) enum Violation {
     /// The guest ran on both sides at once.
     BothRun,
+    /// A guest that ran at the destination was discarded.
+    GuestLost,
     /// At the end the guest ran nowhere.
     NeitherRuns,
     /// The destination guest was resumed with RAM or device state that is not the source's last.

@@ -37,6 +37,11 @@ pub(crate) enum Fault {
     Slow,
     /// The stream is cut when the action sends its message, which arrives seconds later all the same.
     Straggle,
+    /// The message that the action sends arrives twice: the second time soon, or seconds later, whatever became
+    /// of the stream.
+    Duplicate {
+        late: bool,
+    },
 }
 
 impl Fault {
@@ -55,12 +60,14 @@ impl Fault {
         Self::Cancel,
     ];
     /// Those that befall an action, and the caller's.
-    pub(crate) const OF_ACTIONS: [Self; 6] = [
+    pub(crate) const OF_ACTIONS: [Self; 8] = [
         Self::Fail { had_effect: true },
         Self::Fail { had_effect: false },
         Self::Mute,
         Self::Slow,
         Self::Straggle,
+        Self::Duplicate { late: false },
+        Self::Duplicate { late: true },
         Self::Force,
     ];
 
@@ -101,6 +108,7 @@ pub(crate) enum Fate {
     Mute,
     Slow,
     Straggle,
+    Duplicate { late: bool },
 }
 
 impl Fate {
@@ -110,6 +118,7 @@ impl Fate {
             Fault::Mute => Some(Self::Mute),
             Fault::Slow => Some(Self::Slow),
             Fault::Straggle => Some(Self::Straggle),
+            Fault::Duplicate { late } => Some(Self::Duplicate { late }),
             _ => None,
         }
     }
@@ -131,6 +140,10 @@ pub(crate) enum Sabotage {
     CommitWithoutHandedOver,
     /// ABORTED is not written.
     AbortWithoutRecord,
+    /// HANDED_OVER is written, and not synced.
+    UnsyncedHandedOver,
+    /// COMMITTED is written, and not synced.
+    UnsyncedCommitted,
     /// What the guest wrote until its pause is not collected.
     SkipLastHarvest,
     /// Writes are not waited for.

@@ -4,6 +4,8 @@ use std::time::Duration;
 
 use ramferry_engine::Failure;
 
+use crate::world::Page;
+
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Side {
     Source,
@@ -33,7 +35,7 @@ pub(crate) enum Message {
     // To the source.
     RoundEnded(u32),
     IncomingReady,
-    Digests(Vec<u64>),
+    Digests(Vec<Page>),
     DeviceStateLoaded,
     Running,
     Aborted(Failure),

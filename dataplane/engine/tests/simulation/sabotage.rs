@@ -3,6 +3,7 @@
 
 use crate::checker::Violation;
 use crate::faults::{Fault, Injection, Sabotage};
+use crate::schedules::{RANDOM_RUNS, random_injections};
 use crate::world::World;
 
 fn run(seed: u64, injections: Vec<Injection>, sabotage: Sabotage) -> Option<Violation> {
@@ -29,6 +30,34 @@ fn a_source_that_resumes_when_its_peer_is_lost_after_commit_is_caught() {
 #[test]
 fn a_commit_without_handed_over_is_caught() {
     assert!(one_fault_shows(Sabotage::CommitWithoutHandedOver, Violation::BothRun));
+}
+
+#[test]
+fn a_handed_over_that_is_not_synced_is_caught() {
+    assert!(one_fault_shows(Sabotage::UnsyncedHandedOver, Violation::BothRun));
+}
+
+#[test]
+fn a_committed_that_is_not_synced_is_caught() {
+    assert!(one_fault_shows(Sabotage::UnsyncedCommitted, Violation::GuestLost));
+}
+
+/// Not only by trying everything: the search over random schedules comes upon each breach of the commit rule, too.
+#[test]
+fn random_schedules_catch_a_broken_commit_rule() {
+    for sabotage in [
+        Sabotage::CommitWithoutHandedOver,
+        Sabotage::UnsyncedHandedOver,
+        Sabotage::ResumeOnPeerLost,
+        Sabotage::ResumeBeforeCommitted,
+    ] {
+        let caught = (0..RANDOM_RUNS).find(|seed| {
+            let shown = run(*seed, random_injections(*seed), sabotage);
+            shown == Some(Violation::BothRun)
+        });
+        let seed = caught.unwrap_or_else(|| panic!("{sabotage:?} is not seen"));
+        eprintln!("{sabotage:?} is seen with seed {seed}");
+    }
 }
 
 #[test]

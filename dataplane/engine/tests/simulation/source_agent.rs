@@ -9,7 +9,7 @@ use crate::checker::Violation;
 use crate::faults::{Fate, Sabotage};
 use crate::network::{Message, Side};
 use crate::world::{
-    Effect, Happening, Journal, PAGE_BYTES, PAGES, Record, Reply, World, insert, microseconds, no_pages,
+    Effect, Happening, Journal, PAGE_BYTES, PAGES, Record, Reply, World, ZERO, insert, microseconds, no_pages,
 };
 
 const PAGE_TIME: Duration = Duration::from_millis(1);
@@ -189,7 +189,8 @@ fn perform(world: &mut World, action: SourceAction, fate: Fate) {
             world.checker.require(first, Violation::WrongOutcome);
             world.source.outcome = Some(outcome);
             let journal = &mut world.source.journal;
-            journal.records.extend(journal.writing.take());
+            // Behind what was synced, without a sync of its own.
+            journal.sync();
             journal.records.push(Record::Ended);
             world.cut_stream(true);
         }
@@ -200,7 +201,7 @@ fn prepare(world: &mut World, fate: Fate) {
     world.is_tracked = true;
     let mut pages = no_pages();
     for page in 0..PAGES {
-        if world.source_vmm.ram[page] != 0 || world.destination_vmm.ram[page] != 0 {
+        if world.source_vmm.ram[page] != ZERO || world.destination_vmm.ram[page] != ZERO {
             insert(&mut pages, page);
         }
     }
@@ -260,7 +261,7 @@ pub(crate) fn copy_page(world: &mut World, life: u32, copy: u32) {
         _ => return copied(world, life, copying, next.is_none()),
     };
     let value = world.source_vmm.ram[page];
-    if value == 0 {
+    if value == ZERO {
         copying.zero_bytes += PAGE_BYTES;
         world.send(Side::Source, Message::ZeroPage(page), Fate::Normal);
     } else {
@@ -268,7 +269,8 @@ pub(crate) fn copy_page(world: &mut World, life: u32, copy: u32) {
         let delay = if world.random.chance(4) { 7_000 } else { 500 };
         let lands_at = world.now + microseconds(world.random.below(delay));
         world.landed_at = world.landed_at.max(lands_at);
-        world.at(lands_at, Happening::Lands { link, page, value });
+        let late = world.random.below(value.len() as u64 + 1) as usize;
+        world.at(lands_at, Happening::Lands { link, page, value, late });
     }
     copying.next = page + 1;
     world.source.copying = Some(copying);

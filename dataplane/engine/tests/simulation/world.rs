@@ -15,6 +15,10 @@ use crate::source_agent::{self, SourceAgent};
 
 pub(crate) const PAGES: usize = 16;
 pub(crate) const PAGE_BYTES: u64 = 4096;
+const WORDS: usize = 4;
+/// What a page holds. Its words may be of different writes of the guest where it was copied meanwhile.
+pub(crate) type Page = [u64; WORDS];
+pub(crate) const ZERO: Page = [0; WORDS];
 const HOT_PAGES: u64 = 8;
 /// A run that has not ended by then never does.
 const HORIZON: Duration = Duration::from_secs(4 * 3600);
@@ -34,11 +38,30 @@ pub(crate) enum Record {
     Aborted(Failure),
 }
 
-/// What is durable, and what is being written.
+/// What was written, and what is being written.
 #[derive(Debug, Default)]
 pub(crate) struct Journal {
     pub(crate) records: Vec<Record>,
+    /// So many of them are certain to survive a crash.
+    synced: usize,
     pub(crate) writing: Option<Record>,
+}
+
+impl Journal {
+    /// What was being written is written, and all of it is durable.
+    pub(crate) fn sync(&mut self) {
+        self.records.extend(self.writing.take());
+        self.synced = self.records.len();
+    }
+
+    /// What was not synced survives, or does not.
+    fn crash(&mut self, unsynced_survives: bool) {
+        if unsynced_survives {
+            self.sync();
+        }
+        self.writing = None;
+        self.records.truncate(self.synced);
+    }
 }
 
 /// Changes outside of the agents' minds.
@@ -119,7 +142,9 @@ pub(crate) enum Happening {
     Lands {
         link: u32,
         page: usize,
-        value: u64,
+        value: Page,
+        /// From this word on the link read the page only now.
+        late: usize,
     },
     Digest {
         life: u32,
@@ -139,7 +164,7 @@ pub(crate) enum Happening {
 /// A VMM with its guest.
 #[derive(Debug)]
 pub(crate) struct Vmm {
-    pub(crate) ram: [u64; PAGES],
+    pub(crate) ram: [Page; PAGES],
     pub(crate) running: bool,
     pub(crate) dead: bool,
     /// Counts its guest's writes; stands for the device state.
@@ -191,11 +216,11 @@ pub(crate) fn insert(pages: &mut PageSets, page: usize) {
 
 impl World {
     pub(crate) fn new(seed: u64, verify: bool, injections: Vec<Injection>, sabotage: Sabotage) -> Self {
-        let mut source_ram = [0; PAGES];
-        let mut destination_ram = [0; PAGES];
+        let mut source_ram = [ZERO; PAGES];
+        let mut destination_ram = [ZERO; PAGES];
         for page in 0..PAGES {
-            source_ram[page] = if page % 4 == 3 { 0 } else { page as u64 + 1 };
-            destination_ram[page] = if page % 3 == 0 { 7777 } else { 0 };
+            source_ram[page] = if page % 4 == 3 { ZERO } else { contents(page as u64 + 1) };
+            destination_ram[page] = if page % 3 == 0 { contents(7777) } else { ZERO };
         }
         Self {
             now: Duration::ZERO,
@@ -340,7 +365,13 @@ impl World {
         } else {
             self.network.arrival(self.now, to, jitter)
         };
-        self.at(arrival, Happening::Arrives { to, life: self.life(to), stream, straggler, message });
+        let life = self.life(to);
+        if let Fate::Duplicate { late } = fate {
+            let again = if late { SLOW } else { microseconds(self.random.below(5000)) };
+            let message = message.clone();
+            self.at(arrival + again, Happening::Arrives { to, life, stream, straggler: true, message });
+        }
+        self.at(arrival, Happening::Arrives { to, life, stream, straggler, message });
         if straggler {
             self.cut_stream(false);
         }
@@ -432,7 +463,7 @@ impl World {
             Happening::Fenced { life, link, began_at, fate } => {
                 source_agent::fenced(self, life, link, began_at, fate);
             }
-            Happening::Lands { link, page, value } => self.lands(link, page, value),
+            Happening::Lands { link, page, value, late } => self.lands(link, page, value, late),
             Happening::Digest { life, fate } => destination_agent::digest(self, life, fate),
             Happening::Drained { life, round, fate } => destination_agent::drained(self, life, round, fate),
             Happening::GuestWrites => self.guest_writes(),
@@ -465,9 +496,17 @@ impl World {
         match effect {
             Effect::Nothing => {}
             Effect::Written(record) => {
+                let is_synced = !matches!(
+                    (self.sabotage, &record),
+                    (Sabotage::UnsyncedHandedOver, Record::HandedOver)
+                        | (Sabotage::UnsyncedCommitted, Record::Committed)
+                );
                 let journal = self.journal(side);
                 if journal.writing.take().is_some() {
                     journal.records.push(record);
+                    if is_synced {
+                        journal.sync();
+                    }
                 }
             }
             Effect::PauseSource { order } if order == self.source_vmm.pause_order => {
@@ -484,14 +523,14 @@ impl World {
             }
             Effect::ResumeDestination => self.resume_destination(),
             Effect::Discard => {
-                self.checker.require(!self.destination_vmm.running, Violation::NeitherRuns);
+                self.checker.require(!self.destination_vmm.running, Violation::GuestLost);
                 self.destination_vmm.dead = true;
             }
             Effect::Zero(page) => {
                 self.destination.zeroing -= 1;
                 if self.destination.takes_writes {
                     self.checker.require(!self.destination_vmm.running, Violation::WrittenWhileRunning);
-                    self.destination_vmm.ram[page] = 0;
+                    self.destination_vmm.ram[page] = ZERO;
                 }
             }
         }
@@ -528,9 +567,10 @@ impl World {
         }
     }
 
-    fn lands(&mut self, link: u32, page: usize, value: u64) {
+    fn lands(&mut self, link: u32, page: usize, mut value: Page, late: usize) {
         if link == self.links && self.destination.takes_writes {
             self.checker.require(!self.destination_vmm.running, Violation::WrittenWhileRunning);
+            value[late..].copy_from_slice(&self.source_vmm.ram[page][late..]);
             self.destination_vmm.ram[page] = value;
         }
     }
@@ -542,7 +582,7 @@ impl World {
         if self.source_vmm.running || self.destination_vmm.running {
             self.stamp += 1;
         }
-        let value = if is_zero { 0 } else { self.stamp };
+        let value = if is_zero { ZERO } else { contents(self.stamp) };
         if self.source_vmm.running {
             self.source_vmm.ram[page] = value;
             if self.is_tracked {
@@ -585,7 +625,7 @@ impl World {
             Fault::DestinationVmmDies => self.destination_vmm_dies(),
             Fault::Cancel => self.cancel(),
             Fault::Force => self.source_hears(self.source.life, SourceEvent::ForceSwitchover),
-            Fault::Fail { .. } | Fault::Mute | Fault::Slow | Fault::Straggle => {}
+            Fault::Fail { .. } | Fault::Mute | Fault::Slow | Fault::Straggle | Fault::Duplicate { .. } => {}
         }
     }
 
@@ -615,9 +655,7 @@ impl World {
         if !self.is_alive(side, self.life(side)) {
             return;
         }
-        let journal = self.journal(side);
-        let written = journal.writing.take().filter(|_| record_survives);
-        journal.records.extend(written);
+        self.journal(side).crash(record_survives);
         match side {
             Side::Source => self.source.is_up = false,
             Side::Destination => self.destination.is_up = false,
@@ -661,9 +699,14 @@ impl World {
 }
 
 impl Vmm {
-    fn new(ram: [u64; PAGES], running: bool) -> Self {
+    fn new(ram: [Page; PAGES], running: bool) -> Self {
         Self { ram, running, dead: false, device_state: None, pause_order: 0, waits: false }
     }
+}
+
+/// A page that the guest wrote whole, as its `stamp`th write.
+fn contents(stamp: u64) -> Page {
+    std::array::from_fn(|word| stamp << 8 | word as u64)
 }
 
 /// Faults and restarts still to come, and what VMMs still do.

@@ -14,7 +14,7 @@ const MAGIC: [u8; 8] = *b"ramferry";
 const VERSION: u16 = 1;
 
 /// Magic, version, fabric, 5 zero bytes, token.
-pub(super) const HELLO_BYTES: usize = 48;
+pub(crate) const HELLO_BYTES: usize = 48;
 /// Magic, version, verdict, 5 zero bytes.
 const REPLY_BYTES: usize = 16;
 
@@ -32,7 +32,7 @@ pub(super) enum Verdict {
 
 /// Why bytes are not a hello that can be answered with a welcome.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum HelloError {
+pub(crate) enum HelloError {
     /// Of something else altogether; not to be answered.
     Foreign,
     Version,
@@ -55,7 +55,7 @@ pub(super) fn encode_hello(kind: FabricKind, token: &SessionToken) -> [u8; HELLO
     hello
 }
 
-pub(super) fn decode_hello(hello: &[u8; HELLO_BYTES], kind: FabricKind) -> Result<SessionToken, HelloError> {
+pub(crate) fn decode_hello(hello: &[u8; HELLO_BYTES], kind: FabricKind) -> Result<SessionToken, HelloError> {
     if hello[..8] != MAGIC || hello[10] != fabric_code(kind) {
         return Err(HelloError::Foreign);
     }

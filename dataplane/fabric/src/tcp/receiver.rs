@@ -30,7 +30,7 @@ const DRAIN_BYTES: usize = 256 << 20;
 const SHORT_BYTES: u64 = 64 << 10;
 
 /// Serves one connection until the peer takes leave or something fails.
-pub(super) fn serve(connection: &Connection) -> Result<(), LinkError> {
+pub(crate) fn serve(connection: &Connection) -> Result<(), LinkError> {
     let socket = connection.socket.as_fd();
     let failed = |source| LinkError::System { what: "configure a connection", source };
     rustix::io::ioctl_fionbio(socket, false).map_err(failed)?;
