@@ -110,7 +110,7 @@ impl Agent {
         let peer = Arc::clone(&self.peer);
         SourceParts {
             links: vec![Box::new(Echo(Vec::new()))],
-            domain: Arc::new(MappedDomain::new(Arc::clone(&self.memory))),
+            domain: Arc::new(MappedDomain::new(Arc::clone(&self.memory)).expect("presence is known")),
             tracker: Box::new(Still),
             memory: Arc::clone(&self.memory),
             // So few bytes that windows come and go.

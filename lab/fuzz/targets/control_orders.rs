@@ -102,7 +102,7 @@ fuzz_target!(|data: &[u8]| {
 fn parts(memory: &Arc<Memory>) -> DestinationParts {
     DestinationParts {
         links: Box::new(|| None),
-        domain: Arc::new(MappedDomain::new(Arc::clone(memory))),
+        domain: Arc::new(MappedDomain::new(Arc::clone(memory)).expect("presence is known")),
         memory: Arc::clone(memory),
         registration_workers: 1,
         answer: Box::new(|_: PeerAnswer| true),

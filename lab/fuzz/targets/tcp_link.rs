@@ -24,7 +24,7 @@ struct Side {
 
 static SIDE: LazyLock<Side> = LazyLock::new(|| {
     let memory = memory(3);
-    let domain = Arc::new(MappedDomain::new(Arc::clone(&memory)));
+    let domain = Arc::new(MappedDomain::new(Arc::clone(&memory)).expect("presence is known"));
     let region = domain.register(range(PAGE, PAGE), Rights::LOCAL).expect("a region");
     Side { memory, domain, region }
 });

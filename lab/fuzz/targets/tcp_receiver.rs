@@ -29,7 +29,7 @@ struct Side {
 
 static SIDE: LazyLock<Side> = LazyLock::new(|| {
     let memory = memory(8);
-    let domain = Arc::new(MappedDomain::new(Arc::clone(&memory)));
+    let domain = Arc::new(MappedDomain::new(Arc::clone(&memory)).expect("presence is known"));
     let both = Rights { remote_write: true, remote_read: true };
     let regions =
         [(0, 1, Rights::REMOTE_WRITE), (2, 1, Rights::REMOTE_READ), (4, 2, both), (7, 1, Rights::LOCAL)];
