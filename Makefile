@@ -16,7 +16,7 @@ test: ## Every test
 	scripts/setup test
 	TEST_THREADS=$(TEST_THREADS) scripts/test
 
-lint: ## Formatting, clippy, documentation, shell scripts, API
+lint: ## Formatting, clippy, documentation, dependencies, shell scripts, API
 	scripts/setup test
 	scripts/lint
 
