@@ -12,6 +12,7 @@ mod core;
 mod destination;
 mod device_stream;
 mod guest_cell;
+mod inspect;
 pub mod journal;
 pub mod logs;
 pub mod metrics;

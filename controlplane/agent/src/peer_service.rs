@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use ramferry_engine::{DestinationEvent, Failure};
+use ramferry_engine::{DestinationEvent, Failure, Reason};
 use ramferry_fabric::SessionToken;
 use ramferry_fabric::windows::{Window, WindowId};
 use ramferry_mover::DestinationInput;
@@ -18,6 +18,7 @@ use tonic::{Code, Request, Response, Status, Streaming};
 use crate::MigrationRole;
 use crate::core::{Agent, EXCHANGE_TIMEOUT};
 use crate::destination::{self, DestinationSession};
+use crate::device_stream::MESSAGE_BYTES;
 use crate::journal::is_migration_id;
 use crate::source::failure_of;
 use crate::status::{invalid_argument, status};
@@ -157,7 +158,13 @@ async fn serve(
         };
         let allowed = full || matches!(order, Some(Order::AskOutcome(_) | Order::Abort(_)));
         match order {
-            Some(order) if allowed => take(&session, order).await,
+            Some(order) if allowed => {
+                // An order that waits for room must not keep the end of its source from being seen.
+                tokio::select! {
+                    () = take(&session, order) => {}
+                    () = session.unheard(number) => break,
+                }
+            }
             Some(_) => {
                 tracing::warn!(id = session.entry.id, "an order without the session's token was refused");
             }
@@ -167,8 +174,13 @@ async fn serve(
     session.detach(number);
 }
 
+/// The source breaks the protocol: its migration ends.
+fn breach(session: &DestinationSession, what: &str) {
+    let message = format!("the source's order was refused: {what}; are both agents of one version?");
+    session.handle.send(DestinationEvent::Failed(Failure::new(Reason::PeerRefused, message)));
+}
+
 async fn take(session: &DestinationSession, order: Order) {
-    let handle = &session.handle;
     match order {
         // The driver has ended, or is about to, and would not answer.
         Order::Commit(_) | Order::AskOutcome(_) | Order::Abort(_) if session.entry.has_ended() => {
@@ -187,29 +199,39 @@ async fn take(session: &DestinationSession, order: Order) {
                     length: window.length,
                 },
             });
-            handle.send(DestinationInput::RegisterWindows(windows.collect()));
+            let windows: Vec<_> = windows.collect();
+            let items = windows.len();
+            session.order(DestinationInput::RegisterWindows(windows), items).await;
         }
         Order::ReleaseWindows(order) => {
-            let ids = order.ids.into_iter().map(WindowId).collect();
-            handle.send(DestinationInput::ReleaseWindows(ids));
+            let ids: Vec<_> = order.ids.into_iter().map(WindowId).collect();
+            let items = ids.len();
+            session.order(DestinationInput::ReleaseWindows(ids), items).await;
         }
         Order::ZeroPages(order) => {
+            if !order.runs.len().is_multiple_of(2) {
+                return breach(session, "it sent half a run of pages");
+            }
             let runs = order.runs.chunks_exact(2).map(|pair| PageRun { first: pair[0], count: pair[1] });
-            let runs = runs.collect();
-            handle.send(DestinationInput::ZeroPages { block: BlockIndex(order.block), runs });
+            let runs: Vec<_> = runs.collect();
+            let (block, items) = (BlockIndex(order.block), runs.len());
+            session.order(DestinationInput::ZeroPages { block, runs }, items).await;
         }
-        Order::EndRound(order) => handle.send(DestinationEvent::EndRound { round: order.round }),
-        Order::PrepareIncoming(_) => handle.send(DestinationEvent::PrepareIncoming),
+        Order::EndRound(order) => session.order(DestinationEvent::EndRound { round: order.round }, 1).await,
+        Order::PrepareIncoming(_) => session.order(DestinationEvent::PrepareIncoming, 1).await,
         Order::DeviceState(state) => {
+            if state.data.len() > MESSAGE_BYTES {
+                return breach(session, "it sent device state in messages that are too long");
+            }
             // Without a VMM that reads there is nobody to give it to.
             let _ = session.device_state.send(state).await;
         }
-        Order::Verify(_) => handle.send(DestinationEvent::Verify),
-        Order::Commit(_) => handle.send(DestinationEvent::Commit),
-        Order::AskOutcome(_) => handle.send(DestinationEvent::AskOutcome),
+        Order::Verify(_) => session.order(DestinationEvent::Verify, 1).await,
+        Order::Commit(_) => session.order(DestinationEvent::Commit, 1).await,
+        Order::AskOutcome(_) => session.order(DestinationEvent::AskOutcome, 1).await,
         Order::Abort(order) => {
             let failure: Failure = failure_of(&order.reason, order.message);
-            handle.send(DestinationEvent::Abort(failure));
+            session.order(DestinationEvent::Abort(failure), 1).await;
         }
     }
 }

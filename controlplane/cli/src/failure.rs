@@ -109,7 +109,10 @@ impl Failure {
     fn notes(&self) -> Vec<(&'static str, String)> {
         match self {
             Self::Refused(refusal) => refusal.notes(),
-            Self::Unreachable { agent, has_tls, .. } => vec![("remedy", unreachable_remedy(agent, *has_tls))],
+            Self::Unreachable { agent, has_tls, source } => {
+                let hint = ramferry_agent::auth::tls_hint(source.as_ref()).map(in_words_of_the_client);
+                vec![("remedy", hint.unwrap_or_else(|| unreachable_remedy(agent, *has_tls)))]
+            }
             Self::Silent { .. } | Self::StreamEnded { .. } => {
                 vec![("remedy", "see the agent's log; `ramferry list` shows what it is doing".to_owned())]
             }
@@ -130,6 +133,16 @@ impl Failure {
             Self::Agent(_) => (Code::Internal, "AGENT_FAILED"),
         }
     }
+}
+
+/// The client's options have the names of the agent's keys, written as options.
+fn in_words_of_the_client(hint: &str) -> String {
+    let own = [
+        ("certificate in tls_cert", "certificate in --tls-cert"),
+        ("in tls_ca signed", "in --tls-ca signed"),
+    ];
+    let own = own.iter().fold(hint.to_owned(), |text, (key, option)| text.replace(key, option));
+    own.replace("set tls_server_name", "give --tls-server-name")
 }
 
 fn unreachable_remedy(agent: &AgentAddress, has_tls: bool) -> String {
