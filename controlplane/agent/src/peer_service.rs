@@ -20,6 +20,7 @@ use crate::core::{Agent, EXCHANGE_TIMEOUT};
 use crate::destination::{self, DestinationSession};
 use crate::device_stream::MESSAGE_BYTES;
 use crate::journal::is_migration_id;
+use crate::migrations::{Entry, is_final};
 use crate::source::failure_of;
 use crate::status::{invalid_argument, status};
 
@@ -141,8 +142,15 @@ async fn serve(
     full: bool,
     mut orders: Streaming<v1::ExchangeControlRequest>,
 ) {
+    let outstayed = outstay(Arc::clone(&session.entry));
+    tokio::pin!(outstayed);
     loop {
-        let order = match orders.message().await {
+        let message = tokio::select! {
+            message = orders.message() => message,
+            // This task keeps the session, and so the guest's QMP socket.
+            () = &mut outstayed => break,
+        };
+        let order = match message {
             Ok(Some(request)) => request.order,
             Ok(None) => {
                 // The source closed; it does so when it has heard the final answer.
@@ -172,6 +180,13 @@ async fn serve(
         }
     }
     session.detach(number);
+}
+
+/// Resolves when a migration has ended and its source has had time to close the stream.
+async fn outstay(entry: Arc<Entry>) {
+    // Fails only when the entry is gone, and this holds it.
+    let _ = entry.subscribe().wait_for(|view| is_final(view.state())).await;
+    tokio::time::sleep(EXCHANGE_TIMEOUT).await;
 }
 
 /// The source breaks the protocol: its migration ends.

@@ -34,7 +34,7 @@ use crate::MigrationRole;
 use crate::core::{Agent, EXCHANGE_TIMEOUT, PROTOCOL_VERSION};
 use crate::device_stream::{self, RelayError};
 use crate::guest_cell::GuestCell;
-use crate::journal::{Created, Record, Recovered, SpecRecord};
+use crate::journal::{Created, MigrationLog, Record, Recovered, SpecRecord};
 use crate::migrations::{Claim, Entry, Refusal};
 use crate::publish::Publisher;
 use crate::request::{Request, fabric_on_the_wire, registration_mode};
@@ -125,22 +125,17 @@ pub(crate) async fn create(
     let (pid, tracked) = (info.pid, tracked_files(&info, &files));
     check_tracking(pid, tracked).await?;
     let response = negotiate(agent, id, &request, &info, false).await?;
-    let agreed = agreed(&request, response)?;
-
+    let token = Bytes::copy_from_slice(&response.session_token);
     let channel = peer::channel(&request.destination_agent, agent.config.tls.as_ref())?;
-    let created = Created {
-        id: id.to_owned(),
-        request_id: request_id.to_owned(),
-        role: MigrationRole::Source,
-        spec: SpecRecord::try_from(&request.spec)
-            .map_err(|error| invalid_argument("spec", "OUT_OF_RANGE", error.to_string()))?,
-        guest_pid: info.pid,
-        created_unix_ms: unix_milliseconds(),
-        guest_was_running: info.running,
-        session: None,
+    let begun = agreed(&request, response)
+        .and_then(|agreed| Ok((begin_log(agent, id, request_id, &request, &info)?, agreed)));
+    let (log, agreed) = match begun {
+        Ok(begun) => begun,
+        Err(refusal) => {
+            peer::give_up(channel, id, token, refusal.message()).await;
+            return Err(refusal);
+        }
     };
-    let log = agent.journal.create(MigrationRole::Source, id, &created);
-    let log = log.map_err(|error| status(Code::Unavailable, error.reason(), causes(&error), []))?;
     let engine = Source::new(request.parameters.clone())
         .map_err(|error| invalid_argument("spec.parameters", "OUT_OF_RANGE", error.to_string()))?;
     let mut view = v1::Migration {
@@ -182,6 +177,28 @@ pub(crate) async fn create(
     Ok(entry)
 }
 
+fn begin_log(
+    agent: &Agent,
+    id: &str,
+    request_id: &str,
+    request: &Request,
+    info: &GuestInfo,
+) -> Result<MigrationLog, Status> {
+    let created = Created {
+        id: id.to_owned(),
+        request_id: request_id.to_owned(),
+        role: MigrationRole::Source,
+        spec: SpecRecord::try_from(&request.spec)
+            .map_err(|error| invalid_argument("spec", "OUT_OF_RANGE", error.to_string()))?,
+        guest_pid: info.pid,
+        created_unix_ms: unix_milliseconds(),
+        guest_was_running: info.running,
+        session: None,
+    };
+    let log = agent.journal.create(MigrationRole::Source, id, &created);
+    log.map_err(|error| status(Code::Unavailable, error.reason(), causes(&error), []))
+}
+
 /// What [`start`] needs beside the agent and the entry.
 struct Start {
     engine: Source,
@@ -190,7 +207,7 @@ struct Start {
     guest: GuestCell,
     handed_over: bool,
     plan: Option<Plan>,
-    log: crate::journal::MigrationLog,
+    log: MigrationLog,
     claim: Claim,
 }
 
@@ -577,7 +594,13 @@ fn agreed(request: &Request, response: v1::NegotiateSessionResponse) -> Result<A
         status(Code::Internal, "PEER_PROTOCOL", format!("the destination's answer is not usable: {what}"), [])
     };
     if response.protocol_version != PROTOCOL_VERSION {
-        return Err(wrong("it speaks another version of the protocol; upgrade the older agent"));
+        let message = format!(
+            "the destination's agent ({}) answers in version {} of the protocol, this one ({}) speaks version {PROTOCOL_VERSION}: upgrade the older agent",
+            response.agent_version,
+            response.protocol_version,
+            env!("CARGO_PKG_VERSION")
+        );
+        return Err(status(Code::FailedPrecondition, "PROTOCOL_VERSION", message, []));
     }
     let text_bytes =
         response.fabric_reason.len() + response.fabric_address.len() + response.vmm_version.len();

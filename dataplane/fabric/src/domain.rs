@@ -108,7 +108,7 @@ pub enum RegisterError {
         needed_bytes: u64,
     },
     /// The memory could not be pinned or unpinned.
-    #[error("the memory cannot be pinned or unpinned")]
+    #[error("the memory cannot be pinned or unpinned: {0}")]
     Ram(#[source] RamError),
     /// A link has room for no more regions.
     #[error("there are too many regions: use larger windows")]

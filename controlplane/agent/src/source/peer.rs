@@ -266,6 +266,33 @@ impl Peer {
     }
 }
 
+/// Ends a session that was negotiated and is not to be used, or its guest and
+/// its id would stay taken until the destination gives it up by itself.
+pub(super) async fn give_up(channel: Channel, id: &str, token: Bytes, why: &str) {
+    let open = v1::OpenSession { migration_id: id.to_owned(), session_token: token.to_vec() };
+    let abort = v1::AbortSession {
+        reason: Reason::PeerRefused.as_str().into(),
+        message: format!("the source's agent does not begin the migration: {why}"),
+    };
+    let orders = [Order::Open(open), Order::Abort(abort)];
+    let orders = orders.map(|order| v1::ExchangeControlRequest { order: Some(order) });
+    let told = async {
+        let mut client = PeerServiceClient::new(channel);
+        let mut answers = client.exchange_control(tokio_stream::iter(orders)).await?.into_inner();
+        while let Some(answer) = answers.message().await? {
+            if matches!(answer.answer, Some(Answer::Aborted(_))) {
+                break;
+            }
+        }
+        Ok::<(), Status>(())
+    };
+    match tokio::time::timeout(EXCHANGE_TIMEOUT, told).await {
+        Ok(Ok(())) => {}
+        Ok(Err(status)) => tracing::warn!(id, error = status.message(), "a session was not given up"),
+        Err(_) => tracing::warn!(id, "a session was not given up in time"),
+    }
+}
+
 /// A failure that came from a peer.
 pub(crate) fn failure_of(reason: &str, message: String) -> Failure {
     Failure { reason: reason.parse().unwrap_or(Reason::DestinationAborted), message: shortened(message) }

@@ -181,7 +181,7 @@ impl MappedDomain {
         if let Err(error) = mapping.lock(range.offset, range.length) {
             // A lock that failed may have locked part of the range.
             let _ = mapping.unlock(range.offset, range.length);
-            if matches!(error, RamError::MemlockLimit { .. }) {
+            if matches!(error, RamError::MemlockLimit { .. } | RamError::Truncated { .. }) {
                 return Err(error.into());
             }
             // Populating says better than locking does what there is too little of.
