@@ -153,7 +153,7 @@ fn unreachable_remedy(agent: &AgentAddress, has_tls: bool) -> String {
     }
     if has_tls {
         return "check that `ramferry agent` listens there with TLS, that its certificate names this host (or give \
-                --tls-server-name), and that its authorities signed yours"
+                --tls-server-name), that its authorities signed yours, and that yours has not expired"
             .to_owned();
     }
     "check that `ramferry agent` runs there (--agent or RAMFERRY_AGENT names the address; with TLS give --tls-ca, \

@@ -10,7 +10,7 @@ use std::task::{Context, Poll};
 use std::time::Duration;
 
 use futures::Stream;
-use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
+use tokio::io::{AsyncRead, AsyncReadExt as _, AsyncWrite, AsyncWriteExt as _, ReadBuf};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, oneshot};
 use tonic::transport::server::Connected;
@@ -18,6 +18,10 @@ use tracing::{debug, warn};
 
 /// Most connections at once; more wait to be served.
 pub(super) const CONNECTIONS_LIMIT: usize = 1024;
+/// How long, and for how many bytes, a connection that was not let in is read
+/// after its end.
+const LINGER: Duration = Duration::from_secs(1);
+const LINGER_BYTES: u64 = 64 * 1024;
 /// Pause after a failed accept, which is most often the lack of descriptors.
 const ACCEPT_BACKOFF: Duration = Duration::from_millis(200);
 
@@ -108,11 +112,12 @@ impl Origin {
 /// A connection that counts as one while it lives.
 #[derive(Debug)]
 pub(super) struct Connection {
-    stream: TcpStream,
+    /// `None` only while it is dropped.
+    stream: Option<TcpStream>,
     origin: Origin,
     /// Heard when another needs the place; closed when the caller was let in.
     end: Option<oneshot::Receiver<()>>,
-    _permit: OwnedSemaphorePermit,
+    permit: Option<OwnedSemaphorePermit>,
 }
 
 impl Connection {
@@ -121,14 +126,22 @@ impl Connection {
         let (end, ended) = oneshot::channel();
         strangers.waiting().push(Stranger { number, end });
         let origin = Origin { number, strangers: Arc::clone(strangers), let_in: Arc::default() };
-        Self { stream, origin, end: Some(ended), _permit: permit }
+        Self { stream: Some(stream), origin, end: Some(ended), permit: Some(permit) }
+    }
+
+    fn stream(&mut self) -> &mut TcpStream {
+        self.stream.as_mut().expect("a connection that is in use has its stream")
     }
 
     fn check_end(&mut self, cx: &mut Context<'_>) -> io::Result<()> {
         let Some(end) = &mut self.end else { return Ok(()) };
         match Pin::new(end).poll(cx) {
             Poll::Pending => Ok(()),
-            Poll::Ready(Ok(())) => Err(io::ErrorKind::ConnectionAborted.into()),
+            Poll::Ready(Ok(())) => {
+                // Its place is needed now.
+                self.permit = None;
+                Err(io::ErrorKind::ConnectionAborted.into())
+            }
             Poll::Ready(Err(_)) => {
                 self.end = None;
                 Ok(())
@@ -140,7 +153,24 @@ impl Connection {
 impl Drop for Connection {
     fn drop(&mut self) {
         self.origin.strangers.forget(self.origin.number);
+        let was_let_in = self.origin.let_in.load(Ordering::Relaxed);
+        let lingering = self.stream.take().zip(self.permit.take()).filter(|_| !was_let_in);
+        if let (Some((stream, permit)), Ok(runtime)) = (lingering, tokio::runtime::Handle::try_current()) {
+            runtime.spawn(async move {
+                // Whatever becomes of it.
+                let _ = tokio::time::timeout(LINGER, say_last(stream)).await;
+                drop(permit);
+            });
+        }
     }
+}
+
+/// Ends a connection so that its caller can still read why: a close with unread
+/// bytes would reset it, and take back the alert that names the certificate.
+async fn say_last(mut stream: TcpStream) -> io::Result<()> {
+    stream.shutdown().await?;
+    tokio::io::copy(&mut stream.take(LINGER_BYTES), &mut tokio::io::sink()).await?;
+    Ok(())
 }
 
 impl Connected for Connection {
@@ -158,14 +188,14 @@ impl AsyncRead for Connection {
         buffer: &mut ReadBuf<'_>,
     ) -> Poll<io::Result<()>> {
         self.check_end(cx)?;
-        Pin::new(&mut self.stream).poll_read(cx, buffer)
+        Pin::new(self.stream()).poll_read(cx, buffer)
     }
 }
 
 impl AsyncWrite for Connection {
     fn poll_write(mut self: Pin<&mut Self>, cx: &mut Context<'_>, bytes: &[u8]) -> Poll<io::Result<usize>> {
         self.check_end(cx)?;
-        Pin::new(&mut self.stream).poll_write(cx, bytes)
+        Pin::new(self.stream()).poll_write(cx, bytes)
     }
 
     fn poll_write_vectored(
@@ -174,18 +204,18 @@ impl AsyncWrite for Connection {
         slices: &[io::IoSlice<'_>],
     ) -> Poll<io::Result<usize>> {
         self.check_end(cx)?;
-        Pin::new(&mut self.stream).poll_write_vectored(cx, slices)
+        Pin::new(self.stream()).poll_write_vectored(cx, slices)
     }
 
     fn is_write_vectored(&self) -> bool {
-        self.stream.is_write_vectored()
+        self.stream.as_ref().is_some_and(TcpStream::is_write_vectored)
     }
 
     fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        Pin::new(&mut self.stream).poll_flush(cx)
+        Pin::new(self.stream()).poll_flush(cx)
     }
 
     fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        Pin::new(&mut self.stream).poll_shutdown(cx)
+        Pin::new(self.stream()).poll_shutdown(cx)
     }
 }
