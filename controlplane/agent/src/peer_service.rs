@@ -21,7 +21,7 @@ use crate::destination::{self, DestinationSession};
 use crate::device_stream::MESSAGE_BYTES;
 use crate::journal::is_migration_id;
 use crate::migrations::{Entry, is_final};
-use crate::source::failure_of;
+use crate::source::{ORDER_ITEMS, failure_of};
 use crate::status::{invalid_argument, status};
 
 /// Serves `ramferry.v1.PeerService`.
@@ -195,7 +195,21 @@ fn breach(session: &DestinationSession, what: &str) {
     session.handle.send(DestinationEvent::Failed(Failure::new(Reason::PeerRefused, message)));
 }
 
+/// How many windows or runs of pages an order is about.
+fn items(order: &Order) -> usize {
+    match order {
+        Order::RegisterWindows(order) => order.windows.len(),
+        Order::ReleaseWindows(order) => order.ids.len(),
+        Order::ZeroPages(order) => order.runs.len() / 2,
+        _ => 1,
+    }
+}
+
 async fn take(session: &DestinationSession, order: Order) {
+    let items = items(&order);
+    if items > ORDER_ITEMS {
+        return breach(session, "it is about more windows or pages than one order may be");
+    }
     match order {
         // The driver has ended, or is about to, and would not answer.
         Order::Commit(_) | Order::AskOutcome(_) | Order::Abort(_) if session.entry.has_ended() => {
@@ -214,13 +228,10 @@ async fn take(session: &DestinationSession, order: Order) {
                     length: window.length,
                 },
             });
-            let windows: Vec<_> = windows.collect();
-            let items = windows.len();
-            session.order(DestinationInput::RegisterWindows(windows), items).await;
+            session.order(DestinationInput::RegisterWindows(windows.collect()), items).await;
         }
         Order::ReleaseWindows(order) => {
-            let ids: Vec<_> = order.ids.into_iter().map(WindowId).collect();
-            let items = ids.len();
+            let ids = order.ids.into_iter().map(WindowId).collect();
             session.order(DestinationInput::ReleaseWindows(ids), items).await;
         }
         Order::ZeroPages(order) => {
@@ -228,12 +239,13 @@ async fn take(session: &DestinationSession, order: Order) {
                 return breach(session, "it sent half a run of pages");
             }
             let runs = order.runs.chunks_exact(2).map(|pair| PageRun { first: pair[0], count: pair[1] });
-            let runs: Vec<_> = runs.collect();
-            let (block, items) = (BlockIndex(order.block), runs.len());
+            let (block, runs) = (BlockIndex(order.block), runs.collect());
             session.order(DestinationInput::ZeroPages { block, runs }, items).await;
         }
-        Order::EndRound(order) => session.order(DestinationEvent::EndRound { round: order.round }, 1).await,
-        Order::PrepareIncoming(_) => session.order(DestinationEvent::PrepareIncoming, 1).await,
+        Order::EndRound(order) => {
+            session.order(DestinationEvent::EndRound { round: order.round }, items).await
+        }
+        Order::PrepareIncoming(_) => session.order(DestinationEvent::PrepareIncoming, items).await,
         Order::DeviceState(state) => {
             if state.data.len() > MESSAGE_BYTES {
                 return breach(session, "it sent device state in messages that are too long");
@@ -241,12 +253,12 @@ async fn take(session: &DestinationSession, order: Order) {
             // Without a VMM that reads there is nobody to give it to.
             let _ = session.device_state.send(state).await;
         }
-        Order::Verify(_) => session.order(DestinationEvent::Verify, 1).await,
-        Order::Commit(_) => session.order(DestinationEvent::Commit, 1).await,
-        Order::AskOutcome(_) => session.order(DestinationEvent::AskOutcome, 1).await,
+        Order::Verify(_) => session.order(DestinationEvent::Verify, items).await,
+        Order::Commit(_) => session.order(DestinationEvent::Commit, items).await,
+        Order::AskOutcome(_) => session.order(DestinationEvent::AskOutcome, items).await,
         Order::Abort(order) => {
             let failure: Failure = failure_of(&order.reason, order.message);
-            session.order(DestinationEvent::Abort(failure), 1).await;
+            session.order(DestinationEvent::Abort(failure), items).await;
         }
     }
 }

@@ -27,7 +27,7 @@ use tonic::{Code, Status};
 use self::outside::Outside;
 #[cfg(test)]
 pub(crate) use self::peer::channel as peer_channel;
-pub(crate) use self::peer::failure_of;
+pub(crate) use self::peer::{ORDER_ITEMS, failure_of};
 use self::peer::{PEER_TEXT_BYTES, Peer, PeerSetup};
 pub(crate) use self::view::{duration as duration_on_the_wire, state as state_on_the_wire};
 use crate::MigrationRole;

@@ -24,8 +24,8 @@ use crate::device_stream::{Incoming, MESSAGE_BYTES};
 
 /// Orders that wait for the network.
 const ORDERS: usize = 1024;
-/// Windows, or runs of pages, that one order carries: less than 1 MiB of them.
-const ORDER_ITEMS: usize = 16 * 1024;
+/// Most windows, or runs of pages, that one order carries: less than 1 MiB of them.
+pub(crate) const ORDER_ITEMS: usize = 16 * 1024;
 /// Longest text of a peer that is kept and shown.
 pub(super) const PEER_TEXT_BYTES: usize = 2048;
 /// A peer that does not answer keepalives for this long, after this long a

@@ -145,6 +145,7 @@ async fn orders_that_no_source_gives_end_their_session_only() {
         ("block", zero(9, &[0, 1])),
         ("pages", zero(0, &[u64::MAX, 2])),
         ("half", zero(0, &[1, 1, 2])),
+        ("many", Order::ReleaseWindows(v1::ReleaseWindows { ids: (0..20_000).collect() })),
         ("state", state(1 << 20)),
         ("round", Order::EndRound(v1::EndRound { round: 7 })),
         ("commit", Order::Commit(v1::Commit {})),

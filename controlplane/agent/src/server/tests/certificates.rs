@@ -21,6 +21,9 @@ fn assert_hint(what: &str, error: &(dyn std::error::Error + 'static), part: &str
     assert!(hint.contains(part), "{what}: {hint:?} does not say {part:?}");
 }
 
+/// Makes a server's certificate: from its authority, or a stranger.
+type Issue = fn(&Authority, &Authority) -> TlsConfig;
+
 /// A certificate that nobody but itself signed, with every role.
 fn self_signed(authority: &Authority, name: &str) -> TlsConfig {
     let mut params = CertificateParams::new(vec!["agent.test".to_owned()]).unwrap();
@@ -74,7 +77,7 @@ async fn certificates_of_callers_that_open_nothing_are_refused_with_what_to_do()
 #[tokio::test]
 async fn servers_that_are_not_who_they_should_be_are_refused_with_what_to_do() {
     let stranger = Authority::new();
-    let wrong: [(&str, fn(&Authority, &Authority) -> TlsConfig, &str); 5] = [
+    let wrong: [(&str, Issue, &str); 5] = [
         (
             "another authority's",
             |_, stranger| stranger.issue("server", &["peer"], Valid::Now),
