@@ -243,7 +243,7 @@ async fn take(session: &DestinationSession, order: Order) {
             session.order(DestinationInput::ZeroPages { block, runs }, items).await;
         }
         Order::EndRound(order) => {
-            session.order(DestinationEvent::EndRound { round: order.round }, items).await
+            session.order(DestinationEvent::EndRound { round: order.round }, items).await;
         }
         Order::PrepareIncoming(_) => session.order(DestinationEvent::PrepareIncoming, items).await,
         Order::DeviceState(state) => {

@@ -13,7 +13,7 @@ use tonic_types::StatusExt as _;
 use crate::harness::{
     MIB, PATIENCE, Pair, assert_proves_itself, assert_refused, boot, parameters, proof, quiet,
 };
-use crate::peer::{DataLink, Proxy, Session, negotiation, open, refusal};
+use crate::peer::{DataLink, Proxy, Session, Twist, negotiation, open, refusal};
 
 /// Causes in the error frames of the tcp fabric.
 const UNKNOWN_KEY: u16 = 1;
@@ -51,7 +51,7 @@ async fn peers_of_another_version_or_without_sense_are_refused_in_both_direction
     assert_status(&status, Code::InvalidArgument, "MIGRATION_ID_INVALID", "1 to 64 of");
 
     // A destination to our source. Each leaves a session behind that nobody opens.
-    let twists: [(&str, fn(&mut v1::NegotiateSessionResponse), &str); 5] = [
+    let twists: [(&str, Twist, &str); 5] = [
         ("newer", |response| response.protocol_version = 2, "upgrade the older agent"),
         ("token", |response| response.session_token = vec![1; 31], "32 bytes"),
         ("streams", |response| response.streams = 65, "number of streams"),

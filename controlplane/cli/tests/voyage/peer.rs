@@ -30,7 +30,7 @@ pub(crate) struct Heard {
 }
 
 /// Changes a destination's answer on its way.
-type Twist = fn(&mut v1::NegotiateSessionResponse);
+pub(crate) type Twist = fn(&mut v1::NegotiateSessionResponse);
 
 /// A destination's agent to a source, and a source to a destination's agent.
 #[derive(Clone)]

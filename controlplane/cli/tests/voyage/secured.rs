@@ -77,6 +77,8 @@ fn migrate(source: &Agent, destination: &Agent, guests: [&Path; 2], options: &[S
         .arg("--destination-qmp")
         .arg(guests[1])
         .args(["--fabric", "tcp", "--verify", "--output", "json"])
+        // Agents that log so much are slow.
+        .args(["--max-downtime", "10s"])
         .args(options)
         .output()
         .unwrap()
