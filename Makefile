@@ -20,7 +20,7 @@ fuzz: ## Each reader of foreign bytes, for FUZZ_SECONDS (default 600)
 	scripts/setup test
 	scripts/fuzz long
 
-lint: ## Formatting, clippy, documentation, shell scripts, API
+lint: ## Formatting, clippy, documentation, dependencies, shell scripts, API
 	scripts/setup test
 	scripts/lint
 

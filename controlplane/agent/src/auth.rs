@@ -13,16 +13,20 @@
 
 use std::fmt;
 
-use tonic::transport::server::{TcpConnectInfo, TlsConnectInfo};
+use tonic::transport::server::TlsConnectInfo;
 use x509_parser::extensions::GeneralName;
 use x509_parser::prelude::{FromDer as _, X509Certificate};
 
+pub use hint::tls_hint;
 pub use layer::{Authorize, Authorized};
 pub(crate) use tls::metrics_tls;
 pub use tls::{TlsError, client_tls, server_tls};
 
+mod hint;
 mod layer;
 mod tls;
+
+use crate::server::Origin;
 
 const ROLE_PREFIX: &str = "ramferry:role:";
 
@@ -86,7 +90,7 @@ impl Caller {
     }
 
     /// The caller of a TLS connection; `None` without a certificate.
-    fn of_connection(connection: Option<&TlsConnectInfo<TcpConnectInfo>>) -> Option<Self> {
+    fn of_connection(connection: Option<&TlsConnectInfo<Origin>>) -> Option<Self> {
         let certificates = connection?.peer_certs()?;
         Self::of_certificate(certificates.first()?)
     }

@@ -61,7 +61,7 @@ pub struct Options {
     /// Most migrations at once, both roles together.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub max_migrations: Option<u32>,
-    /// Directories that hold guests' QMP sockets; a request may name no other.
+    /// Directories that hold guests' QMP sockets and RAM files; no other is touched.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub guest_dirs: Option<Vec<PathBuf>>,
     /// "text" or "json".
@@ -119,7 +119,7 @@ pub struct Config {
     pub tls: Option<TlsConfig>,
     /// Most migrations at once, both roles together.
     pub max_migrations: u32,
-    /// Where a request may point to a guest.
+    /// Where guests' sockets and RAM files may be.
     pub guest_dirs: GuestDirs,
     /// What is logged, and how.
     pub log: LogConfig,
@@ -413,7 +413,7 @@ pub enum ConfigError {
     /// Other hosts could name any socket of this one.
     #[error(
         "{key} = {address} is reachable from other hosts and guest_dirs is empty, so a request could name any \
-         unix socket of this host; set guest_dirs to the directories that hold the guests' QMP sockets"
+         unix socket of this host; set guest_dirs to the directories that hold the guests' QMP sockets and RAM files"
     )]
     GuestDirsMissing {
         /// The key that serves other hosts.

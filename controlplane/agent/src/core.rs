@@ -2,6 +2,8 @@
 
 use std::collections::{HashMap, VecDeque};
 use std::io;
+use std::os::unix::fs::DirBuilderExt as _;
+use std::path::Path;
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
@@ -54,6 +56,19 @@ pub enum CoreError {
     /// The kernel does not tell its boot id.
     #[error("cannot read /proc/sys/kernel/random/boot_id; is /proc mounted?")]
     BootId(#[source] io::Error),
+    /// Anybody could put a socket in the place of one of ours.
+    #[error(
+        "other users may change the run directory {path:?} (mode {mode:04o}, owner {owner}); \
+         make it the agent's own and writable by no more than the VMMs' group: chmod o-w"
+    )]
+    RunDirExposed {
+        /// The directory.
+        path: std::path::PathBuf,
+        /// Its permission bits.
+        mode: u32,
+        /// The user that owns it.
+        owner: u32,
+    },
     /// The directory for sockets cannot be made.
     #[error("cannot make the run directory {path:?}; set run_dir to a directory that the agent may write")]
     RunDir {
@@ -65,6 +80,19 @@ pub enum CoreError {
     },
 }
 
+/// Makes the directory unless it is there, and sees to it that not anybody can
+/// take the place of a socket in it, whose names are known beforehand.
+fn make_run_dir(path: &Path) -> Result<(), CoreError> {
+    let cannot = |source| CoreError::RunDir { path: path.to_owned(), source };
+    std::fs::DirBuilder::new().recursive(true).mode(0o750).create(path).map_err(cannot)?;
+    let stat = rustix::fs::stat(path).map_err(|errno| cannot(errno.into()))?;
+    let ours = stat.st_uid == 0 || stat.st_uid == rustix::process::geteuid().as_raw();
+    if ours && stat.st_mode & 0o002 == 0 {
+        return Ok(());
+    }
+    Err(CoreError::RunDirExposed { path: path.to_owned(), mode: stat.st_mode & 0o7777, owner: stat.st_uid })
+}
+
 impl Agent {
     /// Opens the data plane's sockets, and takes up what the journal holds.
     pub(crate) fn start(
@@ -73,8 +101,7 @@ impl Agent {
         recovered: Vec<Recovered>,
         metrics: Metrics,
     ) -> Result<Arc<Self>, CoreError> {
-        std::fs::create_dir_all(&config.run_dir)
-            .map_err(|source| CoreError::RunDir { path: config.run_dir.clone(), source })?;
+        make_run_dir(&config.run_dir)?;
         let shm_path = config.run_dir.join(format!("shm-{}.sock", std::process::id()));
         let shm = shm::Listener::bind(&shm_path)
             .map_err(|source| CoreError::Listen { address: shm_path.display().to_string(), source })?;

@@ -9,18 +9,18 @@ use std::time::Duration;
 use ramferry_engine::{Destination, DestinationEvent, Failure, Reason};
 use ramferry_fabric::{Admission, FabricKind, MappedDomain, SessionToken};
 use ramferry_guest::GuestError;
-use ramferry_mover::{DestinationHandle, DestinationParts, PeerAnswer, spawn_destination};
+use ramferry_mover::{DestinationHandle, DestinationInput, DestinationParts, PeerAnswer, spawn_destination};
 use ramferry_proto::v1;
 use ramferry_proto::v1::exchange_control_response::Answer;
 use ramferry_ram::{Access, Layout, Memory, PageSets, RamFile};
 use tokio::net::UnixStream;
-use tokio::sync::mpsc;
+use tokio::sync::{Semaphore, mpsc};
 use tokio::task::AbortHandle;
 use tonic::Status;
 
 #[cfg(feature = "fuzzing")]
 pub(crate) use self::negotiate::layout;
-pub(crate) use self::negotiate::{guest_refusal, negotiate};
+pub(crate) use self::negotiate::negotiate;
 use self::outside::Outside;
 use crate::MigrationRole;
 use crate::core::Agent;
@@ -35,6 +35,9 @@ use crate::status::causes;
 const OPEN_TIMEOUT: Duration = Duration::from_secs(30);
 /// Answers that wait for the network.
 const ANSWERS: usize = 1024;
+/// Orders of the source, by what they are about (windows, runs of pages), that
+/// wait or are being carried out. More wait at the source.
+const ORDERS: usize = 1 << 20;
 /// Runs that one message of presence carries.
 const PRESENCE_RUNS: usize = 16 * 1024;
 
@@ -50,6 +53,7 @@ pub(crate) struct DestinationSession {
     /// `None` after a restart: only the outcome can be asked.
     pub(crate) token: Option<SessionToken>,
     pub(crate) device_state: Incoming,
+    places: Arc<Semaphore>,
     incoming: tokio::sync::Mutex<mpsc::Receiver<v1::DeviceState>>,
     /// The control stream's answers; those that come before it is opened wait.
     answers: Mutex<Answers>,
@@ -102,6 +106,7 @@ pub(crate) fn start(agent: &Arc<Agent>, entry: Arc<Entry>, start: Start) {
             handle,
             token,
             device_state,
+            places: Arc::new(Semaphore::new(ORDERS)),
             incoming: tokio::sync::Mutex::new(incoming),
             answers: Mutex::default(),
             guest,
@@ -195,6 +200,7 @@ pub(crate) fn abort_unknown(agent: &Arc<Agent>, id: &str) -> Result<Answer, Stat
         Reason::DestinationAborted,
         "this agent's journal knows no such migration: it never ran here",
     );
+    agent.registry.has_room_for_unknown().map_err(|refusal| crate::source::refused(&refusal))?;
     let created = crate::journal::Created {
         id: id.to_owned(),
         request_id: String::new(),
@@ -280,6 +286,25 @@ impl DestinationSession {
         answers.stream = Some(sender);
         answers.opened += 1;
         (stream, answers.opened)
+    }
+
+    /// Hands an order about `items` things to the driver, when there is room for it.
+    pub(crate) async fn order(&self, input: impl Into<DestinationInput>, items: usize) {
+        let permits = u32::try_from(items.clamp(1, ORDERS)).expect("ORDERS fits");
+        let place = Arc::clone(&self.places).acquire_many_owned(permits).await;
+        let place = Arc::new(place.expect("this semaphore is never closed"));
+        self.handle.send(DestinationInput::Placed(Box::new(input.into()), place));
+    }
+
+    /// Resolves when nobody hears control stream `number` any more.
+    pub(crate) async fn unheard(&self, number: u64) {
+        let stream = {
+            let answers = self.answers();
+            answers.stream.clone().filter(|_| answers.opened == number)
+        };
+        if let Some(stream) = stream {
+            stream.closed().await;
+        }
     }
 
     /// Control stream `number` ended.
@@ -412,6 +437,8 @@ impl DestinationSession {
         let stream = connected.map_err(|error| {
             Failure::new(Reason::GuestFailed, format!("cannot reach the VMM at {path:?}: {error}"))
         })?;
+        device_stream::check_vmm(&stream, self.guest.get().await?.pid())
+            .map_err(|error| Failure::new(Reason::GuestFailed, error.to_string()))?;
         let session = Arc::clone(self);
         let relaying = tokio::spawn(async move {
             let mut incoming = session.incoming.lock().await;

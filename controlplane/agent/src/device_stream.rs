@@ -11,8 +11,8 @@ use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::net::UnixStream;
 use tokio::sync::mpsc;
 
-/// Device state that one message carries.
-const MESSAGE_BYTES: usize = 256 * 1024;
+/// Most device state that one message carries; a longer one is not our peer's.
+pub(crate) const MESSAGE_BYTES: usize = 256 * 1024;
 /// Messages from the other agent that wait for the VMM.
 const QUEUE: usize = 64;
 
@@ -67,7 +67,8 @@ where
         let mut buffer = BytesMut::new();
         loop {
             buffer.reserve(MESSAGE_BYTES);
-            let read = from_vmm.read_buf(&mut buffer).await?;
+            // A buffer may have room for more than was reserved.
+            let read = (&mut from_vmm).take(MESSAGE_BYTES as u64).read_buf(&mut buffer).await?;
             let message = DeviceState { data: buffer.split().freeze(), end: read == 0 };
             if !send(message).await {
                 return Err(RelayError::Peer);
@@ -94,6 +95,17 @@ where
             .or_else(|error: io::Error| if is_closed(&error) { Ok(()) } else { Err(RelayError::Vmm(error)) })
     };
     tokio::try_join!(outward, inward).map(|((), ())| ())
+}
+
+/// Whether the other end of `stream` is process `vmm`: whoever else reaches the
+/// socket must not be given device state, nor give any.
+pub(crate) fn check_vmm(stream: &UnixStream, vmm: u32) -> io::Result<()> {
+    let other = stream.peer_cred()?.pid().and_then(|pid| u32::try_from(pid).ok());
+    if other == Some(vmm) {
+        return Ok(());
+    }
+    let other = other.map_or("a process out of sight".to_owned(), |pid| format!("process {pid}"));
+    Err(io::Error::other(format!("the device state's socket is {other}'s, not the VMM's (process {vmm})")))
 }
 
 fn is_closed(error: &io::Error) -> bool {
@@ -135,6 +147,14 @@ mod tests {
         }
         assert!(ended);
         assert_eq!(data, b"state");
+    }
+
+    #[tokio::test]
+    async fn only_the_vmm_is_given_the_stream() {
+        let (_vmm, ours) = UnixStream::pair().unwrap();
+        check_vmm(&ours, std::process::id()).unwrap();
+        let error = check_vmm(&ours, 1).unwrap_err().to_string();
+        assert!(error.contains("process 1"), "{error}");
     }
 
     #[tokio::test]

@@ -16,7 +16,7 @@ use crate::request::Request;
 /// What a destination's driver is told of the orders of a source.
 pub fn orders(messages: &[&[u8]]) -> Vec<DestinationInput> {
     let decoded = messages.iter().filter_map(|message| v1::ExchangeControlRequest::decode(*message).ok());
-    decoded.filter_map(|request| crate::peer_service::input(request.order?)).collect()
+    decoded.filter_map(|request| crate::peer_service::input(request.order?).ok()?).collect()
 }
 
 /// What a source makes of the answers of a destination.

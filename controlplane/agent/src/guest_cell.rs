@@ -1,5 +1,6 @@
 //! A migration's guest, which an agent that was restarted has to find again.
 
+use std::path::Path;
 use std::sync::Arc;
 
 use ramferry_engine::{Failure, Reason};
@@ -51,7 +52,7 @@ impl GuestCell {
         let failed = |message: String| Failure::new(Reason::GuestFailed, message);
         let place = self.place.as_ref().expect("a guest that was not found has a place");
         let (pid, path) = (place.pid, &place.qmp);
-        let qemu = match Qemu::attach(path.as_ref(), place.was_running).await {
+        let qemu = match Qemu::attach(Path::new(path), place.was_running).await {
             Ok(qemu) if qemu.pid() == pid => qemu,
             Ok(qemu) => {
                 let now = qemu.pid();

@@ -66,6 +66,10 @@ impl Journal {
     pub fn open(directory: &Path) -> Result<(Self, Vec<Recovered>), JournalError> {
         let at = |source| JournalError::Io { path: directory.to_owned(), source };
         fs::DirBuilder::new().recursive(true).mode(0o700).create(directory).map_err(at)?;
+        check_private(directory)?;
+        if let Some(above) = directory.parent() {
+            check_private(above)?;
+        }
         let lock = lock(directory)?;
         let directory_file = File::open(directory).map_err(at)?;
 
@@ -176,6 +180,19 @@ fn lock(directory: &Path) -> Result<Lock, JournalError> {
     }
 }
 
+/// Who can put a file into the journal decides which host runs a guest.
+fn check_private(directory: &Path) -> Result<(), JournalError> {
+    let stat = rustix::fs::stat(directory)
+        .map_err(|errno| JournalError::Io { path: directory.to_owned(), source: errno.into() })?;
+    let ours = stat.st_uid == 0 || stat.st_uid == rustix::process::geteuid().as_raw();
+    // Of a directory such as /tmp nobody can take another's entries away.
+    let (others, sticky) = (stat.st_mode & 0o022 != 0, stat.st_mode & 0o1000 != 0);
+    if ours && (!others || sticky) {
+        return Ok(());
+    }
+    Err(JournalError::Exposed { path: directory.to_owned(), mode: stat.st_mode & 0o7777, owner: stat.st_uid })
+}
+
 fn recover(path: &Path, name: &str) -> Result<Recovered, JournalError> {
     let recovered = MigrationLog::recover(path)?;
     let created = &recovered.created;
@@ -208,6 +225,20 @@ pub enum JournalError {
         /// Why.
         #[source]
         source: io::Error,
+    },
+    /// Others may change it.
+    #[error(
+        "journal: other users may change {} (mode {mode:04o}, owner {owner}); \
+         make it the agent's own, and writable by nobody else: chmod go-w",
+        path.display()
+    )]
+    Exposed {
+        /// The directory.
+        path: PathBuf,
+        /// Its permission bits.
+        mode: u32,
+        /// The user that owns it.
+        owner: u32,
     },
     /// Another agent holds it.
     #[error(

@@ -15,6 +15,7 @@ mod device_stream;
 #[doc(hidden)]
 pub mod fuzzing;
 mod guest_cell;
+mod inspect;
 pub mod journal;
 pub mod logs;
 pub mod metrics;

@@ -13,6 +13,10 @@ use tokio::sync::watch;
 
 use crate::MigrationRole;
 
+/// Most migrations that are known, those that ended included: each is a file of
+/// the journal, and callers and peers choose their number.
+const KNOWN_LIMIT: usize = 10_000;
+
 /// One migration as this agent sees it.
 pub(crate) struct Entry {
     pub(crate) id: String,
@@ -104,6 +108,7 @@ pub(crate) fn is_final(state: v1::MigrationState) -> bool {
 pub(crate) struct Registry {
     inner: Arc<Mutex<Inner>>,
     max_active: u32,
+    known_limit: usize,
 }
 
 #[derive(Default)]
@@ -122,6 +127,8 @@ pub(crate) enum Refusal {
     Exists(String),
     #[error("this agent runs {0} migrations already, its max_migrations; try again when one has ended")]
     Full(u32),
+    #[error("this agent keeps the records of {0} migrations, the most it can; delete those that have ended")]
+    TooManyKnown(usize),
     #[error("the guest of process {pid} is being migrated by {other:?}; wait for that or cancel it")]
     GuestBusy { pid: u32, other: String },
 }
@@ -131,6 +138,7 @@ impl Refusal {
         match self {
             Refusal::Exists(_) => "MIGRATION_EXISTS",
             Refusal::Full(_) => "TOO_MANY_MIGRATIONS",
+            Refusal::TooManyKnown(_) => "TOO_MANY_RECORDS",
             Refusal::GuestBusy { .. } => "GUEST_BUSY",
         }
     }
@@ -168,7 +176,7 @@ impl Drop for Claim {
 
 impl Registry {
     pub(crate) fn new(max_active: u32) -> Self {
-        Self { inner: Arc::default(), max_active }
+        Self { inner: Arc::default(), max_active, known_limit: KNOWN_LIMIT }
     }
 
     /// Takes a place for a migration that does not exist yet.
@@ -181,6 +189,9 @@ impl Registry {
         if inner.active.len() >= self.max_active as usize {
             return Err(Refusal::Full(self.max_active));
         }
+        if inner.entries.len() >= self.known_limit {
+            return Err(Refusal::TooManyKnown(self.known_limit));
+        }
         inner.active.insert(key.clone());
         Ok(Claim { registry: self.clone(), key, pid: None })
     }
@@ -192,6 +203,13 @@ impl Registry {
         inner.active.insert(key.clone());
         inner.guests.insert(pid, id.to_owned());
         Claim { registry: self.clone(), key, pid: Some(pid) }
+    }
+
+    /// Whether one more migration that never ran here may be kept. More of
+    /// them than of others: a source may stand still until its question is answered.
+    pub(crate) fn has_room_for_unknown(&self) -> Result<(), Refusal> {
+        let limit = self.known_limit.saturating_mul(2);
+        if self.lock().entries.len() < limit { Ok(()) } else { Err(Refusal::TooManyKnown(limit)) }
     }
 
     pub(crate) fn insert(&self, entry: &Arc<Entry>) {
@@ -241,5 +259,26 @@ mod tests {
         assert!(matches!(registry.claim(MigrationRole::Source, "a"), Err(Refusal::Exists(_))));
         drop(claim);
         assert!(registry.claim(MigrationRole::Source, "b").is_ok());
+    }
+
+    #[test]
+    fn no_more_records_are_kept_than_the_limit() {
+        let registry = Registry { known_limit: 2, ..Registry::new(9) };
+        let keep = |id: &str| {
+            let view = v1::Migration { id: id.into(), ..Default::default() };
+            registry.insert(&Entry::new(String::new(), MigrationRole::Destination, view));
+        };
+        for id in ["a", "b"] {
+            registry.claim(MigrationRole::Source, id).unwrap();
+            keep(id);
+        }
+        assert!(matches!(registry.claim(MigrationRole::Source, "c"), Err(Refusal::TooManyKnown(2))));
+        for id in ["c", "d"] {
+            registry.has_room_for_unknown().unwrap();
+            keep(id);
+        }
+        assert!(matches!(registry.has_room_for_unknown(), Err(Refusal::TooManyKnown(4))));
+        registry.remove(MigrationRole::Destination, "d");
+        registry.has_room_for_unknown().unwrap();
     }
 }

@@ -18,8 +18,10 @@ use tonic::{Code, Request, Response, Status, Streaming};
 use crate::MigrationRole;
 use crate::core::{Agent, EXCHANGE_TIMEOUT};
 use crate::destination::{self, DestinationSession};
+use crate::device_stream::MESSAGE_BYTES;
 use crate::journal::is_migration_id;
-use crate::source::failure_of;
+use crate::migrations::{Entry, is_final};
+use crate::source::{ORDER_ITEMS, failure_of};
 use crate::status::{invalid_argument, status};
 
 /// Serves `ramferry.v1.PeerService`.
@@ -140,8 +142,15 @@ async fn serve(
     full: bool,
     mut orders: Streaming<v1::ExchangeControlRequest>,
 ) {
+    let outstayed = outstay(Arc::clone(&session.entry));
+    tokio::pin!(outstayed);
     loop {
-        let order = match orders.message().await {
+        let message = tokio::select! {
+            message = orders.message() => message,
+            // This task keeps the session, and so the guest's QMP socket.
+            () = &mut outstayed => break,
+        };
+        let order = match message {
             Ok(Some(request)) => request.order,
             Ok(None) => {
                 // The source closed; it does so when it has heard the final answer.
@@ -157,7 +166,13 @@ async fn serve(
         };
         let allowed = full || matches!(order, Some(Order::AskOutcome(_) | Order::Abort(_)));
         match order {
-            Some(order) if allowed => take(&session, order).await,
+            Some(order) if allowed => {
+                // An order that waits for room must not keep the end of its source from being seen.
+                tokio::select! {
+                    () = take(&session, order) => {}
+                    () = session.unheard(number) => break,
+                }
+            }
             Some(_) => {
                 tracing::warn!(id = session.entry.id, "an order without the session's token was refused");
             }
@@ -167,7 +182,34 @@ async fn serve(
     session.detach(number);
 }
 
+/// Resolves when a migration has ended and its source has had time to close the stream.
+async fn outstay(entry: Arc<Entry>) {
+    // Fails only when the entry is gone, and this holds it.
+    let _ = entry.subscribe().wait_for(|view| is_final(view.state())).await;
+    tokio::time::sleep(EXCHANGE_TIMEOUT).await;
+}
+
+/// The source breaks the protocol: its migration ends.
+fn breach(session: &DestinationSession, what: &str) {
+    let message = format!("the source's order was refused: {what}; are both agents of one version?");
+    session.handle.send(DestinationEvent::Failed(Failure::new(Reason::PeerRefused, message)));
+}
+
+/// How many windows or runs of pages an order is about.
+fn items(order: &Order) -> usize {
+    match order {
+        Order::RegisterWindows(order) => order.windows.len(),
+        Order::ReleaseWindows(order) => order.ids.len(),
+        Order::ZeroPages(order) => order.runs.len() / 2,
+        _ => 1,
+    }
+}
+
 async fn take(session: &DestinationSession, order: Order) {
+    let items = items(&order);
+    if items > ORDER_ITEMS {
+        return breach(session, "it is about more windows or pages than one order may be");
+    }
     match order {
         // The driver has ended, or is about to, and would not answer.
         Order::Commit(_) | Order::AskOutcome(_) | Order::Abort(_) if session.entry.has_ended() => {
@@ -176,22 +218,25 @@ async fn take(session: &DestinationSession, order: Order) {
             }
         }
         Order::DeviceState(state) => {
+            if state.data.len() > MESSAGE_BYTES {
+                return breach(session, "it sent device state in messages that are too long");
+            }
             // Without a VMM that reads there is nobody to give it to.
             let _ = session.device_state.send(state).await;
         }
-        order => {
-            if let Some(input) = input(order) {
-                session.handle.send(input);
-            }
-        }
+        order => match input(order) {
+            Ok(Some(input)) => session.order(input, items).await,
+            Ok(None) => {}
+            Err(what) => breach(session, what),
+        },
     }
 }
 
 /// What the driver is told of an order; `None` for what is not the driver's.
-pub(crate) fn input(order: Order) -> Option<DestinationInput> {
-    Some(match order {
+pub(crate) fn input(order: Order) -> Result<Option<DestinationInput>, &'static str> {
+    Ok(Some(match order {
         // A second one says nothing new.
-        Order::Open(_) | Order::DeviceState(_) => return None,
+        Order::Open(_) | Order::DeviceState(_) => return Ok(None),
         Order::RegisterWindows(order) => {
             let windows = order.windows.into_iter().map(|window| Window {
                 id: WindowId(window.id),
@@ -207,8 +252,7 @@ pub(crate) fn input(order: Order) -> Option<DestinationInput> {
             DestinationInput::ReleaseWindows(order.ids.into_iter().map(WindowId).collect())
         }
         Order::ZeroPages(order) if !order.runs.len().is_multiple_of(2) => {
-            let message = format!("the source named zero pages of block {} by half a run", order.block);
-            DestinationEvent::Failed(Failure::new(Reason::PeerRefused, message)).into()
+            return Err("it sent half a run of pages");
         }
         Order::ZeroPages(order) => {
             let runs = order.runs.chunks_exact(2).map(|pair| PageRun { first: pair[0], count: pair[1] });
@@ -220,7 +264,7 @@ pub(crate) fn input(order: Order) -> Option<DestinationInput> {
         Order::Commit(_) => DestinationEvent::Commit.into(),
         Order::AskOutcome(_) => DestinationEvent::AskOutcome.into(),
         Order::Abort(order) => DestinationEvent::Abort(failure_of(&order.reason, order.message)).into(),
-    })
+    }))
 }
 
 #[cfg(test)]
@@ -230,12 +274,10 @@ mod tests {
     #[test]
     fn zero_pages_with_half_a_run_are_refused() {
         let order = |runs: &[u64]| Order::ZeroPages(v1::PageRuns { block: 1, runs: runs.to_vec() });
-        let Some(DestinationInput::ZeroPages { runs, .. }) = input(order(&[3, 4])) else { panic!("a run") };
-        assert_eq!(runs, [PageRun { first: 3, count: 4 }]);
-        let refused = input(order(&[3, 4, 5]));
-        let Some(DestinationInput::Event(DestinationEvent::Failed(failure))) = refused else {
-            panic!("refused")
+        let Ok(Some(DestinationInput::ZeroPages { runs, .. })) = input(order(&[3, 4])) else {
+            panic!("a run")
         };
-        assert_eq!(failure.reason, Reason::PeerRefused);
+        assert_eq!(runs, [PageRun { first: 3, count: 4 }]);
+        assert!(input(order(&[3, 4, 5])).is_err());
     }
 }

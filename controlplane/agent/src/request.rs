@@ -13,7 +13,7 @@ use tonic::Status;
 use crate::status::invalid_argument;
 
 /// Most streams of one migration.
-const MAX_STREAMS: u32 = 64;
+pub(crate) const MAX_STREAMS: u32 = 64;
 
 /// A checked [`v1::MigrationSpec`].
 #[derive(Clone, Debug)]

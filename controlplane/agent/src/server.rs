@@ -27,6 +27,8 @@ use crate::auth::{self, Authorize, TlsError};
 use crate::config::Config;
 use crate::metrics::{Endpoint, EndpointError, MeasureCalls, Metrics};
 
+pub(crate) use incoming::Origin;
+
 mod incoming;
 
 /// Largest gRPC message in either direction, for every service.
@@ -142,6 +144,7 @@ pub struct Server {
     metrics_tls: Option<Arc<ServerConfig>>,
     metrics: Metrics,
     grace: Duration,
+    connections_limit: usize,
 }
 
 impl Server {
@@ -171,7 +174,18 @@ impl Server {
         };
         let bound = Bound { grpc: address, metrics: endpoint.as_ref().map(Endpoint::address) };
         let grace = config.shutdown_grace;
-        Ok(Self { listener, endpoint, bound, grpc, authorize, metrics_tls, metrics, grace })
+        let connections_limit = incoming::CONNECTIONS_LIMIT;
+        Ok(Self {
+            listener,
+            endpoint,
+            bound,
+            grpc,
+            authorize,
+            metrics_tls,
+            metrics,
+            grace,
+            connections_limit,
+        })
     }
 
     /// Where it is bound.
@@ -191,7 +205,7 @@ impl Server {
         let mut grpc =
             self.grpc.layer(MeasureCalls::new(self.metrics.clone(), DESCRIPTOR_SETS)).layer(self.authorize);
         let serving = grpc.add_routes(services.routes).serve_with_incoming_shutdown(
-            incoming::connections(self.listener),
+            incoming::connections(self.listener, self.connections_limit),
             async {
                 // Fails when the sender is gone, and then there is nothing to wait for either.
                 let _ = stopped.await;

@@ -12,7 +12,7 @@ use bytes::Bytes;
 use ramferry_engine::{Failure, FixedCosts, Reason, Source, SourceEvent};
 use ramferry_fabric::windows::{RegistrationMode, WindowConfig};
 use ramferry_fabric::{FabricKind, Link, MappedDomain, SessionToken, shm, tcp};
-use ramferry_guest::{Guest, GuestInfo, Qemu, Side, Timeouts};
+use ramferry_guest::{Guest, GuestInfo, Side};
 use ramferry_mover::{SourceHandle, SourceInput, SourceParts, spawn_source};
 use ramferry_proto::v1;
 use ramferry_proto::v1::exchange_control_request::Order;
@@ -25,8 +25,10 @@ use tokio::task::AbortHandle;
 use tonic::{Code, Status};
 
 use self::outside::Outside;
-pub(crate) use self::peer::failure_of;
-use self::peer::{Peer, PeerSetup};
+#[cfg(test)]
+pub(crate) use self::peer::channel as peer_channel;
+pub(crate) use self::peer::{ORDER_ITEMS, failure_of};
+use self::peer::{PEER_TEXT_BYTES, Peer, PeerSetup};
 #[cfg(feature = "fuzzing")]
 pub(crate) use self::peer::{input, take_presence};
 pub(crate) use self::view::{duration as duration_on_the_wire, state as state_on_the_wire};
@@ -34,7 +36,7 @@ use crate::MigrationRole;
 use crate::core::{Agent, EXCHANGE_TIMEOUT, PROTOCOL_VERSION};
 use crate::device_stream::{self, RelayError};
 use crate::guest_cell::GuestCell;
-use crate::journal::{Created, Record, Recovered, SpecRecord};
+use crate::journal::{Created, MigrationLog, Record, Recovered, SpecRecord};
 use crate::migrations::{Claim, Entry, Refusal};
 use crate::publish::Publisher;
 use crate::request::{Request, fabric_on_the_wire, registration_mode};
@@ -125,22 +127,17 @@ pub(crate) async fn create(
     let (pid, tracked) = (info.pid, tracked_files(&info, &files));
     check_tracking(pid, tracked).await?;
     let response = negotiate(agent, id, &request, &info, false).await?;
-    let agreed = agreed(&request, response)?;
-
+    let token = Bytes::copy_from_slice(&response.session_token);
     let channel = peer::channel(&request.destination_agent, agent.config.tls.as_ref())?;
-    let created = Created {
-        id: id.to_owned(),
-        request_id: request_id.to_owned(),
-        role: MigrationRole::Source,
-        spec: SpecRecord::try_from(&request.spec)
-            .map_err(|error| invalid_argument("spec", "OUT_OF_RANGE", error.to_string()))?,
-        guest_pid: info.pid,
-        created_unix_ms: unix_milliseconds(),
-        guest_was_running: info.running,
-        session: None,
+    let begun = agreed(&request, response)
+        .and_then(|agreed| Ok((begin_log(agent, id, request_id, &request, &info)?, agreed)));
+    let (log, agreed) = match begun {
+        Ok(begun) => begun,
+        Err(refusal) => {
+            peer::give_up(channel, id, token, refusal.message()).await;
+            return Err(refusal);
+        }
     };
-    let log = agent.journal.create(MigrationRole::Source, id, &created);
-    let log = log.map_err(|error| status(Code::Unavailable, error.reason(), causes(&error), []))?;
     let mut parameters = request.parameters.clone();
     if !info.running {
         // A guest that stands still has no downtime to keep short.
@@ -186,6 +183,28 @@ pub(crate) async fn create(
     Ok(entry)
 }
 
+fn begin_log(
+    agent: &Agent,
+    id: &str,
+    request_id: &str,
+    request: &Request,
+    info: &GuestInfo,
+) -> Result<MigrationLog, Status> {
+    let created = Created {
+        id: id.to_owned(),
+        request_id: request_id.to_owned(),
+        role: MigrationRole::Source,
+        spec: SpecRecord::try_from(&request.spec)
+            .map_err(|error| invalid_argument("spec", "OUT_OF_RANGE", error.to_string()))?,
+        guest_pid: info.pid,
+        created_unix_ms: unix_milliseconds(),
+        guest_was_running: info.running,
+        session: None,
+    };
+    let log = agent.journal.create(MigrationRole::Source, id, &created);
+    log.map_err(|error| status(Code::Unavailable, error.reason(), causes(&error), []))
+}
+
 /// What [`start`] needs beside the agent and the entry.
 struct Start {
     engine: Source,
@@ -194,7 +213,7 @@ struct Start {
     guest: GuestCell,
     handed_over: bool,
     plan: Option<Plan>,
-    log: crate::journal::MigrationLog,
+    log: MigrationLog,
     claim: Claim,
 }
 
@@ -325,7 +344,9 @@ impl Session {
                 registration_workers: workers,
                 destination_presence: Arc::unwrap_or_clone(destination_presence),
                 fixed_costs,
-                order: Box::new(move |order| peer.send_blocking(peer::order(order))),
+                order: Box::new(move |order| {
+                    peer::orders(&order).into_iter().all(|order| peer.send_blocking(order))
+                }),
                 poller_cpus: cpus,
             })
         };
@@ -363,7 +384,14 @@ impl Session {
     }
 
     async fn relay_device_state(&self, listener: UnixListener) -> Result<(), RelayError> {
-        let (stream, _) = listener.accept().await?;
+        let vmm = self.guest.get().await.map_err(|failure| std::io::Error::other(failure.to_string()))?.pid();
+        let stream = loop {
+            let (stream, _) = listener.accept().await?;
+            match device_stream::check_vmm(&stream, vmm) {
+                Ok(()) => break stream,
+                Err(error) => tracing::warn!(id = self.entry.id, %error, "a connection was refused"),
+            }
+        };
         drop(listener);
         let mut incoming = self.incoming.lock().await;
         let send = |state| self.peer.send(Order::DeviceState(state));
@@ -492,11 +520,7 @@ async fn inspect(
     agent: &Agent,
     request: &Request,
 ) -> Result<(Arc<dyn Guest>, GuestInfo, Vec<RamFile>), Status> {
-    let path = agent.config.guest_dirs.resolve(&request.source_qmp);
-    let path = path.map_err(|error| precondition(error.reason(), causes(&error), [], []))?;
-    let inspected = Qemu::inspect(&path, Side::Source, Timeouts::default()).await;
-    let (guest, info, files) =
-        inspected.map_err(|error| crate::destination::guest_refusal("source", &error))?;
+    let (guest, info, files) = crate::inspect::inspect(agent, &request.source_qmp, Side::Source).await?;
     if !info.direct_io_disks.is_empty() {
         return Err(direct_io(&info.direct_io_disks));
     }
@@ -538,16 +562,37 @@ async fn negotiate(
 }
 
 /// The destination's refusal, passed on with its details; or that it cannot be reached.
-fn peer_refusal(address: &str, error: &Status) -> Status {
-    if crate::status::reason_of(error).is_some() {
-        return Status::with_details(error.code(), error.message(), Bytes::copy_from_slice(error.details()));
+pub(crate) fn peer_refusal(address: &str, error: &Status) -> Status {
+    let metadata = [("address", address.to_owned())];
+    match crate::status::reason_of(error).as_deref() {
+        // Of this agent, not of the caller, who would take it for a word on its own certificate.
+        Some("ROLE_MISSING" | "CERTIFICATE_MISSING") => {
+            let message = format!(
+                "the destination's agent at {address} refuses this agent, not the caller: {}; give this agent a tls_cert with the role peer",
+                error.message()
+            );
+            return status(Code::FailedPrecondition, "PEER_ROLE_MISSING", message, metadata);
+        }
+        Some(_) => {
+            return Status::with_details(
+                error.code(),
+                error.message(),
+                Bytes::copy_from_slice(error.details()),
+            );
+        }
+        None => {}
+    }
+    if let Some(hint) = crate::auth::tls_hint(error) {
+        let message =
+            format!("no TLS connection to the destination's agent at {address}: {}; {hint}", causes(error));
+        return status(Code::FailedPrecondition, "DESTINATION_TLS", message, metadata);
     }
     let message = format!(
-        "the destination's agent at {address} cannot be reached or refused the call: {}; is it running, and does this agent's certificate have the role peer?",
+        "the destination's agent at {address} cannot be reached or refused the call: {}; check that it runs, that the address is right, and that both agents use TLS or neither",
         causes(error)
     );
     let code = if error.code() == Code::Unknown { Code::Unavailable } else { error.code() };
-    status(code, "DESTINATION_UNREACHABLE", message, [("address", address.to_owned())])
+    status(code, "DESTINATION_UNREACHABLE", message, metadata)
 }
 
 fn agreed(request: &Request, response: v1::NegotiateSessionResponse) -> Result<Agreed, Status> {
@@ -555,13 +600,27 @@ fn agreed(request: &Request, response: v1::NegotiateSessionResponse) -> Result<A
         status(Code::Internal, "PEER_PROTOCOL", format!("the destination's answer is not usable: {what}"), [])
     };
     if response.protocol_version != PROTOCOL_VERSION {
-        return Err(wrong("it speaks another version of the protocol; upgrade the older agent"));
+        let message = format!(
+            "the destination's agent ({}) answers in version {} of the protocol, this one ({}) speaks version {PROTOCOL_VERSION}: upgrade the older agent",
+            response.agent_version,
+            response.protocol_version,
+            env!("CARGO_PKG_VERSION")
+        );
+        return Err(status(Code::FailedPrecondition, "PROTOCOL_VERSION", message, []));
+    }
+    let text_bytes =
+        response.fabric_reason.len() + response.fabric_address.len() + response.vmm_version.len();
+    if text_bytes > PEER_TEXT_BYTES {
+        return Err(wrong("its texts are too long"));
     }
     let token = <[u8; 32]>::try_from(&*response.session_token)
         .map_err(|_| wrong("its token is not 32 bytes long"))?;
     let fabric = crate::request::fabric(response.fabric)?.ok_or_else(|| wrong("it names no fabric"))?;
     if response.streams == 0 || response.streams > 64 || request.fabric.is_some_and(|asked| asked != fabric) {
         return Err(wrong("it chose a fabric or a number of streams that was not asked for"));
+    }
+    if fabric == FabricKind::Shm && !is_shm_socket(&response.fabric_address) {
+        return Err(wrong("its socket is not one of an agent"));
     }
     Ok(Agreed {
         token: SessionToken::from_bytes(token),
@@ -570,6 +629,15 @@ fn agreed(request: &Request, response: v1::NegotiateSessionResponse) -> Result<A
         address: response.fabric_address,
         streams: response.streams,
     })
+}
+
+/// Whether `path` can be the shm socket of an agent: a destination must not
+/// make this host connect to whatever socket it names.
+fn is_shm_socket(path: &str) -> bool {
+    let path = std::path::Path::new(path);
+    let name = path.file_name().and_then(|name| name.to_str()).unwrap_or_default();
+    let pid = name.strip_prefix("shm-").and_then(|rest| rest.strip_suffix(".sock"));
+    path.is_absolute() && pid.is_some_and(|pid| pid.parse::<u32>().is_ok())
 }
 
 fn tracked_files(info: &GuestInfo, files: &[RamFile]) -> Vec<TrackedFile> {
@@ -618,7 +686,7 @@ fn direct_io(disks: &[String]) -> Status {
 pub(crate) fn refused(refusal: &Refusal) -> Status {
     let code = match refusal {
         Refusal::Exists(_) => Code::AlreadyExists,
-        Refusal::Full(_) => Code::ResourceExhausted,
+        Refusal::Full(_) | Refusal::TooManyKnown(_) => Code::ResourceExhausted,
         Refusal::GuestBusy { .. } => Code::FailedPrecondition,
     };
     status(code, refusal.reason(), refusal.to_string(), [])

@@ -102,3 +102,19 @@ async fn two_agents_share_a_process() {
     first.stop().await;
     second.stop().await;
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn run_directory_that_anybody_may_change_is_refused() {
+    use std::os::unix::fs::PermissionsExt as _;
+    let dir = tempfile::tempdir().unwrap();
+    let run = dir.path().join("run");
+    std::fs::create_dir(&run).unwrap();
+    let allow = |mode| std::fs::set_permissions(&run, std::fs::Permissions::from_mode(mode)).unwrap();
+    allow(0o1777);
+    let refused = run_until(config(dir.path()), std::future::pending(), |_| {}).await.unwrap_err();
+    let text = refused.to_string();
+    assert!(text.contains("1777") && text.contains("chmod o-w"), "{text}");
+    // The VMMs' group may make sockets there.
+    allow(0o770);
+    start(dir.path()).await.stop().await;
+}

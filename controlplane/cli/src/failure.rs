@@ -109,7 +109,10 @@ impl Failure {
     fn notes(&self) -> Vec<(&'static str, String)> {
         match self {
             Self::Refused(refusal) => refusal.notes(),
-            Self::Unreachable { agent, has_tls, .. } => vec![("remedy", unreachable_remedy(agent, *has_tls))],
+            Self::Unreachable { agent, has_tls, source } => {
+                let hint = ramferry_agent::auth::tls_hint(source.as_ref()).map(in_words_of_the_client);
+                vec![("remedy", hint.unwrap_or_else(|| unreachable_remedy(agent, *has_tls)))]
+            }
             Self::Silent { .. } | Self::StreamEnded { .. } => {
                 vec![("remedy", "see the agent's log; `ramferry list` shows what it is doing".to_owned())]
             }
@@ -132,6 +135,16 @@ impl Failure {
     }
 }
 
+/// The client's options have the names of the agent's keys, written as options.
+fn in_words_of_the_client(hint: &str) -> String {
+    let own = [
+        ("certificate in tls_cert", "certificate in --tls-cert"),
+        ("in tls_ca signed", "in --tls-ca signed"),
+    ];
+    let own = own.iter().fold(hint.to_owned(), |text, (key, option)| text.replace(key, option));
+    own.replace("set tls_server_name", "give --tls-server-name")
+}
+
 fn unreachable_remedy(agent: &AgentAddress, has_tls: bool) -> String {
     if !has_tls && !agent.is_loopback() {
         return "check that `ramferry agent` listens there; an agent serves other hosts only with mutual TLS: give \
@@ -140,7 +153,7 @@ fn unreachable_remedy(agent: &AgentAddress, has_tls: bool) -> String {
     }
     if has_tls {
         return "check that `ramferry agent` listens there with TLS, that its certificate names this host (or give \
-                --tls-server-name), and that its authorities signed yours"
+                --tls-server-name), that its authorities signed yours, and that yours has not expired"
             .to_owned();
     }
     "check that `ramferry agent` runs there (--agent or RAMFERRY_AGENT names the address; with TLS give --tls-ca, \

@@ -16,4 +16,4 @@ pub use qemu::fuzzing;
 pub use error::{GuestError, Step};
 pub use guest::{Guest, GuestFuture, GuestInfo, GuestStatus, Paused, Resumed, Side, Timeouts};
 pub use qemu::Qemu;
-pub use qmp::{Ended, QmpClient, QmpError, QmpEvent, Version};
+pub use qmp::{Ended, QmpClient, QmpError, QmpEvent, QmpSocket, Version};

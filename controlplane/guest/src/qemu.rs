@@ -34,7 +34,7 @@ mod stream;
 mod watch;
 
 use std::future::Future;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use ramferry_ram::RamFile;
@@ -42,7 +42,7 @@ use serde_json::json;
 
 use crate::GuestError;
 use crate::guest::{Guest, GuestFuture, GuestInfo, GuestStatus, Paused, Resumed, Side, Timeouts};
-use crate::qmp::{QmpClient, QmpError, Version};
+use crate::qmp::{QmpClient, QmpError, QmpSocket, Version};
 
 use blocks::RamBlock;
 use process::Process;
@@ -52,7 +52,7 @@ use settings::Saved;
 /// A guest that QEMU runs. Holds the QMP connection while it exists.
 #[derive(Debug)]
 pub struct Qemu {
-    path: PathBuf,
+    socket: QmpSocket,
     timeouts: Timeouts,
     version: Version,
     process: Process,
@@ -85,11 +85,11 @@ impl Qemu {
     /// # Errors
     /// The first thing that stands in the way, each with a reason and a remedy.
     pub async fn inspect(
-        qmp: &Path,
+        qmp: impl Into<QmpSocket>,
         side: Side,
         timeouts: Timeouts,
     ) -> Result<(Self, GuestInfo, Vec<RamFile>), GuestError> {
-        let mut qemu = Self::open(qmp, timeouts).await?;
+        let mut qemu = Self::open(qmp.into(), timeouts).await?;
         let found = qemu.explained(inspect::inspect(&qemu, side)).await?;
         qemu.blocks = Some(found.blocks);
         Ok((qemu, found.info, found.files))
@@ -104,8 +104,8 @@ impl Qemu {
     ///
     /// # Errors
     /// When nobody answers at `qmp`.
-    pub async fn attach(qmp: &Path, was_running: bool) -> Result<Self, GuestError> {
-        let qemu = Self::open(qmp, Timeouts::default()).await?;
+    pub async fn attach(qmp: impl Into<QmpSocket>, was_running: bool) -> Result<Self, GuestError> {
+        let qemu = Self::open(qmp.into(), Timeouts::default()).await?;
         *qemu.course() =
             Course { saved: Some(Saved::unknown()), switchover: true, was_running, ..Course::default() };
         Ok(qemu)
@@ -153,11 +153,12 @@ impl Qemu {
         }
     }
 
-    async fn open(qmp: &Path, timeouts: Timeouts) -> Result<Self, GuestError> {
-        let client = QmpClient::connect(qmp, timeouts.command).await?;
-        let pid = client.peer_pid().ok_or_else(|| GuestError::NoProcess { path: qmp.to_owned() })?;
+    async fn open(socket: QmpSocket, timeouts: Timeouts) -> Result<Self, GuestError> {
+        let client = QmpClient::connect(socket.clone(), timeouts.command).await?;
+        let hidden = || GuestError::NoProcess { path: socket.path().to_owned() };
+        let pid = client.peer_pid().ok_or_else(hidden)?;
         Ok(Self {
-            path: qmp.to_owned(),
+            socket,
             timeouts,
             version: client.version(),
             process: Process::open(pid)?,
@@ -181,7 +182,7 @@ impl Qemu {
         if !client.has_ended() {
             return Ok(client);
         }
-        let client = match QmpClient::connect(&self.path, self.timeouts.command).await {
+        let client = match QmpClient::connect(self.socket.clone(), self.timeouts.command).await {
             Ok(client) => Arc::new(client),
             Err(error) => return Err(self.why_lost(error).await),
         };
@@ -190,7 +191,7 @@ impl Qemu {
             return Err(GuestError::Gone { pid: before });
         }
         if before != now {
-            return Err(GuestError::Replaced { path: self.path.clone(), before, now });
+            return Err(GuestError::Replaced { path: self.socket.path().to_owned(), before, now });
         }
         *self.client.lock().unwrap_or_else(PoisonError::into_inner) = Arc::clone(&client);
         Ok(client)

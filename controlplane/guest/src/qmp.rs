@@ -8,11 +8,12 @@
 //! by the kernel and hears nothing, which [`QmpClient::connect`] reports as
 //! [`QmpError::Silent`].
 
+mod socket;
 mod wire;
 
 use std::collections::HashMap;
 use std::io;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, SystemTime};
 
@@ -27,6 +28,7 @@ use tokio::sync::{broadcast, mpsc, oneshot, watch};
 use tokio::task::JoinHandle;
 use tokio::time::timeout;
 
+pub use socket::QmpSocket;
 use wire::{Band, Message};
 
 /// Longest line that is read. `query-named-block-nodes` of a guest with a
@@ -168,15 +170,17 @@ pub struct QmpClient {
 }
 
 impl QmpClient {
-    /// Connects to the socket at `path`, hears its greeting and negotiates,
-    /// all within `limit`, which becomes the time limit of each command too.
+    /// Connects to `socket`, hears its greeting and negotiates, all within
+    /// `limit`, which becomes the time limit of each command too.
     ///
     /// # Errors
     /// When nobody listens, another client is being served, or what answers is
     /// not QEMU.
-    pub async fn connect(path: &Path, limit: Duration) -> Result<Self, QmpError> {
+    pub async fn connect(socket: impl Into<QmpSocket>, limit: Duration) -> Result<Self, QmpError> {
+        let socket = socket.into();
+        let path = socket.path();
         let silent = || QmpError::Silent { path: path.to_owned(), after: limit };
-        let stream = match timeout(limit, UnixStream::connect(path)).await {
+        let stream = match timeout(limit, UnixStream::connect(socket.address())).await {
             Ok(Ok(stream)) => stream,
             // The backlog is full of clients that wait for their turn.
             Ok(Err(error)) if error.kind() == io::ErrorKind::WouldBlock => return Err(silent()),

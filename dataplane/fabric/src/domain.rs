@@ -97,7 +97,7 @@ pub enum RegisterError {
     #[error("the peer cannot be given the right to write: this side's RAM files are open for reading only")]
     ReadOnly,
     /// The memory could not be made present.
-    #[error("the memory cannot be made present")]
+    #[error("the memory cannot be made present: {0}")]
     Ram(#[source] RamError),
     /// A link has room for no more regions.
     #[error("there are too many regions: use larger windows")]

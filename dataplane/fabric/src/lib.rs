@@ -25,11 +25,11 @@ pub mod conformance;
 mod domain;
 #[cfg(feature = "conformance")]
 pub mod faulty;
-#[cfg(feature = "limits")]
-pub mod limits;
 #[cfg(feature = "fuzzing")]
 #[doc(hidden)]
 pub mod fuzzing;
+#[cfg(feature = "limits")]
+pub mod limits;
 mod link;
 mod session;
 pub mod shm;

@@ -494,3 +494,21 @@ fn other_users_are_refused_by_shm() {
     assert!(refused.is_some(), "the token alone opens no link to another user");
     expect_working(&pair);
 }
+
+#[test]
+fn keys_are_random_and_no_key_comes_back() {
+    let memory = || TestMemory::patterned(1, Access::ReadWrite).memory;
+    let domains: Vec<_> = (0..4).map(|_| TcpDomain::new(memory()).unwrap()).collect();
+    let mut keys = Vec::new();
+    for domain in &domains {
+        for _ in 0..32 {
+            let region = domain.register(REGION, Rights::REMOTE_WRITE).unwrap();
+            domain.deregister(region.key).unwrap();
+            keys.push(region.key.0);
+        }
+    }
+    keys.sort_unstable();
+    let nearest = keys.windows(2).map(|pair| pair[1] - pair[0]).min().unwrap();
+    // Of 128 random keys two are so near one another once in 2^31 runs.
+    assert!(nearest > 1 << 20, "keys can be guessed from others: {nearest} apart");
+}

@@ -88,8 +88,14 @@ pub struct DestinationParts {
     pub answer: Box<dyn Fn(PeerAnswer) -> bool + Send + Sync>,
 }
 
+/// A place in a bounded queue of the source's orders: given back, by being
+/// dropped, when the order was carried out.
+pub type Place = Arc<dyn Send + Sync>;
+
 /// What reaches a destination's driver.
 pub enum DestinationInput {
+    /// An order of the source, with its place.
+    Placed(Box<DestinationInput>, Place),
     /// An event for the engine.
     Event(DestinationEvent),
     /// `Prepare` succeeded.
@@ -219,11 +225,16 @@ impl Driver {
     }
 
     fn take(&mut self, input: DestinationInput) {
+        let (input, place) = match input {
+            DestinationInput::Placed(input, place) => (*input, Some(place)),
+            input => (input, None),
+        };
         match input {
+            DestinationInput::Placed(..) => unreachable!("an order has one place"),
             DestinationInput::Event(event) => self.feed(event),
             DestinationInput::Ready(parts) => self.set_up(*parts),
-            DestinationInput::RegisterWindows(windows) => self.register(windows),
-            DestinationInput::ReleaseWindows(ids) => self.release_windows(ids),
+            DestinationInput::RegisterWindows(windows) => self.register(windows, place.as_ref()),
+            DestinationInput::ReleaseWindows(ids) => self.release_windows(ids, place),
             DestinationInput::ZeroPages { block, runs } => self.clear(block, &runs),
             DestinationInput::Digested(Ok(digests)) => {
                 if let Some(plane) = &self.plane {
@@ -303,7 +314,7 @@ impl Driver {
         self.feed(DestinationEvent::Prepared);
     }
 
-    fn register(&mut self, windows: Vec<Window>) {
+    fn register(&mut self, windows: Vec<Window>, place: Option<&Place>) {
         let Some(plane) = &self.plane else {
             return;
         };
@@ -319,8 +330,11 @@ impl Driver {
                 } else if regions.insert(window.id, None).is_some() {
                     refused = Some(format!("window {} was registered already", window.id.0));
                 } else {
-                    let shared = Arc::clone(&plane.shared);
-                    plane.pool.run(move || shared.register(&window));
+                    let (shared, place) = (Arc::clone(&plane.shared), place.cloned());
+                    plane.pool.run(move || {
+                        shared.register(&window);
+                        drop(place);
+                    });
                 }
             }
         }
@@ -329,10 +343,13 @@ impl Driver {
         }
     }
 
-    fn release_windows(&mut self, ids: Vec<WindowId>) {
+    fn release_windows(&mut self, ids: Vec<WindowId>, place: Option<Place>) {
         if let Some(plane) = &self.plane {
             let shared = Arc::clone(&plane.shared);
-            plane.pool.run(move || shared.release(ids));
+            plane.pool.run(move || {
+                shared.release(ids);
+                drop(place);
+            });
         }
     }
 

@@ -26,7 +26,7 @@ pub use copy::SendOrder;
 pub use counters::{Counted, Registered, Stall};
 pub use destination::{
     DestinationHandle, DestinationInput, DestinationOutside, DestinationParts, DestinationSnapshot,
-    PeerAnswer, RegisteredWindow, spawn_destination,
+    PeerAnswer, Place, RegisteredWindow, spawn_destination,
 };
 pub use source::{SourceHandle, SourceInput, SourceOutside, SourceParts, SourceSnapshot, spawn_source};
 

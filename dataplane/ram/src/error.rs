@@ -95,7 +95,10 @@ pub enum RamError {
         source: io::Error,
     },
     /// A RAM file was truncated while it was mapped.
-    #[error("the RAM file was truncated to {file_bytes} bytes while in use; the page at {offset:#x} is gone")]
+    #[error(
+        "the RAM file was truncated to {file_bytes} bytes while in use; the page at {offset:#x} is gone: \
+         end the guest, whose RAM is lost, and find out what truncates files in its directory"
+    )]
     Truncated {
         /// The first page found missing, in bytes from the block's start.
         offset: u64,

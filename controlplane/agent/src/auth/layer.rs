@@ -6,12 +6,13 @@ use std::task::{Context, Poll};
 
 use http::{Request, Response};
 use tonic::body::Body;
-use tonic::transport::server::{TcpConnectInfo, TlsConnectInfo};
+use tonic::transport::server::TlsConnectInfo;
 use tonic::{Code, Status};
 use tower::{Layer, Service};
 use tracing::warn;
 
 use super::{Caller, ROLE_PREFIX, Role};
+use crate::server::Origin;
 use crate::status::status;
 
 /// Authorizes every request of the services below it.
@@ -57,13 +58,18 @@ where
     }
 
     fn call(&mut self, mut request: Request<R>) -> Self::Future {
-        let caller = if self.tls {
-            Caller::of_connection(request.extensions().get::<TlsConnectInfo<TcpConnectInfo>>())
+        let extensions = request.extensions();
+        let (caller, origin) = if self.tls {
+            let connection = extensions.get::<TlsConnectInfo<Origin>>();
+            (Caller::of_connection(connection), connection.map(TlsConnectInfo::get_ref))
         } else {
-            Some(Caller::loopback())
+            (Some(Caller::loopback()), extensions.get::<Origin>())
         };
         match authorize(caller, request.uri().path()) {
             Ok(caller) => {
+                if let Some(origin) = origin {
+                    origin.let_in();
+                }
                 request.extensions_mut().insert(caller);
                 Box::pin(self.inner.call(request))
             }

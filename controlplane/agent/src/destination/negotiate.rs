@@ -1,24 +1,24 @@
 //! Making a session: the destination's refusals, all before anything is
 //! changed, and what it chooses.
 
-use std::path::Path;
 use std::sync::Arc;
 
 use ramferry_engine::Destination;
 use ramferry_fabric::{FabricKind, SessionToken};
-use ramferry_guest::{GuestError, GuestInfo, Qemu, Side, Timeouts};
+use ramferry_guest::{GuestInfo, Side};
 use ramferry_proto::v1;
-use ramferry_ram::{Block, Layout, RamFile};
+use ramferry_ram::{Block, Layout};
 use tonic::{Code, Status};
 
 use super::{Plan, Start, start};
 use crate::MigrationRole;
 use crate::core::{Agent, PROTOCOL_VERSION};
 use crate::guest_cell::GuestCell;
+use crate::inspect::inspect;
 use crate::journal::{Created, SpecRecord, is_migration_id};
 use crate::migrations::Entry;
 use crate::publish::Publisher;
-use crate::request::{fabric, fabric_on_the_wire, registration_mode};
+use crate::request::{MAX_STREAMS, fabric, fabric_on_the_wire, registration_mode};
 use crate::source::{DEFAULT_STREAMS, refused, unix_milliseconds};
 use crate::status::{Violation, causes, internal, invalid_argument, precondition, status};
 
@@ -43,6 +43,10 @@ pub(crate) async fn negotiate(
             "an id is 1 to 64 of [A-Za-z0-9._-]",
         ));
     }
+    if request.streams > MAX_STREAMS {
+        let message = format!("streams is {}: give at most {MAX_STREAMS}", request.streams);
+        return Err(invalid_argument("streams", "OUT_OF_RANGE", message));
+    }
     let layout = layout(&request.blocks)?;
     let (chosen, reason) = choose(agent, &request)?;
     let mode = registration_mode(request.registration_mode)?;
@@ -52,7 +56,8 @@ pub(crate) async fn negotiate(
         let claim = agent.registry.claim(MigrationRole::Destination, &request.migration_id);
         Some(claim.map_err(|refusal| refused(&refusal))?)
     };
-    let (guest, info, files) = inspect(agent, &request).await?;
+    let (guest, info, files) =
+        inspect(agent, request.destination_qmp_path.as_ref(), Side::Destination).await?;
     check_guests(&request, &layout, &info)?;
     let mut response = v1::NegotiateSessionResponse {
         protocol_version: PROTOCOL_VERSION,
@@ -141,31 +146,6 @@ fn address(agent: &Agent, chosen: FabricKind) -> String {
         FabricKind::Shm => agent.shm.path().display().to_string(),
         FabricKind::Tcp | FabricKind::Verbs => agent.tcp.local_addr().to_string(),
     }
-}
-
-async fn inspect(
-    agent: &Agent,
-    request: &v1::NegotiateSessionRequest,
-) -> Result<(Qemu, GuestInfo, Vec<RamFile>), Status> {
-    let path = agent.config.guest_dirs.resolve(Path::new(&request.destination_qmp_path));
-    let path = path.map_err(|error| {
-        let violation = Violation {
-            kind: "GUEST".into(),
-            subject: request.destination_qmp_path.clone(),
-            description: causes(&error),
-        };
-        precondition(error.reason(), format!("the destination guest: {}", causes(&error)), [violation], [])
-    })?;
-    let inspected = Qemu::inspect(&path, Side::Destination, Timeouts::default()).await;
-    inspected.map_err(|error| guest_refusal("destination", &error))
-}
-
-/// A guest's refusal as a status: which side, why, and the remedy.
-pub(crate) fn guest_refusal(side: &str, error: &GuestError) -> Status {
-    let remedy = error.remedy();
-    let message = format!("the {side} guest cannot be migrated: {}; {remedy}", causes(error));
-    let violation = Violation { kind: "GUEST".into(), subject: side.to_owned(), description: remedy };
-    precondition(error.reason(), message, [violation], [("side", side.to_owned())])
 }
 
 fn check_guests(

@@ -27,7 +27,8 @@ pub enum Durability {
 #[derive(Debug)]
 pub struct MigrationLog {
     path: PathBuf,
-    file: File,
+    /// `None` of a migration that ended: the files of those an agent keeps are many.
+    file: Option<File>,
     length: u64,
     poisoned: bool,
 }
@@ -52,7 +53,7 @@ impl MigrationLog {
             .mode(0o600)
             .open(written_at)
             .map_err(|source| JournalError::Io { path: written_at.to_owned(), source })?;
-        let mut log = Self { path: path.to_owned(), file, length: 0, poisoned: false };
+        let mut log = Self { path: path.to_owned(), file: Some(file), length: 0, poisoned: false };
         log.write(&frame, Durability::Synced)?;
         Ok(log)
     }
@@ -76,25 +77,28 @@ impl MigrationLog {
         }
         // An earlier agent may have buffered what is about to be acted upon.
         file.sync_all().map_err(at)?;
+        let ended = records.iter().any(|record| matches!(record, Record::Ended { .. }));
+        let file = (!ended).then_some(file);
         let log = Self { path: path.to_owned(), file, length: whole, poisoned: false };
         Ok(Recovered { created, records, log })
     }
 
     fn write(&mut self, frame: &[u8], durability: Durability) -> Result<(), JournalError> {
-        if self.poisoned {
+        let Some(file) = self.file.as_ref().filter(|_| !self.poisoned) else {
             return Err(JournalError::Poisoned { path: self.path.clone() });
-        }
+        };
         let room = LOG_LIMIT_BYTES - self.length;
         if frame.len() as u64 > room {
             return Err(JournalError::TooLarge { length_bytes: frame.len(), limit_bytes: room });
         }
-        if let Err(source) = self.file.write_all_at(frame, self.length) {
-            return Err(self.take_back(source));
+        if let Err(source) = file.write_all_at(frame, self.length) {
+            let cut = file.set_len(self.length);
+            return Err(self.taken_back(source, cut));
         }
         if durability == Durability::Synced {
             // After a failed fsync the kernel may have dropped the pages or
             // written them: no later call can tell.
-            if let Err(source) = self.file.sync_data() {
+            if let Err(source) = file.sync_data() {
                 self.poisoned = true;
                 return Err(JournalError::Uncertain { path: self.path.clone(), source });
             }
@@ -103,9 +107,9 @@ impl MigrationLog {
         Ok(())
     }
 
-    /// Cuts off a frame of which only a part was written.
-    fn take_back(&mut self, source: io::Error) -> JournalError {
-        match self.file.set_len(self.length) {
+    /// What a failed write means, after `cut`: cutting off what it may have written.
+    fn taken_back(&mut self, source: io::Error, cut: io::Result<()>) -> JournalError {
+        match cut {
             Ok(()) => JournalError::Append { path: self.path.clone(), source },
             Err(cut) => {
                 warn!(path = %self.path.display(), error = %cut, "journal: cannot cut off half a record");
@@ -157,6 +161,6 @@ pub(super) fn encode<T: Serialize>(record: &T) -> Result<Vec<u8>, JournalError> 
 impl MigrationLog {
     /// A log over any file, to make its writes fail.
     pub(super) fn over(path: &Path, file: File) -> Self {
-        Self { path: path.to_owned(), file, length: 0, poisoned: false }
+        Self { path: path.to_owned(), file: Some(file), length: 0, poisoned: false }
     }
 }

@@ -341,3 +341,44 @@ fn spec_survives_the_journal() {
     };
     assert_eq!(ParametersRecord::try_from(&negative).unwrap_err().field, "timeout");
 }
+
+#[test]
+fn directory_that_others_may_change_is_refused() {
+    use std::os::unix::fs::PermissionsExt as _;
+    let dir = tempfile::tempdir().unwrap();
+    let (state, journal) = (dir.path().join("state"), dir.path().join("state/journal"));
+    drop(Journal::open(&journal).unwrap());
+    let allow = |path: &Path, mode| fs::set_permissions(path, fs::Permissions::from_mode(mode)).unwrap();
+    for (path, mode) in [(&journal, 0o770), (&state, 0o777), (&journal, 0o702)] {
+        allow(path, mode);
+        let error = Journal::open(&journal).unwrap_err();
+        assert!(matches!(error, JournalError::Exposed { .. }), "{error}");
+        let text = error.to_string();
+        assert!(text.contains(&format!("{mode:04o}")) && text.contains("chmod go-w"), "{text}");
+        allow(path, 0o755);
+    }
+    Journal::open(&journal).unwrap();
+}
+
+#[test]
+fn logs_of_what_has_ended_hold_no_files() {
+    let open_files =
+        || fs::read_dir("/proc/self/fd").unwrap().flatten().filter_map(|fd| fs::read_link(fd.path()).ok());
+    let dir = tempfile::tempdir().unwrap();
+    let ended = Record::Ended {
+        state: "FAILED".into(),
+        reason: String::new(),
+        message: String::new(),
+        summary: serde_json::Value::Null,
+    };
+    {
+        let (journal, _) = Journal::open(dir.path()).unwrap();
+        begin(&journal, "over").append(&ended, SYNCED).unwrap();
+        begin(&journal, "on");
+    }
+    let (_journal, mut recovered) = Journal::open(dir.path()).unwrap();
+    let is_open = |id| open_files().any(|path| path == file_of(dir.path(), id));
+    assert!(!is_open("over") && is_open("on"));
+    let over = recovered.iter_mut().find(|found| found.created.id == "over").unwrap();
+    assert!(matches!(over.log.append(&ended, SYNCED), Err(JournalError::Poisoned { .. })));
+}

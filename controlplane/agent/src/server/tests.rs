@@ -47,13 +47,18 @@ struct Running {
 }
 
 impl Running {
-    async fn start(mut options: Options) -> Self {
+    async fn start(options: Options) -> Self {
+        Self::start_limited(options, incoming::CONNECTIONS_LIMIT).await
+    }
+
+    async fn start_limited(mut options: Options, connections_limit: usize) -> Self {
         options.listen = Some("127.0.0.1:0".into());
         options.metrics_listen = Some("127.0.0.1:0".into());
         options.shutdown_grace = Some("200ms".into());
         let config = Config::check(&options).unwrap();
         let metrics = Metrics::new();
-        let server = Server::bind(&config, metrics.clone()).await.unwrap();
+        let mut server = Server::bind(&config, metrics.clone()).await.unwrap();
+        server.connections_limit = connections_limit;
         let bound = server.bound();
         let services = Services::new().with(NodeServiceServer::new(EchoCaller));
         let health = services.health();
@@ -191,6 +196,8 @@ async fn address_that_is_taken_is_named() {
     running.stop().await;
 }
 
+mod certificates;
+
 /// An authority and the files that it made.
 struct Authority {
     dir: tempfile::TempDir,
@@ -201,6 +208,7 @@ struct Authority {
 enum Valid {
     Now,
     InThePast,
+    InTheFuture,
 }
 
 impl Authority {
@@ -215,15 +223,24 @@ impl Authority {
     }
 
     fn issue(&self, name: &str, roles: &[&str], valid: Valid) -> TlsConfig {
-        let mut params = CertificateParams::new(vec!["agent.test".to_owned()]).unwrap();
+        self.issue_for("agent.test", name, roles, valid)
+    }
+
+    fn issue_for(&self, host: &str, name: &str, roles: &[&str], valid: Valid) -> TlsConfig {
+        let mut params = CertificateParams::new(vec![host.to_owned()]).unwrap();
         params.distinguished_name.push(DnType::CommonName, name);
         for role in roles {
             let uri = format!("ramferry:role:{role}");
             params.subject_alt_names.push(SanType::URI(Ia5String::try_from(uri).unwrap()));
         }
-        if let Valid::InThePast = valid {
-            params.not_before = date_time_ymd(2001, 1, 1);
-            params.not_after = date_time_ymd(2002, 1, 1);
+        let years = match valid {
+            Valid::Now => None,
+            Valid::InThePast => Some((2001, 2002)),
+            Valid::InTheFuture => Some((4000, 4001)),
+        };
+        if let Some((from, to)) = years {
+            params.not_before = date_time_ymd(from, 1, 1);
+            params.not_after = date_time_ymd(to, 1, 1);
         }
         let key = KeyPair::generate().unwrap();
         let certificate = params.signed_by(&key, &self.issuer).unwrap();
@@ -248,6 +265,10 @@ impl Secured {
     async fn start() -> Self {
         let authority = Authority::new();
         let tls = authority.issue("server", &["peer"], Valid::Now);
+        Self::start_with(authority, tls).await
+    }
+
+    async fn start_with(authority: Authority, tls: TlsConfig) -> Self {
         let options = Options {
             tls_cert: Some(tls.cert),
             tls_key: Some(tls.key),

@@ -6,7 +6,7 @@ use std::time::Duration;
 use bytes::Bytes;
 use ramferry_engine::{Failure, Reason, SourceEvent};
 use ramferry_fabric::RegionKey;
-use ramferry_fabric::windows::WindowId;
+use ramferry_fabric::windows::{Window, WindowId};
 use ramferry_mover::{PeerOrder, SourceHandle, SourceInput};
 use ramferry_proto::v1;
 use ramferry_proto::v1::exchange_control_request::Order;
@@ -20,10 +20,14 @@ use tonic::transport::{Channel, Endpoint};
 
 use crate::config::TlsConfig;
 use crate::core::EXCHANGE_TIMEOUT;
-use crate::device_stream::Incoming;
+use crate::device_stream::{Incoming, MESSAGE_BYTES};
 
 /// Orders that wait for the network.
 const ORDERS: usize = 1024;
+/// Most windows, or runs of pages, that one order carries: less than 1 MiB of them.
+pub(crate) const ORDER_ITEMS: usize = 16 * 1024;
+/// Longest text of a peer that is kept and shown.
+pub(super) const PEER_TEXT_BYTES: usize = 2048;
 /// A peer that does not answer keepalives for this long, after this long a
 /// silence, is lost.
 const KEEPALIVE: Duration = Duration::from_secs(5);
@@ -210,6 +214,9 @@ impl Peer {
             }
             Answer::IncomingReady(_) => self.said.send_modify(|said| said.incoming_ready = true),
             Answer::DeviceState(state) => {
+                if state.data.len() > MESSAGE_BYTES {
+                    return Err("the destination sent device state in messages that are too long".into());
+                }
                 // Without a VMM that reads there is nobody to give it to.
                 let _ = self.device_state.send(state).await;
             }
@@ -265,7 +272,7 @@ fn windows_registered(windows: Vec<v1::RegisteredWindow>) -> SourceInput {
             tracing::trace!(id = window.id, ?elapsed, "registered at the destination");
             (id, Ok(RegionKey(window.remote_key)))
         } else {
-            (id, Err(window.error))
+            (id, Err(shortened(window.error)))
         }
     });
     SourceInput::WindowsRegistered(settled.collect())
@@ -283,9 +290,45 @@ pub(crate) fn take_presence(
     Ok(if part.last { so_far.take() } else { None })
 }
 
+/// Ends a session that was negotiated and is not to be used, or its guest and
+/// its id would stay taken until the destination gives it up by itself.
+pub(super) async fn give_up(channel: Channel, id: &str, token: Bytes, why: &str) {
+    let open = v1::OpenSession { migration_id: id.to_owned(), session_token: token.to_vec() };
+    let abort = v1::AbortSession {
+        reason: Reason::PeerRefused.as_str().into(),
+        message: format!("the source's agent does not begin the migration: {why}"),
+    };
+    let orders = [Order::Open(open), Order::Abort(abort)];
+    let orders = orders.map(|order| v1::ExchangeControlRequest { order: Some(order) });
+    let told = async {
+        let mut client = PeerServiceClient::new(channel);
+        let mut answers = client.exchange_control(tokio_stream::iter(orders)).await?.into_inner();
+        while let Some(answer) = answers.message().await? {
+            if matches!(answer.answer, Some(Answer::Aborted(_))) {
+                break;
+            }
+        }
+        Ok::<(), Status>(())
+    };
+    match tokio::time::timeout(EXCHANGE_TIMEOUT, told).await {
+        Ok(Ok(())) => {}
+        Ok(Err(status)) => tracing::warn!(id, error = status.message(), "a session was not given up"),
+        Err(_) => tracing::warn!(id, "a session was not given up in time"),
+    }
+}
+
 /// A failure that came from a peer.
 pub(crate) fn failure_of(reason: &str, message: String) -> Failure {
-    Failure { reason: reason.parse().unwrap_or(Reason::DestinationAborted), message }
+    Failure { reason: reason.parse().unwrap_or(Reason::DestinationAborted), message: shortened(message) }
+}
+
+/// A peer's text, of a length that a journal's record and an answer have room for.
+fn shortened(mut text: String) -> String {
+    if text.len() > PEER_TEXT_BYTES {
+        text.truncate(text.floor_char_boundary(PEER_TEXT_BYTES));
+        text.push('…');
+    }
+    text
 }
 
 /// Adds a peer's runs to `pages`.
@@ -308,24 +351,30 @@ fn add_runs(pages: &mut PageSets, runs: &v1::PageRuns) -> Result<(), String> {
     Ok(())
 }
 
-/// An order of the data plane as it goes over the wire.
-pub(crate) fn order(order: PeerOrder) -> Order {
+/// An order of the data plane as it goes over the wire, in as many messages as
+/// it takes: with pin-all, the windows of a large guest are too many for one.
+pub(crate) fn orders(order: &PeerOrder) -> Vec<Order> {
     match order {
         PeerOrder::RegisterWindows(windows) => {
-            let windows = windows.into_iter().map(|window| v1::Window {
+            let window = |window: &Window| v1::Window {
                 id: window.id.0,
                 block: window.range.block.0,
                 offset: window.range.offset,
                 length: window.range.length,
-            });
-            Order::RegisterWindows(v1::RegisterWindows { windows: windows.collect() })
+            };
+            let some = |some: &[Window]| v1::RegisterWindows { windows: some.iter().map(window).collect() };
+            windows.chunks(ORDER_ITEMS).map(|windows| Order::RegisterWindows(some(windows))).collect()
         }
         PeerOrder::ReleaseWindows(ids) => {
-            Order::ReleaseWindows(v1::ReleaseWindows { ids: ids.into_iter().map(|id| id.0).collect() })
+            let some = |some: &[WindowId]| v1::ReleaseWindows { ids: some.iter().map(|id| id.0).collect() };
+            ids.chunks(ORDER_ITEMS).map(|ids| Order::ReleaseWindows(some(ids))).collect()
         }
         PeerOrder::ZeroPages { block, runs } => {
-            let runs = runs.into_iter().flat_map(|run| [run.first, run.count]).collect();
-            Order::ZeroPages(v1::PageRuns { block: block.0, runs })
+            let some = |some: &[PageRun]| v1::PageRuns {
+                block: block.0,
+                runs: some.iter().flat_map(|run| [run.first, run.count]).collect(),
+            };
+            runs.chunks(ORDER_ITEMS).map(|runs| Order::ZeroPages(some(runs))).collect()
         }
     }
 }
@@ -345,7 +394,70 @@ pub(crate) fn blocks(layout: &Layout) -> Vec<v1::MemoryBlock> {
 mod tests {
     use ramferry_ram::Block;
 
+    use prost::Message as _;
+    use ramferry_ram::BlockRange;
+
     use super::*;
+
+    /// The encoded length of `order` as a message.
+    fn encoded_bytes(order: Order) -> usize {
+        v1::ExchangeControlRequest { order: Some(order) }.encoded_len()
+    }
+
+    #[test]
+    fn orders_for_the_largest_guest_fit_into_messages() {
+        const WINDOW_BYTES: u64 = 64 << 20;
+        const WINDOWS: u64 = 1 << 20;
+        // Ids and places as large as they come.
+        let id = |index: u64| WindowId(u64::MAX - index);
+        let window = |index: u64| Window {
+            id: id(index),
+            range: BlockRange {
+                block: BlockIndex(1 << 20),
+                offset: index * WINDOW_BYTES,
+                length: WINDOW_BYTES,
+            },
+        };
+        let windows: Vec<Window> = (0..WINDOWS).map(window).collect();
+        let mut ordered = 0;
+        for order in orders(&PeerOrder::RegisterWindows(windows.clone())) {
+            let Order::RegisterWindows(part) = &order else { panic!("{order:?}") };
+            for found in &part.windows {
+                let wanted = &windows[ordered];
+                assert_eq!((found.id, found.offset), (wanted.id.0, wanted.range.offset));
+                ordered += 1;
+            }
+            assert!(encoded_bytes(order) < crate::server::MESSAGE_LIMIT_BYTES / 4);
+        }
+        assert_eq!(ordered, windows.len());
+
+        let mut released = 0;
+        for order in orders(&PeerOrder::ReleaseWindows((0..WINDOWS).map(id).collect())) {
+            let Order::ReleaseWindows(part) = &order else { panic!("{order:?}") };
+            released += part.ids.len();
+            assert!(encoded_bytes(order) < crate::server::MESSAGE_LIMIT_BYTES / 4);
+        }
+        assert_eq!(released, windows.len());
+
+        let runs: Vec<PageRun> =
+            (0..WINDOWS).map(|n| PageRun { first: (1 << 40) + 2 * n, count: 1 }).collect();
+        let mut zeroed = 0;
+        for order in orders(&PeerOrder::ZeroPages { block: BlockIndex(0), runs }) {
+            let Order::ZeroPages(part) = &order else { panic!("{order:?}") };
+            zeroed += part.runs.len() / 2;
+            assert!(encoded_bytes(order) < crate::server::MESSAGE_LIMIT_BYTES / 4);
+        }
+        assert_eq!(zeroed, windows.len());
+    }
+
+    #[test]
+    fn endless_text_of_a_peer_is_cut_between_characters() {
+        let failure = failure_of("NO_SUCH_REASON", "ä".repeat(1 << 20));
+        assert_eq!(failure.reason, Reason::DestinationAborted);
+        assert!(failure.message.len() < PEER_TEXT_BYTES + 4);
+        assert!(failure.message.ends_with('…'));
+        assert_eq!(failure_of("LINK_LOST", "short".into()).message, "short");
+    }
 
     #[test]
     fn runs_of_a_hostile_destination_are_refused() {

@@ -13,7 +13,7 @@ Examples:
         --data-listen 127.0.0.1:8051 --metrics-listen off
 
   A host of a cluster:
-    ramferry agent --listen 10.0.0.1:7050 --data-listen 10.0.0.1:7051 --guest-dirs /run/guests \\
+    ramferry agent --listen 10.0.0.1:7050 --data-listen 10.0.0.1:7051 --guest-dirs /run/guests,/dev/shm/guests \\
         --tls-cert /etc/ramferry/node.pem --tls-key /etc/ramferry/node.key --tls-ca /etc/ramferry/ca.pem
 
 Every option is also a key of the configuration file (data_listen = \"10.0.0.1:7051\") and an
@@ -42,7 +42,8 @@ pub(crate) struct AgentArgs {
     /// Directory for unix sockets [default: /run/ramferry].
     #[arg(long, value_name = "DIR")]
     pub(crate) run_dir: Option<PathBuf>,
-    /// Directories that hold guests' QMP sockets; may be repeated [default: any, where only loopback is served].
+    /// Directories that hold guests' QMP sockets and RAM files; may be repeated [default: any, where only
+    /// loopback is served].
     #[arg(long, alias = "guest-dir", value_name = "DIR", value_delimiter = ',')]
     pub(crate) guest_dirs: Option<Vec<PathBuf>>,
     /// Most migrations at once, both roles together [default: 4].

@@ -2,7 +2,7 @@
 
 use std::path::Path;
 
-use rcgen::{BasicConstraints, CertificateParams, CertifiedIssuer, IsCa, KeyPair};
+use rcgen::{BasicConstraints, CertificateParams, CertifiedIssuer, IsCa, KeyPair, date_time_ymd};
 use tonic::transport::{Certificate, Identity, ServerTlsConfig};
 
 use crate::command::run;
@@ -19,15 +19,26 @@ impl Authority {
     }
 
     fn issue(&self, name: &str) -> (String, String) {
+        self.issue_for_years(name, None)
+    }
+
+    fn issue_for_years(&self, name: &str, years: Option<(i32, i32)>) -> (String, String) {
         let key = KeyPair::generate().expect("a key");
-        let params = CertificateParams::new(vec![name.to_owned()]).expect("a name");
+        let mut params = CertificateParams::new(vec![name.to_owned()]).expect("a name");
+        if let Some((from, to)) = years {
+            params.not_before = date_time_ymd(from, 1, 1);
+            params.not_after = date_time_ymd(to, 1, 1);
+        }
         let certificate = params.signed_by(&key, &self.0).expect("a certificate");
         (certificate.pem(), key.serialize_pem())
     }
 }
 
 fn agent(authority: &Authority, name: &str) -> Agent {
-    let (certificate, key) = authority.issue(name);
+    agent_with(authority, authority.issue(name))
+}
+
+fn agent_with(authority: &Authority, (certificate, key): (String, String)) -> Agent {
     let tls = ServerTlsConfig::new()
         .identity(Identity::from_pem(certificate, key))
         .client_ca_root(Certificate::from_pem(authority.0.pem()));
@@ -79,7 +90,9 @@ fn strangers_and_plain_connections_are_unreachable_with_a_remedy() {
     let agent = agent(&authority, "127.0.0.1");
     let stranger = run(agent.address(), &format!("list {}", flags(directory.path())));
     assert_eq!(stranger.code, 4, "{stranger:?}");
-    assert!(stranger.stderr.contains("its authorities signed yours"), "{}", stranger.stderr);
+    // What the server thinks of the certificate is lost when it closes too soon.
+    let told = ["signed by an authority in that agent's tls_ca", "that its authorities signed yours"];
+    assert!(told.iter().any(|part| stranger.stderr.contains(part)), "{}", stranger.stderr);
     let plain = run(agent.address(), "list");
     assert_eq!(plain.code, 4, "{plain:?}");
     assert!(plain.stderr.contains("with TLS give --tls-ca"), "{}", plain.stderr);
@@ -93,4 +106,44 @@ fn file_that_is_no_certificate_is_named() {
     let ended = run("127.0.0.1:1", &format!("list --tls-ca {}", path.display()));
     assert_eq!(ended.code, 2, "{ended:?}");
     assert_eq!(ended.stderr, format!("error: --tls-ca {}: not a PEM file\n", path.display()));
+}
+
+#[test]
+fn certificates_out_of_their_time_are_told_by_side() {
+    let authority = Authority::new();
+    let (past, future) = (Some((2001, 2002)), Some((4000, 4001)));
+    for (agents, clients, part) in [
+        (past, None, "certificate of the agent there has expired: renew it on its host"),
+        (future, None, "certificate of the agent there is not valid yet"),
+        (None, past, "the certificate in --tls-cert has expired or is not valid yet: renew it"),
+        (None, future, "compare the clocks of both hosts"),
+    ] {
+        let agent = agent_with(&authority, authority.issue_for_years("127.0.0.1", agents));
+        let directory = tempfile::tempdir().expect("a directory");
+        write_client_files(directory.path(), &authority, &authority);
+        let (certificate, key) = authority.issue_for_years("client", clients);
+        std::fs::write(directory.path().join("cert"), certificate).expect("a temporary directory");
+        std::fs::write(directory.path().join("key"), key).expect("a temporary directory");
+        let ended = run(agent.address(), &format!("list {}", flags(directory.path())));
+        assert_eq!(ended.code, 4, "{ended:?}");
+        // What a server thinks of a client's certificate is lost when it closes too soon.
+        let lost = clients.is_some() && ended.stderr.contains("that yours has not expired");
+        assert!(lost || ended.stderr.contains(part), "{part:?} is not in {}", ended.stderr);
+    }
+}
+
+#[test]
+fn agent_of_another_authority_is_told_from_one_that_does_not_speak_tls() {
+    let authority = Authority::new();
+    let directory = tempfile::tempdir().expect("a directory");
+    write_client_files(directory.path(), &authority, &authority);
+    let stranger = Authority::new();
+    let agent = agent(&stranger, "127.0.0.1");
+    let refused = run(agent.address(), &format!("list {}", flags(directory.path())));
+    assert_eq!(refused.code, 4, "{refused:?}");
+    assert!(refused.stderr.contains("no authority in --tls-ca signed the certificate"), "{}", refused.stderr);
+    let plain = Agent::start(Script::default());
+    let refused = run(plain.address(), &format!("list {}", flags(directory.path())));
+    assert_eq!(refused.code, 4, "{refused:?}");
+    assert!(refused.stderr.contains("does not speak TLS"), "{}", refused.stderr);
 }

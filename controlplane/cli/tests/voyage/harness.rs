@@ -17,6 +17,10 @@ use tonic::{Code, Status};
 pub(crate) const MIB: u64 = 1 << 20;
 pub(crate) const PATIENCE: Duration = Duration::from_secs(60);
 
+/// Unless a test asks for another.
+const LOG_FILTER: [&str; 2] =
+    ["--log-filter", "info,ramferry_agent=debug,ramferry_mover=debug,ramferry_guest=debug"];
+
 /// The program under test.
 pub(crate) fn ramferry() -> Command {
     let mut command = Command::new(env!("CARGO_BIN_EXE_ramferry"));
@@ -42,6 +46,18 @@ impl Agent {
         Agent::start_in(tempfile::tempdir().unwrap(), "127.0.0.1:0", arguments)
     }
 
+    /// An agent whose state directory is a file system of 64 KiB, which it alone has mounted.
+    pub(crate) fn start_on_small_disk() -> Agent {
+        const MOUNT: &str = r#"mount -t tmpfs -o size=64k,mode=0700 small "$0" && exec "$@""#;
+        let directory = tempfile::tempdir().unwrap();
+        let state = directory.path().join("state");
+        std::fs::create_dir(&state).unwrap();
+        let mut command = Command::new("unshare");
+        command.args(["--mount", "--propagation", "private", "sh", "-c", MOUNT]).arg(state);
+        command.arg(env!("CARGO_BIN_EXE_ramferry")).stdin(Stdio::null());
+        Agent::start_as(command, directory, "127.0.0.1:0", &[])
+    }
+
     /// The agent again, after its end: same directories, same address.
     pub(crate) fn restart(mut self) -> Agent {
         self.kill();
@@ -50,15 +66,19 @@ impl Agent {
     }
 
     fn start_in(directory: TempDir, listen: &str, arguments: &[&str]) -> Agent {
+        Agent::start_as(ramferry(), directory, listen, arguments)
+    }
+
+    fn start_as(mut command: Command, directory: TempDir, listen: &str, arguments: &[&str]) -> Agent {
         let path = |name: &str| directory.path().join(name);
-        let mut child = ramferry()
+        let mut child = command
             .args(["agent", "--listen", listen, "--data-listen", "127.0.0.1:0"])
             .args(["--metrics-listen", "127.0.0.1:0", "--log-format", "json", "--max-migrations", "16"])
-            .args(["--log-filter", "info,ramferry_agent=debug,ramferry_mover=debug,ramferry_guest=debug"])
             .arg("--state-dir")
             .arg(path("state"))
             .arg("--run-dir")
             .arg(path("run"))
+            .args(if arguments.contains(&"--log-filter") { &[][..] } else { &LOG_FILTER })
             .args(arguments)
             .stdout(Stdio::null())
             .stderr(Stdio::piped())
@@ -98,6 +118,28 @@ impl Agent {
         let pid = rustix::process::Pid::from_child(&self.child);
         rustix::process::kill_process(pid, rustix::process::Signal::TERM).unwrap();
         self.child.wait().unwrap()
+    }
+
+    /// Its process.
+    pub(crate) fn pid(&self) -> u32 {
+        self.child.id()
+    }
+
+    /// The directory of its journal and its sockets.
+    pub(crate) fn directory(&self) -> &Path {
+        self.directory.path()
+    }
+
+    /// What Prometheus would read.
+    pub(crate) fn scrape(&self) -> String {
+        use std::io::{Read as _, Write as _};
+        let mut stream = std::net::TcpStream::connect(self.metrics).unwrap();
+        stream.set_read_timeout(Some(PATIENCE)).unwrap();
+        stream.write_all(b"GET /metrics HTTP/1.1\r\nHost: agent\r\nConnection: close\r\n\r\n").unwrap();
+        let mut answer = String::new();
+        stream.read_to_string(&mut answer).unwrap();
+        assert!(answer.starts_with("HTTP/1.1 200"), "{answer}");
+        answer
     }
 
     /// What it has logged since the last call.

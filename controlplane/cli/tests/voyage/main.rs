@@ -5,9 +5,14 @@
 
 mod cancel;
 mod crash;
+mod disk;
 mod downtime;
 mod harness;
+mod hostile;
 mod moves;
 mod orchestrator;
+mod peer;
 mod refusals;
+mod secrets;
 mod secured;
+mod truncated;

@@ -92,7 +92,7 @@ async fn migrate_prints_one_object_with_the_documented_keys() {
     assert!(report["downtime_seconds"].as_f64().unwrap() > 0.0);
     assert_proves_itself(&destination);
 
-    let metrics = scrape(&pair);
+    let metrics = pair.source.scrape();
     for name in
         ["ramferry_migrations_total", "ramferry_transfer_bytes_total", "ramferry_migration_downtime_seconds"]
     {
@@ -101,13 +101,4 @@ async fn migrate_prints_one_object_with_the_documented_keys() {
     let deleted =
         ramferry().args(["delete", "--agent", &pair.source.grpc.to_string(), "cli"]).output().unwrap();
     assert!(deleted.status.success(), "{}", String::from_utf8_lossy(&deleted.stderr));
-}
-
-fn scrape(pair: &Pair) -> String {
-    use std::io::{Read as _, Write as _};
-    let mut stream = std::net::TcpStream::connect(pair.source.metrics).unwrap();
-    write!(stream, "GET /metrics HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n").unwrap();
-    let mut text = String::new();
-    stream.read_to_string(&mut text).unwrap();
-    text
 }

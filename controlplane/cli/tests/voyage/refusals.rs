@@ -7,7 +7,8 @@ use tonic::Code;
 use tonic_types::StatusExt as _;
 
 use crate::harness::{
-    MIB, PATIENCE, Pair, assert_refused, assert_runs_untraced, boot, parameters, proof, quiet,
+    Agent, MIB, PATIENCE, Pair, assert_proves_itself, assert_refused, assert_runs_untraced, boot, parameters,
+    proof, quiet,
 };
 
 /// What a migration could change of a VMM.
@@ -153,7 +154,19 @@ async fn requests_that_make_no_sense_are_refused_by_field() {
         client.create_migration(request).await.map(|response| response.into_inner().migration.unwrap())
     };
     let result = create("a", Some(spec.clone())).await;
-    assert_refused(result, Code::FailedPrecondition, "GUEST_UNREACHABLE", "/nowhere/a.qmp");
+    assert_refused(result, Code::FailedPrecondition, "GUEST_UNREACHABLE", "check that the guest runs");
+    // A socket, but not one of QMP.
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path().join("ssh");
+    let listener = std::os::unix::net::UnixListener::bind(&path).unwrap();
+    let speaker = std::thread::spawn(move || {
+        use std::io::Write as _;
+        listener.accept().unwrap().0.write_all(b"SSH-2.0-OpenSSH_9.2\r\n").unwrap();
+    });
+    let other = v1::MigrationSpec { source_qmp_path: path.display().to_string(), ..spec.clone() };
+    let result = create("a", Some(other)).await;
+    assert_refused(result, Code::FailedPrecondition, "QMP_LOST", "that the socket is a QMP socket");
+    speaker.join().unwrap();
     assert_refused(create("a", None).await, Code::InvalidArgument, "FIELD_MISSING", "spec");
     let result = create("a b", Some(spec.clone())).await;
     assert_refused(result, Code::InvalidArgument, "MIGRATION_ID_INVALID", "a b");
@@ -180,4 +193,29 @@ async fn second_migration_of_one_guest_is_refused() {
     pair.source.client().await.cancel_migration(request).await.unwrap();
     pair.source.wait_end("first").await;
     assert_runs_untraced(&guest);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn ram_outside_the_allowed_directories_is_refused_at_either_side() {
+    let sockets = std::env::temp_dir().display().to_string();
+    let both = format!("{sockets},/dev/shm");
+    let start = |dirs: &str| Agent::start_with(&["--guest-dirs", dirs]);
+    for backing in [Backing::Tmpfs, Backing::TmpfsUnlinked] {
+        let builder = || Qemu::builder().block(RamBlock::node(256 * MIB).on(backing.clone())).proof(quiet());
+        let guest = boot(builder());
+        let receiver = builder().incoming(true).start().unwrap();
+        for (source, destination, side) in [(&sockets, &both, "source"), (&both, &sockets, "destination")] {
+            let pair = Pair { source: start(source), destination: start(destination) };
+            let part = format!("guest_dirs ({sockets}); start the VMM with its mem-path in one of them");
+            refused(&pair, &guest, &receiver, "RAM_FILE_NOT_ALLOWED", &part).await;
+            refused(&pair, &guest, &receiver, "RAM_FILE_NOT_ALLOWED", &format!("the {side} guest")).await;
+        }
+        let pair = Pair { source: start("/nowhere"), destination: start(&both) };
+        refused(&pair, &guest, &receiver, "GUEST_PATH_NOT_ALLOWED", "guest_dirs (/nowhere); move the socket")
+            .await;
+
+        let pair = Pair { source: start(&both), destination: start(&both) };
+        pair.migrate("allowed", &guest, &receiver, parameters(v1::FabricKind::Unspecified)).await;
+        assert_proves_itself(&receiver);
+    }
 }

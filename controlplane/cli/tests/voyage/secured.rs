@@ -6,6 +6,7 @@ use std::process::Output;
 use rcgen::{BasicConstraints, CertificateParams, CertifiedIssuer, IsCa, KeyPair, SanType};
 
 use crate::harness::{Agent, assert_proves_itself, boot, proof, quiet, ramferry};
+use crate::secrets::everything_of;
 
 /// An authority whose certificates are files.
 struct Authority {
@@ -47,7 +48,25 @@ impl Authority {
 }
 
 fn agent(options: &[String]) -> Agent {
-    Agent::start_with(&options.iter().map(String::as_str).collect::<Vec<_>>())
+    let talkative = ["--log-filter", "trace"];
+    Agent::start_with(&options.iter().map(String::as_str).chain(talkative).collect::<Vec<_>>())
+}
+
+/// No line of any private key is anywhere that an agent writes.
+fn assert_keys_are_kept(authority: &Authority, agents: [(&str, &Agent); 2]) {
+    let mut lines = Vec::new();
+    for name in ["source.key", "destination.key", "orchestrator.key"] {
+        let pem = std::fs::read_to_string(authority.path(name)).unwrap();
+        lines.extend(pem.lines().filter(|line| !line.starts_with("-----")).map(str::to_owned));
+    }
+    assert!(lines.len() >= 3 && lines.iter().any(|line| line.len() == 64), "{lines:?}");
+    for (name, agent) in agents {
+        let places = everything_of(name, agent);
+        assert!(places[0].1.contains("\"TRACE\""), "{name} logs little");
+        for (place, text) in places {
+            assert!(!lines.iter().any(|line| text.contains(line)), "{place} holds a private key");
+        }
+    }
 }
 
 fn migrate(source: &Agent, destination: &Agent, guests: [&Path; 2], options: &[String]) -> Output {
@@ -58,6 +77,8 @@ fn migrate(source: &Agent, destination: &Agent, guests: [&Path; 2], options: &[S
         .arg("--destination-qmp")
         .arg(guests[1])
         .args(["--fabric", "tcp", "--verify", "--output", "json"])
+        // Agents that log so much are slow.
+        .args(["--max-downtime", "10s"])
         .args(options)
         .output()
         .unwrap()
@@ -82,6 +103,7 @@ fn agents_and_caller_with_certificates_migrate_and_others_are_refused() {
     let moved = migrate(&source, &destination, [&from, &to], &orchestrator);
     assert!(moved.status.success(), "{moved:?}");
     assert_proves_itself(&receiver);
+    assert_keys_are_kept(&authority, [("source", &source), ("destination", &destination)]);
 }
 
 #[test]
