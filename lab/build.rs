@@ -52,6 +52,15 @@ fn main() -> Result<()> {
         .arg("-o")
         .arg(&linked)
         .args(SOURCES.map(|name| sources.join(name))))?;
+    let reader = sources.join("reader.S");
+    println!("cargo::rerun-if-changed={}", reader.display());
+    let flags = ["-nostdlib", "-static", "-no-pie", "-m32", "-Wl,--oformat=binary", "-Wl,--build-id=none"];
+    run(Command::new("gcc")
+        .args(flags)
+        .arg("-Wl,-Ttext=0x7c00")
+        .arg("-o")
+        .arg(out.join("reader.img"))
+        .arg(reader))?;
     wrap(&linked, &out.join("proof-guest.elf"))
 }
 

@@ -18,6 +18,7 @@
 
 mod binaries;
 mod debian;
+mod held_disk;
 mod hugepages;
 mod proof;
 mod qemu;
@@ -25,6 +26,7 @@ mod scratch;
 
 pub use binaries::{QemuVersion, qemu_binary};
 pub use debian::DebianGuest;
+pub use held_disk::{HeldDisk, Releaser};
 pub use hugepages::HugePages;
 pub use proof::{Fill, Lost, PAGE_BYTES, Place, Tick, Verified, Workload};
 pub use qemu::memory::{Backing, RamBlock, Role};

@@ -95,6 +95,7 @@ impl MigrationResult {
 pub enum DowntimePart {
     Pause,
     Harvest,
+    Recheck,
     Copy,
     Fence,
     Acknowledge,
@@ -110,6 +111,7 @@ impl DowntimePart {
         match self {
             Self::Pause => "pause",
             Self::Harvest => "harvest",
+            Self::Recheck => "recheck",
             Self::Copy => "copy",
             Self::Fence => "fence",
             Self::Acknowledge => "acknowledge",

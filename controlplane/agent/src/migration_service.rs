@@ -101,6 +101,7 @@ impl MigrationService for Migrations {
                 fabric: checked.fabric,
                 fabric_reason: checked.fabric_reason,
                 tracker: checked.tracker,
+                recheck_reason: checked.recheck_reason,
                 ..Default::default()
             };
             return Ok(Response::new(v1::CreateMigrationResponse { migration: Some(migration) }));

@@ -74,9 +74,10 @@ impl Publisher {
     }
 
     pub(crate) fn downtime(&self, progress: &Progress) {
-        const PARTS: [DowntimePart; 9] = [
+        const PARTS: [DowntimePart; 10] = [
             DowntimePart::Pause,
             DowntimePart::Harvest,
+            DowntimePart::Recheck,
             DowntimePart::Copy,
             DowntimePart::Fence,
             DowntimePart::Acknowledge,

@@ -9,7 +9,7 @@ use std::sync::{Arc, Mutex};
 use std::time::{Duration, SystemTime};
 
 use bytes::Bytes;
-use ramferry_engine::{Failure, FixedCosts, Reason, Source, SourceEvent};
+use ramferry_engine::{Failure, FixedCosts, LateWrites, Reason, Source, SourceEvent};
 use ramferry_fabric::windows::{RegistrationMode, WindowConfig};
 use ramferry_fabric::{FabricKind, Link, MappedDomain, SessionToken, shm, tcp};
 use ramferry_guest::{Guest, GuestInfo, Side};
@@ -90,7 +90,7 @@ pub(crate) async fn check(
     let (guest, info, files) = inspect(agent, request).await?;
     let tracked = tracked_files(&info, &files);
     let pid = info.pid;
-    check_tracking(pid, tracked).await?;
+    let others = check_tracking(pid, tracked).await?;
     let works = |kind| ramferry_tracking::self_test(kind).map(|()| kind);
     let tracker = blocking(move || works(TrackerKind::UffdWp).or_else(|_| works(TrackerKind::SoftDirty)))
         .await?
@@ -111,6 +111,7 @@ pub(crate) async fn check(
         present_bytes,
         source_vmm: format!("{} ({})", info.vmm, info.machine),
         destination_vmm: response.vmm_version,
+        recheck_reason: recheck_reason(&info, &others),
     })
 }
 
@@ -125,7 +126,7 @@ pub(crate) async fn create(
     let (guest, info, files) = inspect(agent, &request).await?;
     claim.claim_guest(info.pid).map_err(|refusal| refused(&refusal))?;
     let (pid, tracked) = (info.pid, tracked_files(&info, &files));
-    check_tracking(pid, tracked).await?;
+    let others = check_tracking(pid, tracked).await?;
     let response = negotiate(agent, id, &request, &info, false).await?;
     let token = Bytes::copy_from_slice(&response.session_token);
     let channel = peer::channel(&request.destination_agent, agent.config.tls.as_ref())?;
@@ -150,6 +151,7 @@ pub(crate) async fn create(
         spec: Some(request.spec.clone()),
         fabric: fabric_on_the_wire(agreed.fabric).into(),
         fabric_reason: agreed.fabric_reason.clone(),
+        recheck_reason: recheck_reason(&info, &others),
         ..Default::default()
     };
     view.set_state(v1::MigrationState::Pending);
@@ -343,6 +345,7 @@ impl Session {
                 },
                 registration_workers: workers,
                 destination_presence: Arc::unwrap_or_clone(destination_presence),
+                late_writes: late_writes(&info),
                 fixed_costs,
                 order: Box::new(move |order| {
                     peer::orders(&order).into_iter().all(|order| peer.send_blocking(order))
@@ -521,8 +524,8 @@ async fn inspect(
     request: &Request,
 ) -> Result<(Arc<dyn Guest>, GuestInfo, Vec<RamFile>), Status> {
     let (guest, info, files) = crate::inspect::inspect(agent, &request.source_qmp, Side::Source).await?;
-    if !info.direct_io_disks.is_empty() {
-        return Err(direct_io(&info.direct_io_disks));
+    if !info.pinning_disks.is_empty() {
+        return Err(direct_io(&info.pinning_disks));
     }
     Ok((Arc::new(guest), info, files))
 }
@@ -649,35 +652,63 @@ fn tracked_files(info: &GuestInfo, files: &[RamFile]) -> Vec<TrackedFile> {
     info.layout.blocks().iter().zip(files).map(tracked).collect()
 }
 
-/// Refuses a guest whose RAM a process writes that cannot be tracked, by that process' name.
-async fn check_tracking(guest: u32, files: Vec<TrackedFile>) -> Result<(), Status> {
+/// Refuses a guest whose RAM a process writes that cannot be tracked, by that process' name. Names those that can
+/// be, beside the guest's own.
+async fn check_tracking(guest: u32, files: Vec<TrackedFile>) -> Result<Vec<String>, Status> {
     let refuse = |why: String, violations: Vec<Violation>| {
         let message = format!("the source guest's writes cannot be tracked: {why}");
         precondition("TRACKING_UNAVAILABLE", message, violations, [])
     };
     let writers = blocking(move || ramferry_tracking::check(guest, &files)).await?;
+    let mut others = Vec::new();
     for writer in writers.map_err(|error| refuse(causes(&error), Vec::new()))? {
+        let subject = format!("process {} ({})", writer.pid, writer.comm);
         if let Some(obstacle) = writer.obstacle {
-            let subject = format!("process {} ({})", writer.pid, writer.comm);
             let description = format!("{subject} writes to its RAM: {}", causes(&obstacle));
             let violation = Violation { kind: "HOST".into(), subject, description: description.clone() };
             return Err(refuse(description, vec![violation]));
         }
+        if writer.pid != guest {
+            others.push(subject);
+        }
     }
-    Ok(())
+    Ok(others)
 }
 
-/// A page that a disk's DMA fills is marked written when the transfer begins, and
-/// may be filled after it was copied: nobody would see that it must be copied again.
+/// Whether the guest's devices fill pages after they were reported.
+fn late_writes(info: &GuestInfo) -> LateWrites {
+    if !info.undrainable_devices.is_empty() {
+        LateWrites::Undrainable
+    } else if !info.direct_io_disks.is_empty() {
+        LateWrites::Drainable
+    } else {
+        LateWrites::None
+    }
+}
+
+/// Why what was sent is rechecked; empty when it is not.
+fn recheck_reason(info: &GuestInfo, others: &[String]) -> String {
+    let reasons = [
+        ("direct I/O of", &info.direct_io_disks[..]),
+        ("transfers of", &info.undrainable_devices),
+        ("writes of", others),
+    ];
+    let named = reasons.iter().filter(|(_, names)| !names.is_empty());
+    let named: Vec<String> = named.map(|(what, names)| format!("{what} {}", names.join(", "))).collect();
+    named.join("; ")
+}
+
+/// Pages that a disk keeps pinned are filled again and again without a mark, so that even what was compared may have
+/// changed back and forth since.
 fn direct_io(disks: &[String]) -> Status {
-    let remedy = "start it with cache=writeback (cache.direct=off) on these disks";
+    let remedy = "attach these disks by another block driver, such as host_device or file";
     let violation = |disk: &String| Violation {
         kind: "GUEST".into(),
         subject: disk.clone(),
-        description: format!("it uses direct I/O; {remedy}"),
+        description: format!("it keeps guest RAM pinned; {remedy}"),
     };
     let message = format!(
-        "the source guest cannot be migrated: its disks {} use direct I/O, whose transfers into guest RAM cannot be tracked; {remedy}",
+        "the source guest cannot be migrated: its disks {} keep guest RAM pinned, and what they write there cannot be tracked; {remedy}",
         disks.join(", ")
     );
     precondition("DIRECT_IO", message, disks.iter().map(violation), [])

@@ -21,6 +21,8 @@ pub enum Side {
 pub struct Timeouts {
     /// Connecting to the QMP socket; also one command.
     pub command: Duration,
+    /// Until the transfers that have begun into a running guest's RAM have ended.
+    pub drain: Duration,
     /// From the order to pause for the switchover until the guest stands still.
     pub pause: Duration,
     /// From then until the device state has left the source.
@@ -38,6 +40,7 @@ impl Default for Timeouts {
     fn default() -> Self {
         Self {
             command: Duration::from_secs(5),
+            drain: Duration::from_secs(20),
             pause: Duration::from_secs(30),
             device_state: Duration::from_secs(60),
             load: Duration::from_secs(300),
@@ -65,9 +68,15 @@ pub struct GuestInfo {
     /// RAM that is not in `layout` (firmware, video memory): the VMM moves it
     /// itself, with the device state.
     pub private_bytes: u64,
-    /// Names of its block nodes that bypass the host's page cache, which write
-    /// into guest RAM by DMA.
+    /// Names of its block nodes and devices that bypass the host's page cache: they
+    /// fill guest RAM by DMA, and [`Guest::drain_io`] waits for them.
     pub direct_io_disks: Vec<String>,
+    /// Names of its devices that do so without the VMM knowing when: a pause ends
+    /// that, a drain does not.
+    pub undrainable_devices: Vec<String>,
+    /// Names of its block nodes that keep guest RAM pinned, and fill it again and
+    /// again without marking it written.
+    pub pinning_disks: Vec<String>,
     /// Its name, where it was given one.
     pub name: Option<String>,
 }
@@ -113,8 +122,8 @@ pub type GuestFuture<'a, T> = Pin<Box<dyn Future<Output = T> + Send + 'a>>;
 /// A guest as a migration uses it, through its VMM.
 ///
 /// ```text
-/// source       prepare_source -> pause_for_switchover -> continue_device_state
-///                    \________________ | ________________/
+/// source       prepare_source [-> drain_io] -> pause_for_switchover -> continue_device_state
+///                    \_____________________ | _____________________/
 ///                             resume_source (from anywhere)
 ///
 /// destination  prepare_destination -> start_incoming -> wait_loaded -> resume_destination
@@ -137,6 +146,14 @@ pub trait Guest: Send + Sync {
     /// # Errors
     /// When it refuses.
     fn prepare_source(&self) -> GuestFuture<'_, Result<(), GuestError>>;
+
+    /// Returns when every transfer into guest RAM that had begun before the call
+    /// has ended, but for those of `undrainable_devices`. The guest runs on; it may
+    /// be held up meanwhile.
+    ///
+    /// # Errors
+    /// When that cannot be had of the VMM in time. Nothing was changed.
+    fn drain_io(&self) -> GuestFuture<'_, Result<(), GuestError>>;
 
     /// Orders the switchover: the VMM connects to `stream`, a unix socket that
     /// must be listening already and be read from at once, and stops the vCPUs.

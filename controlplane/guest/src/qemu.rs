@@ -242,6 +242,10 @@ impl Guest for Qemu {
         Box::pin(Qemu::prepare_source(self))
     }
 
+    fn drain_io(&self) -> GuestFuture<'_, Result<(), GuestError>> {
+        Box::pin(Qemu::drain_io(self))
+    }
+
     fn pause_for_switchover<'a>(&'a self, stream: &'a Path) -> GuestFuture<'a, Result<Paused, GuestError>> {
         Box::pin(Qemu::pause_for_switchover(self, stream))
     }

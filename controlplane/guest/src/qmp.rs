@@ -238,7 +238,7 @@ impl QmpClient {
     /// # Errors
     /// When QEMU refuses it or does not answer in time, or the connection ends.
     pub async fn execute<T: DeserializeOwned>(&self, command: &str, arguments: Value) -> Result<T, QmpError> {
-        let reply = self.call(Band::In, command, arguments).await?;
+        let reply = self.call(Band::In, self.command_timeout, command, arguments).await?;
         T::deserialize(reply).map_err(|source| QmpError::Reply { command: command.to_owned(), source })
     }
 
@@ -247,7 +247,15 @@ impl QmpClient {
     /// # Errors
     /// As [`QmpClient::execute`].
     pub async fn run(&self, command: &str, arguments: Value) -> Result<(), QmpError> {
-        self.call(Band::In, command, arguments).await.map(drop)
+        self.call(Band::In, self.command_timeout, command, arguments).await.map(drop)
+    }
+
+    /// Runs a `command` that has no result, and may take as long as `limit`.
+    ///
+    /// # Errors
+    /// As [`QmpClient::execute`].
+    pub async fn run_within(&self, limit: Duration, command: &str, arguments: Value) -> Result<(), QmpError> {
+        self.call(Band::In, limit, command, arguments).await.map(drop)
     }
 
     /// Runs a `command` that has no result at once, even while QEMU's main loop
@@ -256,7 +264,7 @@ impl QmpClient {
     /// # Errors
     /// As [`QmpClient::execute`].
     pub async fn run_out_of_band(&self, command: &str, arguments: Value) -> Result<(), QmpError> {
-        self.call(Band::OutOf, command, arguments).await.map(drop)
+        self.call(Band::OutOf, self.command_timeout, command, arguments).await.map(drop)
     }
 
     /// Resolves when the connection has ended.
@@ -273,8 +281,13 @@ impl QmpClient {
         self.shared.ended.borrow().is_some()
     }
 
-    async fn call(&self, band: Band, command: &str, arguments: Value) -> Result<Value, QmpError> {
-        let limit = self.command_timeout;
+    async fn call(
+        &self,
+        band: Band,
+        limit: Duration,
+        command: &str,
+        arguments: Value,
+    ) -> Result<Value, QmpError> {
         let (mut slot, reply) = self.shared.expect_reply().map_err(QmpError::Ended)?;
         let line = wire::command(slot.id, band, command, &arguments);
         let outcome = timeout(limit, async {

@@ -17,6 +17,8 @@
 //!   nothing about those that it writes.
 //! * The comparison of RAM (`verify`) is not part of the expectation.
 //!
+//! * Where pages are filled late, the recheck at the pause counts, at the rate at which the last one went.
+//!
 //! A migration makes progress when what is owed reaches a new minimum, by 5 % at least. Without progress for
 //! `no_progress_timeout`, and for 3 rounds, it does not converge. When nothing is owed, that cannot get less:
 //! where the fixed costs alone exceed `max_downtime`, no further round can help, and the same rule ends it.
@@ -24,6 +26,7 @@
 use std::time::Duration;
 
 use crate::limits::PAUSE_LATENCY;
+use crate::source::RecheckDue;
 use crate::{BytesPerSecond, Failure, FixedCosts, Parameters, Reason, Round};
 
 /// Rounds without progress that it takes at least not to converge.
@@ -40,6 +43,8 @@ pub(crate) enum Verdict {
     NextRound,
     /// The downtime is expected to be short enough.
     SwitchOver,
+    /// It would be, but for what there is to recheck.
+    Settle,
     /// Further rounds do not help.
     NotConverging,
 }
@@ -61,6 +66,8 @@ pub(crate) struct Convergence {
     copied_bytes: u64,
     copied_in: Duration,
     dirty_rate: Option<BytesPerSecond>,
+    rechecked_bytes: u64,
+    rechecked_in: Duration,
     best: Option<Best>,
 }
 
@@ -94,6 +101,12 @@ impl Convergence {
         self.dirty_rate = rate(written_bytes, interval);
     }
 
+    pub(crate) fn rechecked(&mut self, bytes: u64, elapsed: Duration) {
+        if bytes > 0 {
+            (self.rechecked_bytes, self.rechecked_in) = (bytes, elapsed);
+        }
+    }
+
     pub(crate) fn throughput(&self) -> Option<BytesPerSecond> {
         if self.copied_bytes == 0 { None } else { rate(self.copied_bytes, self.copied_in) }
     }
@@ -112,34 +125,59 @@ impl Convergence {
         nanoseconds.checked_div(copied_bytes).map(from_nanoseconds)
     }
 
-    /// The downtime, if the switchover began now with `owed_bytes` to be sent.
-    pub(crate) fn expected_downtime(&self, owed_bytes: u64) -> Option<Duration> {
+    /// How long the recheck of `bytes` would take. None was made yet: not known, and taken for nothing.
+    fn recheck_time(&self, bytes: u64) -> Duration {
+        let nanoseconds = u128::from(bytes).saturating_mul(self.rechecked_in.as_nanos());
+        nanoseconds.checked_div(u128::from(self.rechecked_bytes)).map_or(Duration::ZERO, from_nanoseconds)
+    }
+
+    /// The downtime, if the switchover began now with `owed_bytes` to be sent and `recheck_bytes` to be compared.
+    pub(crate) fn expected_downtime(&self, owed_bytes: u64, recheck_bytes: u64) -> Option<Duration> {
         let dirty_rate = u128::from(self.dirty_rate.map_or(0, |rate| rate.0));
         let dirtied = dirty_rate.saturating_mul(PAUSE_LATENCY.as_nanos()) / NANOSECONDS_PER_SECOND;
         let dirtied_bytes = u64::try_from(dirtied).unwrap_or(u64::MAX);
         let copy = self.copy_time(owed_bytes.saturating_add(dirtied_bytes))?;
-        Some(copy.saturating_add(self.fixed()))
+        Some(copy.saturating_add(self.fixed()).saturating_add(self.recheck_time(recheck_bytes)))
     }
 
     /// What to do with `owed_bytes`, harvested or left over after a round.
-    pub(crate) fn judge(&mut self, now: Duration, owed_bytes: u64, parameters: &Parameters) -> Verdict {
+    pub(crate) fn judge(
+        &mut self,
+        now: Duration,
+        owed_bytes: u64,
+        recheck: RecheckDue,
+        parameters: &Parameters,
+    ) -> Verdict {
         let progress = self.note_progress(now, owed_bytes);
-        if self.expected_downtime(owed_bytes).is_some_and(|expected| expected <= parameters.max_downtime) {
+        let fits = |recheck_bytes| {
+            self.expected_downtime(owed_bytes, recheck_bytes)
+                .is_some_and(|expected| expected <= parameters.max_downtime)
+        };
+        if fits(recheck.bytes) && !recheck.never_settled {
             return Verdict::SwitchOver;
         }
         let stalled_for = now.saturating_sub(progress.since);
         if progress.rounds_since >= ROUNDS_WITHOUT_PROGRESS && stalled_for >= parameters.no_progress_timeout {
             return Verdict::NotConverging;
         }
+        if recheck.can_settle && fits(0) {
+            return Verdict::Settle;
+        }
         Verdict::NextRound
     }
 
     /// Why a migration that owes `owed_bytes` does not converge, and what to do about it.
-    pub(crate) fn not_converging(&self, owed_bytes: u64, parameters: &Parameters) -> Failure {
-        let downtime = self.expected_downtime(owed_bytes);
-        let fixed = self.fixed();
+    pub(crate) fn not_converging(
+        &self,
+        owed_bytes: u64,
+        recheck_bytes: u64,
+        parameters: &Parameters,
+    ) -> Failure {
+        let downtime = self.expected_downtime(owed_bytes, recheck_bytes);
+        let fixed = self.fixed().saturating_add(self.recheck_time(recheck_bytes));
+        let recheck = if recheck_bytes > 0 { "recheck, " } else { "" };
         let cause = if fixed > parameters.max_downtime {
-            format!("harvest, fence, acknowledgement and device state alone take {fixed:?}; ")
+            format!("harvest, {recheck}fence, acknowledgement and device state alone take {fixed:?}; ")
         } else {
             String::new()
         };
@@ -227,27 +265,39 @@ mod tests {
     #[test]
     fn switches_over_once_what_is_owed_fits_the_downtime() {
         let mut convergence = measured();
-        assert_eq!(convergence.expected_downtime(256 * MIB), Some(milliseconds(260)));
-        assert_eq!(convergence.judge(milliseconds(0), 256 * MIB, &parameters(259)), Verdict::NextRound);
-        assert_eq!(convergence.judge(milliseconds(0), 256 * MIB, &parameters(260)), Verdict::SwitchOver);
+        assert_eq!(convergence.expected_downtime(256 * MIB, 0), Some(milliseconds(260)));
+        assert_eq!(
+            convergence.judge(milliseconds(0), 256 * MIB, RecheckDue::default(), &parameters(259)),
+            Verdict::NextRound
+        );
+        assert_eq!(
+            convergence.judge(milliseconds(0), 256 * MIB, RecheckDue::default(), &parameters(260)),
+            Verdict::SwitchOver
+        );
     }
 
     #[test]
     fn what_the_guest_dirties_until_its_pause_is_counted() {
         let mut convergence = measured();
         convergence.harvested(512 * MIB, milliseconds(1000), milliseconds(1));
-        let idle = measured().expected_downtime(0).unwrap();
-        let expected = convergence.expected_downtime(0).unwrap() - idle;
+        let idle = measured().expected_downtime(0, 0).unwrap();
+        let expected = convergence.expected_downtime(0, 0).unwrap() - idle;
         assert!(expected.abs_diff(PAUSE_LATENCY / 2) < Duration::from_micros(1), "{expected:?}");
     }
 
     #[test]
     fn nothing_copied_means_nothing_is_expected() {
         let mut convergence = Convergence::new(FixedCosts::default());
-        assert_eq!(convergence.expected_downtime(1), None);
+        assert_eq!(convergence.expected_downtime(1, 0), None);
         assert_eq!(convergence.throughput(), None);
-        assert_eq!(convergence.judge(milliseconds(0), 1, &parameters(100)), Verdict::NextRound);
-        assert_eq!(convergence.judge(milliseconds(0), 0, &parameters(100)), Verdict::SwitchOver);
+        assert_eq!(
+            convergence.judge(milliseconds(0), 1, RecheckDue::default(), &parameters(100)),
+            Verdict::NextRound
+        );
+        assert_eq!(
+            convergence.judge(milliseconds(0), 0, RecheckDue::default(), &parameters(100)),
+            Verdict::SwitchOver
+        );
     }
 
     #[test]
@@ -283,14 +333,16 @@ mod tests {
     fn no_progress_takes_both_time_and_rounds() {
         let parameters = parameters(100);
         let mut convergence = measured();
-        let mut judge = |at_ms| convergence.judge(milliseconds(at_ms), 1000 * MIB, &parameters);
+        let mut judge =
+            |at_ms| convergence.judge(milliseconds(at_ms), 1000 * MIB, RecheckDue::default(), &parameters);
         assert_eq!(judge(0), Verdict::NextRound);
         assert_eq!(judge(9000), Verdict::NextRound);
         assert_eq!(judge(18000), Verdict::NextRound);
         assert_eq!(judge(27000), Verdict::NotConverging);
 
         let mut convergence = measured();
-        let mut judge = |at_ms| convergence.judge(milliseconds(at_ms), 1000 * MIB, &parameters);
+        let mut judge =
+            |at_ms| convergence.judge(milliseconds(at_ms), 1000 * MIB, RecheckDue::default(), &parameters);
         assert!((0..500).all(|round| judge(round * 10) == Verdict::NextRound));
         assert_eq!(judge(5000), Verdict::NotConverging);
     }
@@ -301,12 +353,20 @@ mod tests {
         let mut convergence = measured();
         let mut owed_bytes = 1_000_000 * MIB;
         for round in 0..100 {
-            let verdict = convergence.judge(milliseconds(round * 6000), owed_bytes, &parameters);
+            let verdict =
+                convergence.judge(milliseconds(round * 6000), owed_bytes, RecheckDue::default(), &parameters);
             assert_eq!(verdict, Verdict::NextRound, "round {round}");
             owed_bytes = owed_bytes / 100 * 95;
         }
         let verdicts: Vec<_> = (1..=4)
-            .map(|round| convergence.judge(milliseconds(600_000 + round * 6000), owed_bytes, &parameters))
+            .map(|round| {
+                convergence.judge(
+                    milliseconds(600_000 + round * 6000),
+                    owed_bytes,
+                    RecheckDue::default(),
+                    &parameters,
+                )
+            })
             .collect();
         assert_eq!(verdicts.last(), Some(&Verdict::NotConverging));
     }
@@ -315,10 +375,12 @@ mod tests {
     fn fixed_costs_above_the_downtime_end_in_not_converging() {
         let parameters = parameters(5);
         let mut convergence = measured();
-        let mut verdicts = (0..4).map(|round| convergence.judge(milliseconds(round * 2000), 0, &parameters));
+        let mut verdicts = (0..4).map(|round| {
+            convergence.judge(milliseconds(round * 2000), 0, RecheckDue::default(), &parameters)
+        });
         assert!(verdicts.by_ref().take(3).all(|verdict| verdict == Verdict::NextRound));
         assert_eq!(verdicts.next(), Some(Verdict::NotConverging));
-        let message = convergence.not_converging(0, &parameters).message;
+        let message = convergence.not_converging(0, 0, &parameters).message;
         assert!(message.contains("alone take 10ms"), "{message}");
     }
 
@@ -327,7 +389,7 @@ mod tests {
         let mut convergence = measured();
         convergence.harvested(2_000_000_000, milliseconds(1000), milliseconds(1));
         let parameters = Parameters { bandwidth_limit: Some(BytesPerSecond(1 << 30)), ..parameters(100) };
-        let failure = convergence.not_converging(1 << 30, &parameters);
+        let failure = convergence.not_converging(1 << 30, 0, &parameters);
         assert_eq!(failure.reason, Reason::NotConverging);
         for part in ["2000.0 MB/s", "1073.7 MB/s", "max_downtime 100ms", "or bandwidth_limit", "FORCE"] {
             assert!(failure.message.contains(part), "{part} in {}", failure.message);
@@ -342,7 +404,10 @@ mod tests {
         convergence.copied(&round(2, u64::MAX, u64::MAX, 0));
         convergence.copied(&round(3, 1, 0, u64::MAX));
         convergence.harvested(u64::MAX, Duration::from_nanos(1), Duration::MAX);
-        assert!(convergence.expected_downtime(u64::MAX).is_some());
-        assert_eq!(convergence.judge(Duration::MAX, u64::MAX, &parameters(100)), Verdict::NextRound);
+        assert!(convergence.expected_downtime(u64::MAX, 0).is_some());
+        assert_eq!(
+            convergence.judge(Duration::MAX, u64::MAX, RecheckDue::default(), &parameters(100)),
+            Verdict::NextRound
+        );
     }
 }

@@ -15,6 +15,8 @@
 //!   machine has moved on does no harm.
 //! * See that a link that makes no progress fails: a round may take as long as it takes.
 //! * Send `Tick` once `deadline()` has passed. An early `Tick` does no harm.
+//! * Say with `LateWrites` that pages are filled after they were reported, before the pages are copied that such a
+//!   writer can reach, and from then on keep a hash of each page, taken just before it is sent.
 //! * Never hold `ResumeGuest` back behind anything else, least of all behind a
 //!   `PauseGuest` that is under way: it interrupts that one.
 //! * Keep a [`Destination`] after its `Finish`, for as long as its source may ask: it goes on answering.
@@ -47,4 +49,4 @@ pub use destination::{Destination, DestinationAction, DestinationEvent, Destinat
 pub use failure::{Failure, Reason, UnknownReason};
 pub use parameters::{BytesPerSecond, ParameterError, Parameters, TimeoutAction};
 pub use progress::{DowntimeParts, FixedCosts, Progress, Round, State};
-pub use source::{Outcome, Source, SourceAction, SourceEvent};
+pub use source::{LateWrites, Outcome, Source, SourceAction, SourceEvent};

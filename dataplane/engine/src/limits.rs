@@ -18,6 +18,10 @@ pub const HARVEST: Duration = Duration::from_secs(30);
 pub const FENCE: Duration = Duration::from_secs(30);
 /// For the destination's acknowledgement of a round.
 pub const ACKNOWLEDGE: Duration = Duration::from_secs(30);
+/// For a running guest to end its transfers. Beyond it the guest is not drained, and the driver must say so itself.
+pub const DRAIN_GUEST: Duration = Duration::from_secs(60);
+/// For the comparison of what was sent with what is there.
+pub const RECHECK: Duration = Duration::from_secs(600);
 /// For the guest's pause.
 pub const PAUSE: Duration = Duration::from_secs(30);
 /// For the copy of the last round, unless [`LAST_COPY_FACTOR`] times what is expected of it is more.

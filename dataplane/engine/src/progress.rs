@@ -75,6 +75,8 @@ pub struct DowntimeParts {
     pub pause: Duration,
     /// Last look at what the guest wrote.
     pub harvest: Duration,
+    /// Comparison of what was sent with what is there, where pages are filled late.
+    pub recheck: Duration,
     /// Last round.
     pub copy: Duration,
     /// Until all links had placed what they carried.
@@ -93,10 +95,11 @@ pub struct DowntimeParts {
 
 impl DowntimeParts {
     /// The parts with their names, in order.
-    pub fn named(&self) -> [(&'static str, Duration); 9] {
+    pub fn named(&self) -> [(&'static str, Duration); 10] {
         [
             ("pause", self.pause),
             ("harvest", self.harvest),
+            ("recheck", self.recheck),
             ("copy", self.copy),
             ("fence", self.fence),
             ("acknowledge", self.acknowledge),
@@ -125,6 +128,8 @@ pub struct Progress {
     pub zero_bytes: u64,
     /// Written by the guest after the first round began, all rounds together.
     pub redirtied_bytes: u64,
+    /// Found to differ from what was sent although nobody was seen to write them, and sent again.
+    pub late_bytes: u64,
     /// At which the guest dirties pages, between the last two harvests.
     pub dirty_rate: Option<BytesPerSecond>,
     /// Of the copy, in recent rounds.

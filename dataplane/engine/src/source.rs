@@ -8,10 +8,13 @@
 //!  Copy -> Fence -> Acknowledge -> Wait -> Harvest        one round; Wait only if the last harvest was just now
 //!    ^                                        |
 //!    +------------- next round ---------------+
+//!    |                                        |
+//!    +-- Recheck <-- [Drain <-----------------+           settle: only where writes come late, see `late.rs`
+//!                                             |
 //!                                             | switch over: expected downtime short enough, or forced
 //!  Pause                                      v
 //!    | GuestPaused                                        downtime begins
-//!  LastHarvest -> LastCopy -> LastFence -> LastAcknowledge [-> Verify] -> DeviceState
+//!  LastHarvest [-> LastRecheck] -> LastCopy -> LastFence -> LastAcknowledge [-> Verify] -> DeviceState
 //!    | DeviceStateMoved
 //!  Handover                                               HANDED_OVER is being written; no Cancel from here
 //!    | HandedOverSynced
@@ -41,19 +44,22 @@
 
 mod ending;
 mod interface;
+mod late;
 mod phase;
 mod rounds;
 mod switchover;
 
 use std::time::Duration;
 
-pub use interface::{Outcome, SourceAction, SourceEvent};
+pub use interface::{LateWrites, Outcome, SourceAction, SourceEvent};
 use ramferry_ram::PageSets;
 
 use crate::convergence::Convergence;
 use crate::retry::Retry;
 use crate::{Failure, FixedCosts, ParameterError, Parameters, Progress, Reason, State, TimeoutAction};
 use ending::{Ending, Plan};
+use late::Late;
+pub(crate) use late::RecheckDue;
 use phase::Phase;
 
 /// The source of one migration.
@@ -74,6 +80,7 @@ pub struct Source {
     forced: bool,
     /// The guest wrote these, and no round carries them yet.
     owed: Option<PageSets>,
+    late: Late,
     ask: Retry,
     asked_at: Option<Duration>,
     /// The last failure that did not end the migration, because the outcome is in doubt.
@@ -180,6 +187,7 @@ impl Source {
             commit_at: None,
             forced: false,
             owed: None,
+            late: Late::default(),
             ask: Retry::new(None),
             asked_at: None,
             doubt: None,
@@ -202,6 +210,7 @@ impl Source {
             SourceEvent::ForceSwitchover => self.force(now, actions),
             SourceEvent::SetParameters(parameters) => self.set_parameters(parameters, actions),
             SourceEvent::Tick => self.tick(now, actions),
+            SourceEvent::LateWrites(late) => self.late.expect(late),
             answer => self.answered(now, answer, actions),
         }
     }
@@ -329,7 +338,7 @@ impl Source {
         let plan = Plan {
             outcome,
             resume_guest: !self.phase.is_before_switchover(),
-            stop_copy: matches!(self.phase, Phase::Copy | Phase::LastCopy),
+            stop_copy: self.phase.reads_memory(),
             abort_peer,
         };
         self.end(now, plan, actions);
@@ -337,6 +346,7 @@ impl Source {
 
     fn end(&mut self, now: Duration, plan: Plan, actions: &mut Vec<SourceAction>) {
         self.owed = None;
+        self.late = Late::default();
         let ending = Ending::begin(now, plan, actions);
         self.enter(now, Phase::Ending(ending));
     }

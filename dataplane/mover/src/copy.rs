@@ -3,7 +3,7 @@
 
 use std::collections::HashMap;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Condvar, Mutex, MutexGuard};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock};
 use std::time::{Duration, Instant};
 
 use ramferry_fabric::windows::{Acquire, Window, WindowAction, WindowId, Windows};
@@ -13,6 +13,7 @@ use ramferry_ram::{BlockIndex, BlockRange, Memory, PageRun, PageSets};
 use crate::counters::Counters;
 use crate::pacer::Pacer;
 use crate::pool::Pool;
+use crate::recheck::Notes;
 use crate::{MoverError, PeerOrder};
 
 /// Longest range that a thread takes at once: long enough that its costs
@@ -64,6 +65,8 @@ pub(crate) struct Copy {
     pub(crate) memory: Arc<Memory>,
     pub(crate) counters: Arc<Counters>,
     pub(crate) pacer: Pacer,
+    /// Only where pages are filled late.
+    pub(crate) notes: OnceLock<Notes>,
     domain: Arc<dyn Domain>,
     order: SendOrder,
     pool: Pool,
@@ -113,6 +116,7 @@ impl Copy {
             memory,
             counters: Arc::default(),
             pacer: Pacer::new(None),
+            notes: OnceLock::new(),
             domain,
             order,
             pool: Pool::new("register", registration_workers),

@@ -11,6 +11,7 @@ mod counters;
 mod destination;
 mod pacer;
 mod pool;
+mod recheck;
 mod source;
 mod worker;
 

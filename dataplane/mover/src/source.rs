@@ -8,13 +8,16 @@ use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
-use ramferry_engine::{Failure, FixedCosts, Progress, Reason, Source, SourceAction, SourceEvent, State};
+use ramferry_engine::{
+    Failure, FixedCosts, LateWrites, Progress, Reason, Source, SourceAction, SourceEvent, State,
+};
 use ramferry_fabric::windows::{WindowConfig, WindowId, Windows};
 use ramferry_fabric::{Domain, Link, RegionKey};
 use ramferry_ram::{Digest, Memory, PageSets};
 use ramferry_tracking::{Tracker, TrackerKind};
 
 use crate::copy::{Copy, Pass, SendOrder};
+use crate::recheck::{Notes, Recheck};
 use crate::worker::{Job, Worker};
 use crate::{Counted, MoverError, Registered};
 
@@ -24,7 +27,7 @@ const PUBLISH_INTERVAL: Duration = Duration::from_millis(100);
 /// What a source's driver leaves to others. Everything is called on the
 /// driver's thread.
 pub trait SourceOutside: Send {
-    /// Carries out one of `Prepare`, `EndRound`, `PauseGuest`, `Verify`,
+    /// Carries out one of `Prepare`, `EndRound`, `DrainGuest`, `PauseGuest`, `Verify`,
     /// `MoveDeviceState`, `WriteHandedOver`, `SendCommit`, `AskOutcome`,
     /// `AbortPeer`, `ResumeGuest`, `Finish`. Must not block for long; must see
     /// to it that the action's event reaches the driver later. For `Prepare`
@@ -61,6 +64,8 @@ pub struct SourceSnapshot {
     pub pinned_peak_bytes: u64,
     /// The tracker in use.
     pub tracker: Option<TrackerKind>,
+    /// Whether pages are filled after they were reported, so that they are rechecked.
+    pub late_writes: LateWrites,
     /// Last harvest: its duration and the pages that it found.
     pub last_harvest: Option<(Duration, u64)>,
     /// Harvests so far.
@@ -85,6 +90,8 @@ pub struct SourceParts {
     pub registration_workers: usize,
     /// Pages that the destination's RAM files hold already.
     pub destination_presence: PageSets,
+    /// Whether the guest's own devices fill pages late. Other processes that write to its RAM are the tracker's to tell.
+    pub late_writes: LateWrites,
     /// Estimates to start with.
     pub fixed_costs: FixedCosts,
     /// To the destination's agent.
@@ -160,6 +167,7 @@ pub fn spawn_source<O: SourceOutside + 'static>(
         registrations: Vec::new(),
         sizes: (0, 0),
         tracker_kind: None,
+        late_writes: LateWrites::None,
         events: VecDeque::new(),
         feeding: false,
         finished: false,
@@ -188,6 +196,7 @@ struct Driver {
     /// RAM and present bytes.
     sizes: (u64, u64),
     tracker_kind: Option<TrackerKind>,
+    late_writes: LateWrites,
     events: VecDeque<(Duration, SourceEvent)>,
     feeding: bool,
     finished: bool,
@@ -201,6 +210,8 @@ struct Plane {
     memory: Arc<Memory>,
     /// Pages that were holes at the source when the tracker was armed.
     holes: Option<PageSets>,
+    /// Those of them that were never sent since.
+    unsent_holes: PageSets,
 }
 
 struct RunningJob {
@@ -212,7 +223,18 @@ struct RunningJob {
 
 enum JobKind {
     Copy { pass: Arc<Pass>, before: Counted },
+    Recheck(Arc<Recheck>),
     Fence,
+}
+
+impl RunningJob {
+    fn stop(&self) {
+        match &self.kind {
+            JobKind::Copy { pass, .. } => pass.stop(),
+            JobKind::Recheck(recheck) => recheck.stop(),
+            JobKind::Fence => {}
+        }
+    }
 }
 
 impl Driver {
@@ -318,10 +340,11 @@ impl Driver {
             SourceAction::Harvest => self.harvest(),
             SourceAction::Copy { pages, .. } => self.copy(pages),
             SourceAction::StopCopy => {
-                if let Some(RunningJob { kind: JobKind::Copy { pass, .. }, .. }) = &self.job {
-                    pass.stop();
+                if let Some(job) = &self.job {
+                    job.stop();
                 }
             }
+            SourceAction::Recheck { pages } => self.recheck(pages),
             SourceAction::Fence => self.start_job(JobKind::Fence, || Job::Fence),
             SourceAction::Verify => {
                 self.digest();
@@ -332,6 +355,10 @@ impl Driver {
                     plane.copy.pacer.set_limit(limit.map(|limit| limit.0));
                 }
             }
+            SourceAction::WriteHandedOver => match self.confirm() {
+                Ok(()) => self.outside.act(SourceAction::WriteHandedOver),
+                Err(error) => self.fail(&error),
+            },
             SourceAction::Release => {
                 self.release();
                 self.feed(SourceEvent::Released);
@@ -370,8 +397,19 @@ impl Driver {
             self.spawn_worker(index, Worker::new(link, Arc::clone(&copy)), cpu)
         });
         let workers = workers.collect::<Result<_, _>>()?;
-        self.plane =
-            Some(Plane { workers, copy, tracker: parts.tracker, memory: parts.memory, holes: Some(holes) });
+        let others_write = parts.tracker.has_other_writers();
+        self.plane = Some(Plane {
+            workers,
+            copy,
+            tracker: parts.tracker,
+            memory: parts.memory,
+            unsent_holes: holes.clone(),
+            holes: Some(holes),
+        });
+        self.expect_late_writes(parts.late_writes);
+        if others_write {
+            self.expect_late_writes(LateWrites::Undrainable);
+        }
         Ok(SourceEvent::Prepared { pages, fixed: parts.fixed_costs })
     }
 
@@ -412,9 +450,40 @@ impl Driver {
             Ok(harvest) => {
                 self.harvests += 1;
                 self.last_harvest = Some((harvest.elapsed, harvest.written_pages));
+                if plane.tracker.has_other_writers() {
+                    self.expect_late_writes(LateWrites::Undrainable);
+                }
                 self.feed(SourceEvent::Harvested { written, elapsed: started.elapsed() });
             }
             Err(error) => self.fail(&error.into()),
+        }
+    }
+
+    /// Before the engine hears of the pages that may be filled late: each is noted when it is sent.
+    fn expect_late_writes(&mut self, late: LateWrites) {
+        let Some(plane) = self.plane.as_ref().filter(|_| late > self.late_writes) else {
+            return;
+        };
+        plane.copy.notes.get_or_init(|| Notes::new(plane.memory.layout()));
+        self.late_writes = late;
+        self.feed(SourceEvent::LateWrites(late));
+    }
+
+    fn recheck(&mut self, mut pages: PageSets) {
+        let Some(plane) = &self.plane else {
+            return;
+        };
+        // Of those nothing was noted, and to read them would allocate them.
+        pages.subtract(&plane.unsent_holes);
+        let recheck = Arc::new(Recheck::new(pages, plane.memory.layout()));
+        self.start_job(JobKind::Recheck(Arc::clone(&recheck)), || Job::Recheck(Arc::clone(&recheck)));
+    }
+
+    /// The last moment at which a writer that was not seen can keep the guest here.
+    fn confirm(&mut self) -> Result<(), MoverError> {
+        match &mut self.plane {
+            Some(plane) => Ok(plane.tracker.confirm()?),
+            None => Ok(()),
         }
     }
 
@@ -432,6 +501,7 @@ impl Driver {
             }
             pages.subtract(&holes);
         }
+        plane.unsent_holes.subtract(&pages);
         self.round_bytes = pages.bytes();
         let pass = plane.copy.begin(pages, guest_paused);
         let before = plane.copy.counters.read();
@@ -459,8 +529,8 @@ impl Driver {
         job.waiting -= 1;
         let failed_before = job.failed;
         job.failed |= result.is_err();
-        if let (Err(_), JobKind::Copy { pass, .. }) = (result, &job.kind) {
-            pass.stop();
+        if result.is_err() {
+            job.stop();
         }
         let done = if job.waiting == 0 { self.job.take() } else { None };
         if let (Err(error), false) = (result, failed_before) {
@@ -473,13 +543,21 @@ impl Driver {
         }
     }
 
-    /// A copy that failed has ended all the same.
+    /// What failed has ended all the same.
     fn report_broken_off(&mut self, job: &RunningJob) {
-        if let (Some(plane), JobKind::Copy { .. }) = (&self.plane, &job.kind) {
-            let unsent = plane.copy.take_unsent();
-            let elapsed = job.started.elapsed();
-            self.feed(SourceEvent::Copied { data_bytes: 0, zero_bytes: 0, elapsed, complete: false, unsent });
-        }
+        let Some(plane) = &self.plane else {
+            return;
+        };
+        let elapsed = job.started.elapsed();
+        let event = match &job.kind {
+            JobKind::Fence => return,
+            JobKind::Recheck(recheck) => rechecked(recheck, &plane.memory, elapsed),
+            JobKind::Copy { .. } => {
+                let unsent = plane.copy.take_unsent();
+                SourceEvent::Copied { data_bytes: 0, zero_bytes: 0, elapsed, complete: false, unsent }
+            }
+        };
+        self.feed(event);
     }
 
     fn report(&mut self, job: &RunningJob) {
@@ -487,14 +565,14 @@ impl Driver {
         let Some(plane) = &self.plane else {
             return;
         };
+        if let Err(error) = plane.memory.check() {
+            self.fail(&error.into());
+            return self.report_broken_off(job);
+        }
         let event = match &job.kind {
             JobKind::Fence => SourceEvent::Fenced { elapsed },
+            JobKind::Recheck(recheck) => rechecked(recheck, &plane.memory, elapsed),
             JobKind::Copy { before, .. } => {
-                let broken = plane.memory.check();
-                if let Err(error) = broken {
-                    self.fail(&error.into());
-                    return self.report_broken_off(job);
-                }
                 let after = plane.copy.counters.read();
                 let unsent = plane.copy.take_unsent();
                 SourceEvent::Copied {
@@ -538,8 +616,8 @@ impl Driver {
         let Some(plane) = self.plane.take() else {
             return;
         };
-        if let Some(RunningJob { kind: JobKind::Copy { pass, .. }, .. }) = self.job.take() {
-            pass.stop();
+        if let Some(job) = self.job.take() {
+            job.stop();
         }
         self.counted = plane.copy.counters.read();
         self.registrations = plane.copy.counters.take_registrations();
@@ -574,11 +652,20 @@ impl Driver {
             pinned_bytes,
             pinned_peak_bytes: self.pinned_peak_bytes,
             tracker: self.tracker_kind,
+            late_writes: self.late_writes,
             last_harvest: self.last_harvest,
             harvests: self.harvests,
             verified: self.verified,
         };
         self.outside.publish(&snapshot);
+    }
+}
+
+fn rechecked(recheck: &Recheck, memory: &Memory, elapsed: Duration) -> SourceEvent {
+    SourceEvent::Rechecked {
+        differing: recheck.take_differing(memory.layout()),
+        checked_bytes: recheck.checked_bytes(),
+        elapsed,
     }
 }
 
@@ -594,7 +681,17 @@ fn failure(error: &MoverError) -> Failure {
             Reason::LinkLost
         }
     };
-    Failure { reason, message: error.to_string() }
+    let mut message = error.to_string();
+    // The message of the first cause is part of the error's own.
+    let mut cause = std::error::Error::source(error).and_then(std::error::Error::source);
+    while let Some(deeper) = cause {
+        let told = deeper.to_string();
+        if !message.ends_with(&told) {
+            message = format!("{message}: {told}");
+        }
+        cause = deeper.source();
+    }
+    Failure { reason, message }
 }
 
 /// Pins the calling thread. A CPU that is not there is no reason to fail.

@@ -9,11 +9,12 @@ use std::time::{Duration, Instant};
 
 use ramferry_fabric::windows::WindowId;
 use ramferry_fabric::{Completion, Link, OpId, Place, PostError, Transfer};
-use ramferry_ram::{BlockIndex, BlockRange, PageRun};
+use ramferry_ram::{BlockIndex, BlockRange, PageHasher, PageRun};
 
 use crate::MoverError;
 use crate::copy::{Chunk, Copy, Next, Pass};
 use crate::counters::Stall;
+use crate::recheck::Recheck;
 
 /// Longest operation that is posted at once.
 const TRANSFER_BYTES: u64 = 1 << 20;
@@ -33,6 +34,7 @@ const ZERO_RUNS: usize = 4096;
 /// What a copying thread is told to do.
 pub(crate) enum Job {
     Copy(Arc<Pass>),
+    Recheck(Arc<Recheck>),
     Fence,
 }
 
@@ -56,6 +58,8 @@ pub(crate) struct Worker {
     next_id: u64,
     completions: Vec<Completion>,
     zero: Vec<(BlockIndex, PageRun)>,
+    /// Once pages are filled late.
+    hasher: Option<PageHasher>,
     /// Windows whose writes have completed. That alone does not prove placement:
     /// a window is given back, and may be released, only behind a fence.
     unproven: Vec<WindowId>,
@@ -74,6 +78,7 @@ impl Worker {
             next_id: 0,
             completions: Vec::new(),
             zero: Vec::new(),
+            hasher: None,
             unproven: Vec::new(),
             unproven_bytes: 0,
             idle_since: None,
@@ -88,6 +93,7 @@ impl Worker {
             self.waited = Duration::ZERO;
             report(match job {
                 Job::Copy(pass) => self.copy_pass(&pass),
+                Job::Recheck(recheck) => self.recheck(&recheck),
                 Job::Fence => self.fence(),
             });
             self.copy.counters.add_busy(started.elapsed().saturating_sub(self.waited));
@@ -116,6 +122,15 @@ impl Worker {
         }
         self.flush_zero();
         self.drain()
+    }
+
+    fn recheck(&mut self, recheck: &Recheck) -> Result<(), MoverError> {
+        let copy = Arc::clone(&self.copy);
+        let Some(notes) = copy.notes.get() else {
+            unreachable!("nothing is rechecked before late writes are expected");
+        };
+        let hasher = self.hasher.get_or_insert_with(|| notes.hasher());
+        recheck.run(&copy.memory, notes, hasher).map_err(MoverError::Ram)
     }
 
     fn fence(&mut self) -> Result<(), MoverError> {
@@ -173,13 +188,13 @@ impl Worker {
     }
 
     /// Splits a range's pages into runs that hold data and runs that are zero.
-    fn scan(&self, range: BlockRange) -> Result<(Vec<PageRun>, Vec<PageRun>), MoverError> {
+    fn scan(&mut self, range: BlockRange) -> Result<(Vec<PageRun>, Vec<PageRun>), MoverError> {
         let page_bytes = self.page_bytes(range.block);
         let (mut data, mut zero): (Vec<PageRun>, Vec<PageRun>) = (Vec::new(), Vec::new());
         let first = range.offset / page_bytes;
         for page in first..first + range.length / page_bytes {
             let place = BlockRange { block: range.block, offset: page * page_bytes, length: page_bytes };
-            let runs = if self.copy.memory.span(place)?.is_zero() { &mut zero } else { &mut data };
+            let runs = if self.is_zero(page, place)? { &mut zero } else { &mut data };
             match runs.last_mut() {
                 Some(run) if run.end() == page => run.count += 1,
                 _ => runs.push(PageRun { first: page, count: 1 }),
@@ -188,6 +203,17 @@ impl Worker {
         let zero_pages: u64 = zero.iter().map(|run| run.count).sum();
         self.copy.counters.add_zero(zero_pages * page_bytes, zero_pages);
         Ok((data, zero))
+    }
+
+    /// Whether a page is zero. Where pages are filled late, notes what it holds.
+    fn is_zero(&mut self, page: u64, place: BlockRange) -> Result<bool, MoverError> {
+        let Some(notes) = self.copy.notes.get() else {
+            return Ok(self.copy.memory.span(place)?.is_zero());
+        };
+        let hasher = self.hasher.get_or_insert_with(|| notes.hasher());
+        let found = hasher.hash(&self.copy.memory, place)?;
+        notes.note(place.block, page, found.hash);
+        Ok(found.is_zero)
     }
 
     fn page_bytes(&self, block: BlockIndex) -> u64 {

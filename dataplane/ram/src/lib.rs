@@ -12,6 +12,7 @@ mod file;
 mod huge;
 mod mapping;
 mod memory;
+mod page_hash;
 mod pages;
 mod sigbus;
 #[cfg(test)]
@@ -24,4 +25,5 @@ pub use error::RamError;
 pub use file::{Access, FileIdentity, RamFile};
 pub use mapping::{FAULT_AROUND_BYTES, Mapping, Span};
 pub use memory::Memory;
+pub use page_hash::{HashedPage, PageHash, PageHasher};
 pub use pages::{PageRun, PageSet, PageSets};

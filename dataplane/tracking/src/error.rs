@@ -64,6 +64,43 @@ pub enum TrackError {
         #[source]
         source: WriterError,
     },
+    /// A RAM file cannot be watched.
+    #[error(
+        "cannot watch the RAM file of {block}: raise fs.inotify.max_user_watches and max_user_instances, or run the agent as the VMM's user or root"
+    )]
+    Watch {
+        /// The block whose file it is.
+        block: BlockIndex,
+        /// The kernel's answer.
+        #[source]
+        source: io::Error,
+    },
+    /// Somebody changed a RAM file other than through a mapping.
+    #[error(
+        "the RAM file of {block} was written, truncated or punched by system calls, which no tracker sees: find out by whom, and end that before the guest is migrated"
+    )]
+    Modified {
+        /// The block whose file it is.
+        block: BlockIndex,
+    },
+    /// A process that was not tracked had a RAM file open for writing.
+    #[error(
+        "a process that is gone had the RAM file of {block} open for writing, and may have written to it unseen: see that nothing but the VMM opens it, and migrate again"
+    )]
+    UnseenWriter {
+        /// The block whose file it was.
+        block: BlockIndex,
+    },
+    /// A process wrote to RAM while the guest stood still.
+    #[error(
+        "process {pid} ({comm}) wrote to the guest's RAM, or ended, after the last of it was copied: end or quiet it before the guest is migrated"
+    )]
+    WroteLate {
+        /// The process.
+        pid: u32,
+        /// Its name.
+        comm: String,
+    },
     /// The tracker does not work on this host.
     #[error(transparent)]
     SelfTest(#[from] SelfTestError),
@@ -93,7 +130,10 @@ impl TrackError {
     pub(crate) fn is_of_this_kind_only(&self) -> bool {
         match self {
             Self::SelfTest(_) => true,
-            Self::Writer { source, .. } => !matches!(source, WriterError::Ended | WriterError::Maps(_)),
+            Self::Writer { source, .. } => !matches!(
+                source,
+                WriterError::Ended | WriterError::Maps(_) | WriterError::HoldsDescriptor { .. }
+            ),
             _ => false,
         }
     }
@@ -132,6 +172,14 @@ pub enum WriterError {
         /// The kernel's answer.
         #[source]
         source: io::Error,
+    },
+    /// It may map or write the file at any time.
+    #[error(
+        "it has a RAM file open for writing as descriptor {descriptor}, and may write to it at any time: end it, or have it close the file"
+    )]
+    HoldsDescriptor {
+        /// The descriptor.
+        descriptor: u32,
     },
     /// Its mappings could not be read.
     #[error("its mappings cannot be read")]

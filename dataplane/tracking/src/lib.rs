@@ -26,6 +26,7 @@ use std::time::Duration;
 use ramferry_ram::{FileIdentity, PageSets};
 
 mod error;
+mod holders;
 mod huge;
 pub mod maps;
 mod pagemap;
@@ -39,6 +40,7 @@ mod touched;
 mod tracker;
 mod uffd;
 mod uffd_wp;
+mod watch;
 mod writers;
 
 pub use error::{SelfTestError, TrackError, WriterError};
@@ -125,15 +127,27 @@ pub trait Tracker: Send {
     /// begins anew.
     ///
     /// # Errors
-    /// When the guest ended, or a process can no longer be tracked.
+    /// When the guest ended, a process can no longer be tracked, or one that was
+    /// not tracked may have written.
     fn harvest(&mut self, written: &mut PageSets) -> Result<Harvest, TrackError>;
+
+    /// Whether a process other than the guest writes, or did since this was armed, to a tracked file: it may do
+    /// so by DMA, and cannot be asked whether it has ended.
+    fn has_other_writers(&self) -> bool;
 
     /// Looks for processes that began to map a RAM file writable, tracks them,
     /// and adds all pages of that file to `written`.
     ///
     /// # Errors
-    /// When there is one that cannot be tracked: it is named.
+    /// When there is one that cannot be tracked, or that could begin to write at any time: it is named.
     fn recheck(&mut self, written: &mut PageSets) -> Result<(), TrackError>;
+
+    /// The last look, with the guest paused and everything copied that the last harvest reported: makes sure that
+    /// nobody but the guest wrote since.
+    ///
+    /// # Errors
+    /// When somebody did, or may have: it is named as far as it is known.
+    fn confirm(&mut self) -> Result<(), TrackError>;
 }
 
 /// Begins to track what `guest`, and every other process, writes to `files`.

@@ -10,12 +10,14 @@ use std::io::{Seek, SeekFrom};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use ramferry_ram::{PageRun, PageSet, PageSets};
+use ramferry_ram::{BlockIndex, PageRun, PageSet, PageSets};
 
 use crate::error::{TrackError, WriterError};
+use crate::holders::HolderSearch;
 use crate::maps::{self, MapsError, Vma};
 use crate::process;
 use crate::segments::{Segment, segments};
+use crate::watch::FileWatch;
 use crate::writers::{Mapper, check_files, check_guest_maps, find_mappers};
 use crate::{Harvest, TrackedFile, Tracker, TrackerKind};
 
@@ -99,6 +101,8 @@ struct Tracked<M> {
     view: View,
     comm: String,
     segments: Vec<Segment>,
+    /// Files of which a mapping went since this was last taken.
+    gone: Vec<usize>,
     mechanism: M,
 }
 
@@ -106,7 +110,8 @@ impl<M: Mechanism> Tracked<M> {
     fn new(pid: u32, files: &[TrackedFile], pending: &mut [PageSet]) -> Result<Self, WriterError> {
         let view = View::open(pid)?;
         let mechanism = M::attach(&view, files)?;
-        let mut tracked = Self { view, comm: process::comm_of(pid), segments: Vec::new(), mechanism };
+        let comm = process::comm_of(pid);
+        let mut tracked = Self { view, comm, segments: Vec::new(), gone: Vec::new(), mechanism };
         let vmas = tracked.view.vmas()?;
         tracked.cover_all(segments(&vmas, files), &[], files, pending)?;
         Ok(tracked)
@@ -149,6 +154,7 @@ impl<M: Mechanism> Tracked<M> {
             |covered: &[Segment], segment: &Segment| covered.contains(segment) && !lost.contains(segment);
         for segment in self.segments.iter().filter(|segment| !known(&current, segment)) {
             segment.add_to(files, pending);
+            self.gone.push(segment.file);
         }
         for _ in 0..MAX_COVER_TRIES {
             let mut failed = None;
@@ -192,6 +198,15 @@ pub(crate) struct FileTracker<M> {
     guest: u32,
     files: Vec<TrackedFile>,
     processes: Vec<Tracked<M>>,
+    /// Whether there ever was a process beside the guest.
+    has_others: bool,
+    /// None for a tracker of the guest alone.
+    watch: Option<FileWatch>,
+    holders: HolderSearch,
+    /// Whether a file was opened since every process was last looked at.
+    opened: bool,
+    /// Files that a tracked process may close: one beside the guest, or a mapping that went.
+    may_close: Vec<bool>,
     /// Written pages not yet handed out: they outlive a harvest that failed.
     pending: Vec<PageSet>,
 }
@@ -201,10 +216,12 @@ impl<M: Mechanism> FileTracker<M> {
     pub(crate) fn arm(guest: u32, files: &[TrackedFile]) -> Result<Self, TrackError> {
         check_files(files)?;
         check_guest_maps(guest, files)?;
-        let mut tracker = Self::of_guest(guest, files)?;
+        // Before anybody is looked for: who comes after that look leaves an event.
+        let watch = FileWatch::new(guest, files)?;
+        let mut tracker = Self { watch: Some(watch), ..Self::of_guest(guest, files)? };
         for _ in 0..MAX_ARM_LOOKS {
             let Some(last) = tracker.adopt_new_writers()? else {
-                tracker.pending.iter_mut().for_each(PageSet::clear);
+                tracker.settle_arming()?;
                 return Ok(tracker);
             };
             if !tracker.processes.iter().any(|process| process.pid() == last) {
@@ -222,7 +239,62 @@ impl<M: Mechanism> FileTracker<M> {
         let tracked =
             Tracked::new(guest, files, &mut pending).map_err(|source| failed(guest, guest, source))?;
         pending.iter_mut().for_each(PageSet::clear);
-        Ok(Self { guest, files: files.to_vec(), processes: vec![tracked], pending })
+        Ok(Self {
+            guest,
+            files: files.to_vec(),
+            processes: vec![tracked],
+            has_others: false,
+            watch: None,
+            holders: HolderSearch::default(),
+            opened: false,
+            may_close: vec![false; files.len()],
+            pending,
+        })
+    }
+
+    /// What happened until now was before anything is read of the files.
+    fn settle_arming(&mut self) -> Result<(), TrackError> {
+        self.refuse_holders(true)?;
+        if let Some(watch) = &mut self.watch {
+            self.opened = watch.look()?.iter().any(|file| file.opened);
+        }
+        self.pending.iter_mut().for_each(PageSet::clear);
+        Ok(())
+    }
+
+    fn refuse_holders(&mut self, all: bool) -> Result<(), TrackError> {
+        let known: Vec<u32> = self.processes.iter().map(Tracked::pid).collect();
+        self.holders.refuse(&self.files, &known, all)
+    }
+
+    /// Reports all of a file whose closing is a tracked process' perhaps; refuses any other change to a file itself.
+    fn note_activity(&mut self, may_be_tracked: bool) -> Result<(), TrackError> {
+        let Some(watch) = &mut self.watch else { return Ok(()) };
+        for ((index, seen), block) in watch.look()?.into_iter().enumerate().zip((0..).map(BlockIndex)) {
+            self.opened |= seen.opened;
+            if seen.modified {
+                return Err(TrackError::Modified { block });
+            }
+            if seen.closed && !(may_be_tracked && self.may_close[index]) {
+                return Err(TrackError::UnseenWriter { block });
+            }
+            if seen.closed {
+                self.pending[index].insert_run(PageRun { first: 0, count: self.files[index].pages });
+            }
+        }
+        Ok(())
+    }
+
+    /// Refuses any process beside the guest that wrote since the last harvest, or ended.
+    fn confirm_others(&mut self) -> Result<(), TrackError> {
+        let mut written: Vec<PageSet> = self.files.iter().map(|file| PageSet::new(file.pages)).collect();
+        for process in self.processes.iter_mut().filter(|process| process.pid() != self.guest) {
+            let harvested = process.harvest(&self.files, &mut written);
+            if harvested.is_err() || written.iter().any(|set| !set.is_empty()) {
+                return Err(TrackError::WroteLate { pid: process.pid(), comm: process.comm.clone() });
+            }
+        }
+        Ok(())
     }
 
     /// Adds what was written to `pending`.
@@ -230,7 +302,9 @@ impl<M: Mechanism> FileTracker<M> {
         let mut ended = Vec::new();
         for process in &mut self.processes {
             let pid = process.pid();
-            match process.harvest(&self.files, &mut self.pending) {
+            let harvested = process.harvest(&self.files, &mut self.pending);
+            process.gone.drain(..).for_each(|file| self.may_close[file] = true);
+            match harvested {
                 Ok(()) => {}
                 Err(WriterError::Ended) if pid != self.guest => ended.push(pid),
                 Err(WriterError::Ended) => return Err(TrackError::GuestEnded { pid }),
@@ -255,10 +329,12 @@ impl<M: Mechanism> FileTracker<M> {
                 continue;
             }
             for segment in &segments {
+                self.may_close[segment.file] = true;
                 let count = self.files[segment.file].pages;
                 self.pending[segment.file].insert_run(PageRun { first: 0, count });
             }
             last = Some(pid);
+            self.has_others = true;
             match Tracked::new(pid, &self.files, &mut self.pending) {
                 Ok(tracked) => self.processes.push(tracked),
                 Err(WriterError::Ended) => {}
@@ -298,7 +374,7 @@ impl<M: Mechanism> FileTracker<M> {
     /// Moves what is pending to `written`, and counts it.
     fn hand_out(&mut self, written: &mut PageSets) -> u64 {
         let mut pages = 0;
-        for (set, block) in self.pending.iter_mut().zip((0..).map(ramferry_ram::BlockIndex)) {
+        for (set, block) in self.pending.iter_mut().zip((0..).map(BlockIndex)) {
             pages += set.count();
             written.block_mut(block).union_with(set);
             set.clear();
@@ -316,17 +392,38 @@ impl<M: Mechanism> Tracker for FileTracker<M> {
         let start = Instant::now();
         self.check_sets(written)?;
         self.collect()?;
+        self.note_activity(true)?;
         let written_pages = self.hand_out(written);
         Ok(Harvest { written_pages, elapsed: start.elapsed() })
     }
 
+    fn has_other_writers(&self) -> bool {
+        self.has_others
+    }
+
     fn recheck(&mut self, written: &mut PageSets) -> Result<(), TrackError> {
         self.check_sets(written)?;
+        // Whoever opens a file from here on is looked for the next time.
+        let opened = self.note_activity(true).map(|()| std::mem::take(&mut self.opened))?;
         let adopted = self.adopt_new_writers()?;
+        self.refuse_holders(opened)?;
         if let Some(pid) = adopted {
             tracing::info!(pid, kind = M::KIND.as_str(), "a new process writes to the guest's RAM");
         }
         self.hand_out(written);
+        Ok(())
+    }
+
+    fn confirm(&mut self) -> Result<(), TrackError> {
+        self.confirm_others()?;
+        self.note_activity(false)?;
+        if std::mem::take(&mut self.opened) {
+            if let Some(pid) = self.adopt_new_writers()? {
+                return Err(TrackError::WroteLate { pid, comm: process::comm_of(pid) });
+            }
+            self.refuse_holders(true)?;
+            self.note_activity(false)?;
+        }
         Ok(())
     }
 }

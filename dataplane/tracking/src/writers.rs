@@ -1,10 +1,10 @@
 //! Who can write to the guest's RAM.
 //!
 //! Seen are processes of our PID namespace that have a RAM file mapped shared
-//! and writable. Not seen are: processes of other PID namespaces; a mapping that
-//! comes and goes between two looks; writes that need no mapping (`write(2)` to
-//! the file, truncation, hole punching). A read-only mapping is no writer; one
-//! that `mprotect` makes writable is found by the next look, as a new one is.
+//! and writable, or open for writing. Not seen are processes of other PID
+//! namespaces. What comes and goes between two looks, and writes that need no
+//! mapping, are noticed by [`watch`](crate::watch). A read-only mapping is no writer;
+//! one that `mprotect` makes writable is found by the next look, as a new one is.
 
 use std::fs::{self, File};
 use std::io::{self, Read};
@@ -12,6 +12,7 @@ use std::io::{self, Read};
 use ramferry_ram::BlockIndex;
 
 use crate::error::{TrackError, WriterError};
+use crate::holders::find_holders;
 use crate::maps::{self, MapsError};
 use crate::process;
 use crate::remote_call::RemoteCallError;
@@ -41,7 +42,7 @@ pub struct Writer {
     pub obstacle: Option<WriterError>,
 }
 
-/// Tells who has `files` mapped writable, and whether each could be tracked.
+/// Tells who has `files` mapped writable or open for writing, and whether each could be tracked.
 /// Changes nothing in any of those processes.
 ///
 /// # Errors
@@ -51,6 +52,13 @@ pub fn check(guest: u32, files: &[TrackedFile]) -> Result<Vec<Writer>, TrackErro
     check_guest_maps(guest, files)?;
     let mut soft_dirty_works = None;
     let mappers = find_mappers(files, &[])?;
+    let known: Vec<u32> = mappers.iter().map(|mapper| mapper.pid).chain([guest]).collect();
+    let holders = find_holders(files, &known).map_err(TrackError::Proc)?;
+    let holders = holders.into_iter().map(|holder| Writer {
+        pid: holder.pid,
+        comm: process::comm_of(holder.pid),
+        obstacle: Some(holder.obstacle()),
+    });
     Ok(mappers
         .into_iter()
         .map(|Mapper { pid, segments }| {
@@ -61,6 +69,7 @@ pub fn check(guest: u32, files: &[TrackedFile]) -> Result<Vec<Writer>, TrackErro
             });
             Writer { pid, comm: process::comm_of(pid), obstacle }
         })
+        .chain(holders)
         .collect())
 }
 

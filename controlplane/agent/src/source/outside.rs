@@ -80,6 +80,25 @@ impl Outside {
         self.ordering.push(pausing);
     }
 
+    /// A drain that fails is none: everything is rechecked at the pause.
+    fn drain(&mut self) {
+        let session = Arc::clone(&self.session);
+        let draining = self.spawn(async move {
+            let drained = session.guest.get().await?.drain_io().await;
+            if let Err(error) = &drained {
+                let id = &session.entry.id;
+                let error = crate::status::causes(error);
+                tracing::warn!(
+                    id,
+                    error,
+                    "the guest's transfers were not drained; all is rechecked at its pause"
+                );
+            }
+            Ok(SourceEvent::Drained { complete: drained.is_ok() }.into())
+        });
+        self.ordering.push(draining);
+    }
+
     fn resume(&mut self) {
         let (session, stopped) = (Arc::clone(&self.session), self.stop_ordering());
         self.spawn(async move {
@@ -170,6 +189,7 @@ impl SourceOutside for Outside {
                 self.ordering.push(preparing);
             }
             SourceAction::EndRound { round } => self.order(Order::EndRound(v1::EndRound { round })),
+            SourceAction::DrainGuest => self.drain(),
             SourceAction::PauseGuest => self.pause(),
             SourceAction::Verify => self.order(Order::Verify(v1::Verify {})),
             SourceAction::MoveDeviceState => {
@@ -191,6 +211,7 @@ impl SourceOutside for Outside {
             SourceAction::Finish(outcome) => self.finish(&outcome),
             SourceAction::Harvest
             | SourceAction::Copy { .. }
+            | SourceAction::Recheck { .. }
             | SourceAction::StopCopy
             | SourceAction::Fence
             | SourceAction::Release

@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use ramferry_engine::State;
+use ramferry_engine::{LateWrites, State};
 use ramferry_mover::SourceSnapshot;
 use ramferry_proto::v1;
 
@@ -25,6 +25,10 @@ pub(crate) fn fill(view: &mut v1::Migration, snapshot: &SourceSnapshot) {
     if let Some(tracker) = snapshot.tracker {
         tracker.as_str().clone_into(&mut view.tracker);
     }
+    // One that began to write while the migration was under way.
+    if snapshot.late_writes == LateWrites::Undrainable && view.recheck_reason.is_empty() {
+        "writes of another process".clone_into(&mut view.recheck_reason);
+    }
     view.progress = Some(progress(snapshot));
 }
 
@@ -44,6 +48,7 @@ fn progress(snapshot: &SourceSnapshot) -> v1::MigrationProgress {
         transferred_bytes: counted.data_bytes,
         remaining_bytes: remaining,
         redirtied_bytes: engine.redirtied_bytes,
+        late_bytes: engine.late_bytes,
         round: engine.round,
         dirty_rate_bytes_per_second: engine.dirty_rate.map_or(0, |rate| rate.0),
         throughput_bits_per_second: throughput(snapshot),

@@ -20,6 +20,7 @@ struct Checked<'a> {
     present_bytes: u64,
     source_vmm: &'a str,
     destination_vmm: &'a str,
+    recheck_reason: &'a str,
 }
 
 pub(super) async fn run(args: CheckArgs) -> Result<Exit, Failure> {
@@ -41,5 +42,6 @@ fn checked(answer: &v1::CheckMigrationResponse) -> Checked<'_> {
         present_bytes: answer.present_bytes,
         source_vmm: &answer.source_vmm,
         destination_vmm: &answer.destination_vmm,
+        recheck_reason: &answer.recheck_reason,
     }
 }

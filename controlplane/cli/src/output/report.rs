@@ -44,6 +44,7 @@ pub(crate) fn details(migration: &v1::Migration) -> String {
         ),
         ("fabric", fabric(migration)),
         ("tracker", migration.tracker.clone()),
+        ("rechecks", migration.recheck_reason.clone()),
         ("parameters", parameter_list(&parameters)),
         ("created", time(migration.create_time.as_ref()).unwrap_or_default()),
         ("ended", time(migration.end_time.as_ref()).unwrap_or_default()),
@@ -76,6 +77,7 @@ pub(crate) fn check(answer: &v1::CheckMigrationResponse) -> String {
         ("  fabric", fabric),
         ("  tracker", answer.tracker.clone()),
         ("  memory", memory),
+        ("  rechecks", answer.recheck_reason.clone()),
     ];
     format!("the guest can be migrated\n{}", pairs(&rows))
 }
@@ -136,7 +138,7 @@ fn total_time(progress: &v1::MigrationProgress) -> String {
 fn downtime(progress: &v1::MigrationProgress) -> String {
     let Some(downtime) = proto_duration(progress.downtime.as_ref()) else { return String::new() };
     let part = |part: &v1::DowntimePart| {
-        let spent = proto_duration(part.duration.as_ref())?;
+        let spent = proto_duration(part.duration.as_ref()).filter(|spent| !spent.is_zero())?;
         Some(format!("{} {}", part.name, duration(spent)))
     };
     let parts: Vec<_> = progress.downtime_parts.iter().filter_map(part).collect();

@@ -356,13 +356,16 @@ fn check_tells_what_would_be_used() {
         present_bytes: 1 << 20,
         source_vmm: "QEMU 7.2.22 (pc-q35-7.2)".into(),
         destination_vmm: "QEMU 7.2.22 (pc-q35-7.2)".into(),
+        recheck_reason: "direct I/O of disk0".into(),
     };
     let agent = Agent::start(Script { check, ..Script::default() });
     let line = MIGRATE.replace("migrate --id vm-1", "check");
     let text = run(agent.address(), &line);
     assert_eq!(text.code, 0, "{text:?}");
     assert!(text.stdout.contains("fabric       shm (both agents run on one host)"), "{}", text.stdout);
+    assert!(text.stdout.contains("rechecks     direct I/O of disk0"), "{}", text.stdout);
     let json = run(agent.address(), &format!("{line} --output json")).json();
+    assert_eq!(json["recheck_reason"], json!("direct I/O of disk0"));
     assert_eq!((&json["fabric"], &json["present_bytes"]), (&json!("shm"), &json!(1 << 20)));
 }
 

@@ -56,12 +56,6 @@ async fn guests_that_cannot_be_moved_are_refused_by_reason() {
     let wider = proof(quiet()).vcpus(2).incoming(true).start().unwrap();
     refused(&pair, &good, &wider, "VCPUS_DIFFER", "-smp").await;
 
-    let disk = good.directory().join("disk");
-    std::fs::File::create(&disk).unwrap().set_len(MIB).unwrap();
-    let drive = format!("file={},format=raw,if=virtio,cache=none", disk.display());
-    let direct = idle().block(node()).arg("-drive").arg(drive).start().unwrap();
-    refused(&pair, &direct, &waiting, "DIRECT_IO", "cache=writeback").await;
-
     assert_runs_untraced(&good);
 }
 

@@ -11,13 +11,30 @@ use crate::GuestError;
 use crate::qmp::{QmpClient, QmpError, QmpEvent};
 
 use super::blocks::property;
-use super::replies::{BalloonInfo, ObjectProperty};
+use super::replies::{BalloonInfo, BlockNode, ObjectProperty};
 
 /// Between two looks at the balloon. A driver moves it by 1 MiB in less.
 const BALLOON_INTERVAL: Duration = Duration::from_millis(100);
 
 /// Where QEMU keeps the devices that it was told to make.
 const CONTAINERS: [&str; 2] = ["/machine/peripheral", "/machine/peripheral-anon"];
+
+/// Block drivers that map guest RAM for their device once and for all.
+const PINNING_DRIVERS: [&str; 6] = [
+    "io_uring",
+    "nvme",
+    "nvme-io_uring",
+    "virtio-blk-vfio-pci",
+    "virtio-blk-vhost-user",
+    "virtio-blk-vhost-vdpa",
+];
+
+/// Who fills guest RAM by DMA, and is migrated all the same or refused by the agent.
+pub(super) struct LateWriters {
+    pub(super) direct_io_disks: Vec<String>,
+    pub(super) undrainable_devices: Vec<String>,
+    pub(super) pinning_disks: Vec<String>,
+}
 
 #[derive(Debug)]
 pub(super) struct Device {
@@ -45,12 +62,37 @@ pub(super) async fn check(client: &QmpClient) -> Result<(), GuestError> {
 
 /// Devices, and network back ends.
 pub(super) async fn find(client: &QmpClient) -> Result<(Vec<Device>, Vec<Device>), QmpError> {
+    let devices = devices(client).await?;
+    let backends = network_backends(client).await?;
+    Ok((devices, backends))
+}
+
+async fn devices(client: &QmpClient) -> Result<Vec<Device>, QmpError> {
     let mut devices = Vec::new();
     for container in CONTAINERS {
         devices.extend(children(client, container).await?);
     }
-    let backends = network_backends(client).await?;
-    Ok((devices, backends))
+    Ok(devices)
+}
+
+/// Everybody who fills guest RAM by DMA.
+pub(super) async fn late_writers(client: &QmpClient) -> Result<LateWriters, QmpError> {
+    let nodes: Vec<BlockNode> = client.execute("query-named-block-nodes", json!({ "flat": true })).await?;
+    let (pinning, others): (Vec<_>, Vec<_>) =
+        nodes.into_iter().partition(|node| PINNING_DRIVERS.contains(&node.drv.as_str()));
+    let names = |nodes: Vec<BlockNode>| nodes.into_iter().filter_map(|node| node.node_name);
+    let devices = devices(client).await?;
+    let of = |kind: &str| -> Vec<String> {
+        let found = devices.iter().filter(|device| device.kind.starts_with(kind));
+        found.map(|device| format!("{} ({})", device.path, device.kind)).collect()
+    };
+    let direct = others.into_iter().filter(|node| node.cache.direct).collect();
+    Ok(LateWriters {
+        // The host's SCSI layer fills the guest's pages whatever the cache mode is.
+        direct_io_disks: names(direct).chain(of("scsi-block")).collect(),
+        undrainable_devices: of("vhost-scsi"),
+        pinning_disks: names(pinning).collect(),
+    })
 }
 
 /// Resolves when a `BALLOON_CHANGE` arrives.

@@ -8,7 +8,7 @@ use crate::qmp::{QmpClient, QmpError, Version};
 use crate::{GuestError, Qemu};
 
 use super::blocks::{self, RamBlock};
-use super::replies::{BlockNode, MigrateInfo, NameInfo, Parameters};
+use super::replies::{MigrateInfo, NameInfo, Parameters};
 use super::{devices, goes_on};
 
 /// From this version `query-migrate` tells what blocks a migration.
@@ -37,6 +37,7 @@ pub(super) async fn inspect(qemu: &Qemu, side: Side) -> Result<Found, GuestError
         Side::Destination => Access::ReadWrite,
     };
     let files = blocks::open_files(qemu.pid(), &shared, access)?;
+    let dma = devices::late_writers(&client).await?;
     let private = blocks.iter().filter(|block| !layout.blocks().contains(&block.block()));
     let info = GuestInfo {
         pid: qemu.pid(),
@@ -46,7 +47,9 @@ pub(super) async fn inspect(qemu: &Qemu, side: Side) -> Result<Found, GuestError
         layout,
         running: status.running,
         vcpus: vcpus(&client).await?,
-        direct_io_disks: direct_io_disks(&client).await?,
+        direct_io_disks: dma.direct_io_disks,
+        undrainable_devices: dma.undrainable_devices,
+        pinning_disks: dma.pinning_disks,
         name: client.execute::<NameInfo>("query-name", json!({})).await?.name,
     };
     Ok(Found { info, blocks, files })
@@ -101,9 +104,4 @@ pub(super) async fn machine(client: &QmpClient) -> Result<String, QmpError> {
 pub(super) async fn vcpus(client: &QmpClient) -> Result<u32, QmpError> {
     let cpus: Vec<serde::de::IgnoredAny> = client.execute("query-cpus-fast", json!({})).await?;
     Ok(u32::try_from(cpus.len()).unwrap_or(u32::MAX))
-}
-
-pub(super) async fn direct_io_disks(client: &QmpClient) -> Result<Vec<String>, QmpError> {
-    let nodes: Vec<BlockNode> = client.execute("query-named-block-nodes", json!({ "flat": true })).await?;
-    Ok(nodes.into_iter().filter(|node| node.cache.direct).filter_map(|node| node.node_name).collect())
 }

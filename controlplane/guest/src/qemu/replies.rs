@@ -51,6 +51,7 @@ pub(super) struct Parameters {
 #[serde(rename_all = "kebab-case")]
 pub(super) struct BlockNode {
     pub(super) node_name: Option<String>,
+    pub(super) drv: String,
     pub(super) cache: CacheInfo,
 }
 

@@ -62,6 +62,20 @@ impl Qemu {
         .await
     }
 
+    /// Waits for QEMU's own transfers, as [`Guest::drain_io`](crate::Guest::drain_io)
+    /// has it. A transaction begins by draining every block device (`bdrv_drain_all`),
+    /// one of no actions does nothing else.
+    ///
+    /// # Errors
+    /// When QEMU refuses, or a disk does not answer in time.
+    pub async fn drain_io(&self) -> Result<(), GuestError> {
+        self.explained(async {
+            let limit = self.timeouts.drain;
+            Ok(self.client().run_within(limit, "transaction", json!({ "actions": [] })).await?)
+        })
+        .await
+    }
+
     /// Starts QEMU's own migration to the unix socket `stream` (named as it was
     /// bound), and returns when the vCPUs stand still in `pre-switchover`.
     ///

@@ -6,6 +6,7 @@
 #![allow(clippy::unwrap_used, reason = "what a test cannot go on without")]
 
 mod destination;
+mod drain;
 mod harness;
 mod inspect;
 mod source;

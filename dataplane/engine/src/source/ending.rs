@@ -2,10 +2,10 @@
 //!
 //! ```text
 //!            ResumeGuest       (only if the guest is to stay, and may be paused)
-//!  begin --> StopCopy          (only if a copy is under way)          --> Release --> Finish
+//!  begin --> StopCopy          (only if a copy or recheck is under way) --> Release --> Finish
 //!            AbortPeer         (only if the destination may not know)
 //!                |                                                     ^         ^
-//!                +-- GuestResumed, and Copied or UNDO passed ----------+         |
+//!                +-- GuestResumed, and Copied, Rechecked or UNDO passed +       |
 //!                +-- PeerAborted, or UNDO passed --------------------------------+
 //! ```
 //!
@@ -24,7 +24,7 @@ pub(super) struct Plan {
     pub(super) outcome: Outcome,
     /// The guest may be paused, and is to run here.
     pub(super) resume_guest: bool,
-    /// A copy is under way.
+    /// A copy or a recheck is under way.
     pub(super) stop_copy: bool,
     /// The destination does not know yet that it ends, and why.
     pub(super) abort_peer: Option<Failure>,
@@ -91,7 +91,7 @@ impl Ending {
             SourceEvent::GuestResumed => self.resume = None,
             SourceEvent::GuestPaused if self.outcome != Outcome::Succeeded => self.order_resume(now, actions),
             SourceEvent::Failed(failure) => self.failed(now, failure),
-            SourceEvent::Copied { .. } => self.copy_stops = false,
+            SourceEvent::Copied { .. } | SourceEvent::Rechecked { .. } => self.copy_stops = false,
             SourceEvent::PeerAborted | SourceEvent::PeerLost => self.telling_peer = false,
             SourceEvent::Released if self.release == Release::Ordered => self.release = Release::Done,
             SourceEvent::Tick => self.tick(now, actions),

@@ -24,6 +24,23 @@ pub enum SourceEvent {
         /// Of the harvest.
         elapsed: Duration,
     },
+    /// Pages may be filled after they were reported, from now on: before `Prepared`, or before the first `Harvested`
+    /// that holds every page which such a writer could reach. Never taken back.
+    LateWrites(LateWrites),
+    /// Answer to `DrainGuest`.
+    Drained {
+        /// Whether every transfer that had begun before the order has ended. If not, none is known to have.
+        complete: bool,
+    },
+    /// Answer to `Recheck`.
+    Rechecked {
+        /// Pages that do not hold what they held just before they were sent.
+        differing: PageSets,
+        /// Of all that was looked at.
+        checked_bytes: u64,
+        /// Of the recheck.
+        elapsed: Duration,
+    },
     /// Answer to `Copy`.
     Copied {
         /// Sent.
@@ -99,8 +116,15 @@ pub enum SourceAction {
         /// To be sent, or made zero.
         pages: PageSets,
     },
-    /// Cut the copy under way short (its `Copied` comes soon).
+    /// Cut the copy or the recheck under way short (its `Copied` or `Rechecked` comes soon).
     StopCopy,
+    /// Have the guest end every transfer into its RAM that has begun (`Drained`).
+    DrainGuest,
+    /// Find the pages that changed since just before they were sent (`Rechecked`).
+    Recheck {
+        /// All of them were sent since `LateWrites`.
+        pages: PageSets,
+    },
     /// Wait until everything sent is placed (`Fenced`).
     Fence,
     /// Tell the destination that the round ended (`RoundEnded`).
@@ -133,6 +157,18 @@ pub enum SourceAction {
     /// The end; no action follows. The control stream is closed: a destination that was not told otherwise
     /// learns from that.
     Finish(Outcome),
+}
+
+/// Whether pages are filled after the tracker reported them: by DMA into pages that were marked when they were pinned.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord)]
+pub enum LateWrites {
+    /// No.
+    #[default]
+    None,
+    /// Yes, and `DrainGuest` waits for those that have begun.
+    Drainable,
+    /// Yes, by somebody who cannot be asked.
+    Undrainable,
 }
 
 /// How a migration ended, seen from its source.

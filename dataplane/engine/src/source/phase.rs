@@ -23,10 +23,15 @@ pub(super) enum Phase {
     Wait,
     /// `Harvested`.
     Harvest,
+    /// `Drained`.
+    Drain,
+    /// `Rechecked`.
+    Recheck,
     /// `GuestPaused`.
     Pause,
     /// `Harvested`, with the guest paused; and so on.
     LastHarvest,
+    LastRecheck,
     LastCopy,
     LastFence,
     LastAcknowledge,
@@ -57,8 +62,11 @@ impl Phase {
             Self::Acknowledge => "acknowledge",
             Self::Wait => "wait",
             Self::Harvest => "harvest",
+            Self::Drain => "drain",
+            Self::Recheck => "recheck",
             Self::Pause => "pause",
             Self::LastHarvest => "last_harvest",
+            Self::LastRecheck => "last_recheck",
             Self::LastCopy => "last_copy",
             Self::LastFence => "last_fence",
             Self::LastAcknowledge => "last_acknowledge",
@@ -76,9 +84,16 @@ impl Phase {
         match self {
             Self::Pending => State::Pending,
             Self::Prepare => State::Preparing,
-            Self::Copy | Self::Fence | Self::Acknowledge | Self::Wait | Self::Harvest => State::Precopy,
+            Self::Copy
+            | Self::Fence
+            | Self::Acknowledge
+            | Self::Wait
+            | Self::Harvest
+            | Self::Drain
+            | Self::Recheck => State::Precopy,
             Self::Pause
             | Self::LastHarvest
+            | Self::LastRecheck
             | Self::LastCopy
             | Self::LastFence
             | Self::LastAcknowledge
@@ -101,6 +116,8 @@ impl Phase {
             Self::Fence | Self::LastFence => Some(limits::FENCE),
             Self::Acknowledge | Self::LastAcknowledge => Some(limits::ACKNOWLEDGE),
             Self::Harvest | Self::LastHarvest => Some(limits::HARVEST),
+            Self::Drain => Some(limits::DRAIN_GUEST),
+            Self::Recheck | Self::LastRecheck => Some(limits::RECHECK),
             Self::Pause => Some(limits::PAUSE),
             Self::LastCopy => Some(limits::LAST_COPY),
             Self::Verify => Some(limits::VERIFY),
@@ -116,8 +133,20 @@ impl Phase {
     pub(super) fn is_before_switchover(&self) -> bool {
         matches!(
             self,
-            Self::Prepare | Self::Copy | Self::Fence | Self::Acknowledge | Self::Wait | Self::Harvest
+            Self::Prepare
+                | Self::Copy
+                | Self::Fence
+                | Self::Acknowledge
+                | Self::Wait
+                | Self::Harvest
+                | Self::Drain
+                | Self::Recheck
         )
+    }
+
+    /// A copy or a recheck is under way.
+    pub(super) fn reads_memory(&self) -> bool {
+        matches!(self, Self::Copy | Self::LastCopy | Self::Recheck | Self::LastRecheck)
     }
 
     /// COMMIT was sent, or may have been before a restart: only the destination knows who runs the guest.

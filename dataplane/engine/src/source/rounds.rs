@@ -29,6 +29,7 @@ impl Source {
             }
             (Phase::Copy, SourceEvent::Copied { data_bytes, zero_bytes, elapsed, complete, unsent }) => {
                 self.note_round(data_bytes, zero_bytes, elapsed);
+                self.late.settled_round_ended();
                 self.owed = (!complete).then_some(unsent);
                 self.enter(now, Phase::Fence);
                 actions.push(SourceAction::Fence);
@@ -45,6 +46,16 @@ impl Source {
             (Phase::Harvest, SourceEvent::Harvested { written, elapsed }) => {
                 let pages = self.note_harvest(now, written, elapsed);
                 self.judge(now, pages, actions);
+            }
+            (Phase::Drain, SourceEvent::Drained { complete }) => {
+                self.late.drained(complete);
+                self.recheck(now, actions);
+            }
+            (Phase::Recheck, SourceEvent::Rechecked { differing, checked_bytes, elapsed }) => {
+                self.note_recheck(&differing, checked_bytes, elapsed);
+                self.late.settled();
+                let pages = self.take_owed_and(differing);
+                self.copy(now, Phase::Copy, pages, actions);
             }
             _ => {}
         }
@@ -67,14 +78,18 @@ impl Source {
 
     fn judge(&mut self, now: Duration, pages: PageSets, actions: &mut Vec<SourceAction>) {
         let owed_bytes = pages.bytes();
-        self.progress.expected_downtime = self.convergence.expected_downtime(owed_bytes);
-        let verdict = self.convergence.judge(now, owed_bytes, &self.parameters);
+        let recheck = self.late.recheck_due();
+        self.progress.expected_downtime = self.convergence.expected_downtime(owed_bytes, recheck.bytes);
+        let verdict = self.convergence.judge(now, owed_bytes, recheck, &self.parameters);
         let or_fail = self.parameters.timeout_action == TimeoutAction::Cancel;
         match verdict {
             Verdict::NextRound if !self.forced => self.copy(now, Phase::Copy, pages, actions),
+            Verdict::Settle if !self.forced => self.settle(now, pages, actions),
             Verdict::NotConverging if !self.forced && or_fail => {
-                self.fail(now, self.convergence.not_converging(owed_bytes, &self.parameters), actions);
+                let failure = self.convergence.not_converging(owed_bytes, recheck.bytes, &self.parameters);
+                self.fail(now, failure, actions);
             }
+            _ if recheck.never_settled => self.settle(now, pages, actions),
             _ => self.pause(now, pages, actions),
         }
     }
@@ -95,6 +110,7 @@ impl Source {
     ) {
         self.progress.round = self.progress.round.saturating_add(1);
         self.progress.remaining_bytes = pages.bytes();
+        self.late.copied(&pages);
         self.enter(now, phase);
         actions.push(SourceAction::Copy { round: self.progress.round, pages });
     }
@@ -116,11 +132,15 @@ impl Source {
         self.progress.add_dirtied(written_bytes);
         self.progress.dirty_rate = self.convergence.dirty_rate();
 
-        let mut pages = written;
+        let pages = self.take_owed_and(written);
+        self.progress.remaining_bytes = pages.bytes();
+        pages
+    }
+
+    pub(super) fn take_owed_and(&mut self, mut pages: PageSets) -> PageSets {
         if let Some(owed) = self.owed.take() {
             pages.union_with(&owed);
         }
-        self.progress.remaining_bytes = pages.bytes();
         pages
     }
 }

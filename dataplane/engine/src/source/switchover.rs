@@ -2,6 +2,8 @@
 
 use std::time::Duration;
 
+use ramferry_ram::PageSets;
+
 use super::ending::Plan;
 use super::phase::Phase;
 use super::{Outcome, Source, SourceAction, SourceEvent};
@@ -29,10 +31,20 @@ impl Source {
                 if self.parameters.bandwidth_limit.is_some() {
                     actions.push(SourceAction::SetBandwidthLimit(None));
                 }
-                let expected = self.convergence.copy_time(pages.bytes()).unwrap_or_default();
-                self.copy(now, Phase::LastCopy, pages, actions);
-                let limit = LAST_COPY.max(expected.saturating_mul(LAST_COPY_FACTOR));
-                self.phase_limit = Some(now.saturating_add(limit));
+                match self.late.unsettled_but(&pages) {
+                    Some(unsettled) => {
+                        self.owed = Some(pages);
+                        let recheck = SourceAction::Recheck { pages: unsettled };
+                        self.next(now, Phase::LastRecheck, recheck, actions);
+                    }
+                    None => self.last_copy(now, pages, actions),
+                }
+            }
+            (Phase::LastRecheck, SourceEvent::Rechecked { differing, checked_bytes, elapsed }) => {
+                self.progress.downtime_parts.recheck = took;
+                self.note_recheck(&differing, checked_bytes, elapsed);
+                let pages = self.take_owed_and(differing);
+                self.last_copy(now, pages, actions);
             }
             (Phase::LastCopy, SourceEvent::Copied { complete: false, .. }) => {
                 let message = "the last round ended with pages unsent";
@@ -72,6 +84,13 @@ impl Source {
             }
             _ => {}
         }
+    }
+
+    fn last_copy(&mut self, now: Duration, pages: PageSets, actions: &mut Vec<SourceAction>) {
+        let expected = self.convergence.copy_time(pages.bytes()).unwrap_or_default();
+        self.copy(now, Phase::LastCopy, pages, actions);
+        let limit = LAST_COPY.max(expected.saturating_mul(LAST_COPY_FACTOR));
+        self.phase_limit = Some(now.saturating_add(limit));
     }
 
     fn next(&mut self, now: Duration, phase: Phase, action: SourceAction, actions: &mut Vec<SourceAction>) {

@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use ramferry_engine::{
-    Failure, FixedCosts, Outcome, Parameters, Reason, Source, SourceAction, SourceEvent, State,
+    Failure, FixedCosts, LateWrites, Outcome, Parameters, Reason, Source, SourceAction, SourceEvent, State,
 };
 use ramferry_ram::{Block, BlockIndex, Layout, PageRun, PageSets};
 
@@ -63,6 +63,50 @@ pub(crate) fn fenced() -> SourceEvent {
     SourceEvent::Fenced { elapsed: Duration::from_micros(10) }
 }
 
+/// `differing` of all pages.
+pub(crate) fn rechecked(differing: u64) -> SourceEvent {
+    SourceEvent::Rechecked {
+        differing: pages(differing),
+        checked_bytes: PAGES * PAGE_BYTES,
+        elapsed: milliseconds(1),
+    }
+}
+
+/// Each step of a migration whose guest has pages filled late, and cannot be drained.
+pub(crate) fn late_path() -> Vec<(&'static str, SourceEvent)> {
+    vec![
+        ("pending", SourceEvent::Start),
+        ("prepare", SourceEvent::LateWrites(LateWrites::Drainable)),
+        ("prepare", prepared()),
+        ("copy", copied(PAGES)),
+        ("fence", fenced()),
+        ("acknowledge", SourceEvent::RoundEnded { round: 1 }),
+        ("wait", SourceEvent::Tick),
+        ("harvest", harvested(1)),
+        ("drain", SourceEvent::Drained { complete: false }),
+        ("recheck", rechecked(2)),
+        ("copy", copied(2)),
+        ("fence", fenced()),
+        ("acknowledge", SourceEvent::RoundEnded { round: 2 }),
+        ("wait", SourceEvent::Tick),
+        ("harvest", harvested(1)),
+        ("pause", SourceEvent::GuestPaused),
+        ("last_harvest", harvested(2)),
+        ("last_recheck", rechecked(3)),
+        ("last_copy", copied(3)),
+        ("last_fence", fenced()),
+        ("last_acknowledge", SourceEvent::RoundEnded { round: 3 }),
+        ("verify", SourceEvent::Verified { equal: true }),
+        ("device_state", SourceEvent::DeviceStateMoved),
+        ("handover", SourceEvent::HandedOverSynced),
+        ("commit", SourceEvent::DestinationRunning),
+        ("release", SourceEvent::Released),
+    ]
+}
+
+/// Steps that only a guest has whose pages are filled late.
+pub(crate) const LATE_STEPS: [&str; 3] = ["drain", "recheck", "last_recheck"];
+
 /// Each step of a migration that goes well, and the event that leads to the next.
 pub(crate) fn good_path() -> Vec<(&'static str, SourceEvent)> {
     vec![
@@ -117,8 +161,13 @@ impl Checked {
 
     /// A migration that verifies, as far as `phase` on the good path.
     pub(crate) fn at(phase: &str) -> Self {
+        Self::on(if LATE_STEPS.contains(&phase) { late_path() } else { good_path() }, phase)
+    }
+
+    /// The same, on `path`.
+    pub(crate) fn on(path: Vec<(&'static str, SourceEvent)>, phase: &str) -> Self {
         let mut checked = Self::new(Parameters { verify: true, ..Parameters::default() });
-        for (name, event) in good_path() {
+        for (name, event) in path {
             assert_eq!(checked.source.phase(), name);
             if name == phase {
                 return checked;

@@ -1,7 +1,8 @@
-use ramferry_engine::{BytesPerSecond, Parameters, Reason, SourceAction, SourceEvent};
+use ramferry_engine::{BytesPerSecond, LateWrites, Parameters, Reason, SourceAction, SourceEvent};
 
 use crate::source_harness::{
-    Checked, PAGES, copied, cut_short, failure, fenced, good_path, harvested, milliseconds, pages, prepared,
+    Checked, LATE_STEPS, PAGES, copied, cut_short, failure, fenced, good_path, harvested, late_path,
+    milliseconds, pages, prepared, rechecked,
 };
 
 /// Every event, in every form that could make a difference.
@@ -23,6 +24,7 @@ fn events() -> Vec<SourceEvent> {
             ..Parameters::default()
         }),
         SourceEvent::Tick,
+        SourceEvent::LateWrites(LateWrites::Undrainable),
     ]);
     let reasons = [Reason::GuestFailed, Reason::JournalFailed, Reason::LinkLost];
     events.extend(reasons.map(|reason| SourceEvent::Failed(failure(reason))));
@@ -35,6 +37,8 @@ fn answers() -> Vec<SourceEvent> {
         prepared(),
         harvested(0),
         harvested(PAGES),
+        SourceEvent::Drained { complete: false },
+        rechecked(PAGES),
         copied(PAGES),
         cut_short(3),
         fenced(),
@@ -49,6 +53,10 @@ fn answers() -> Vec<SourceEvent> {
         SourceEvent::PeerAborted,
         SourceEvent::Released,
     ]
+}
+
+fn all_phases() -> Vec<&'static str> {
+    good_path().iter().map(|(phase, _)| *phase).chain(LATE_STEPS).collect()
 }
 
 /// A step of the good path, and what leads on from there.
@@ -82,10 +90,13 @@ fn steps() -> Vec<Way> {
         checked
     }
     let mut steps: Vec<Way> = Vec::new();
-    for (phase, _) in good_path() {
+    for phase in all_phases() {
         steps.push((phase.to_owned(), Checked::at));
     }
-    for phase in ["copy", "harvest", "pause", "last_copy", "device_state"] {
+    for phase in ["pause", "last_copy"] {
+        steps.push((phase.to_owned(), |phase| Checked::on(late_path(), phase)));
+    }
+    for phase in ["copy", "harvest", "recheck", "pause", "last_recheck", "last_copy", "device_state"] {
         steps.push((phase.to_owned(), |phase| after(phase, SourceEvent::Cancel)));
         steps.push((phase.to_owned(), ended));
     }
@@ -105,7 +116,7 @@ fn every_step_is_reached_by_the_table() {
     let mut reached: Vec<_> = steps().iter().map(|(name, make)| make(name).source.phase()).collect();
     reached.sort_unstable();
     reached.dedup();
-    let mut all: Vec<_> = good_path().iter().map(|(phase, _)| *phase).collect();
+    let mut all = all_phases();
     all.extend(["ask", "resume", "restarted", "ended"]);
     all.sort_unstable();
     assert_eq!(reached, all);
@@ -151,7 +162,7 @@ fn silence_after_any_event_in_any_step_ends_or_asks() {
 /// Each answer moves on the step that waits for it; in any other it changes nothing.
 #[test]
 fn answers_that_are_not_waited_for_change_nothing() {
-    for (phase, _) in good_path() {
+    for phase in all_phases() {
         for answer in answers() {
             let mut checked = Checked::at(phase);
             let actions = checked.handle(answer.clone());
@@ -166,6 +177,8 @@ fn is_waited_for(phase: &str, answer: &SourceEvent) -> bool {
         SourceEvent::Prepared { .. } => phase == "prepare",
         SourceEvent::Harvested { .. } => ["harvest", "last_harvest"].contains(&phase),
         SourceEvent::Copied { .. } => ["copy", "last_copy"].contains(&phase),
+        SourceEvent::Drained { .. } => phase == "drain",
+        SourceEvent::Rechecked { .. } => ["recheck", "last_recheck"].contains(&phase),
         SourceEvent::Fenced { .. } => ["fence", "last_fence"].contains(&phase),
         SourceEvent::RoundEnded { round: 1 } => phase == "acknowledge",
         SourceEvent::RoundEnded { .. } => phase == "last_acknowledge",
@@ -189,11 +202,11 @@ fn any_failure_before_commit_resumes_the_guest_first() {
         SourceEvent::DestinationRunning,
         SourceEvent::Cancel,
     ]);
-    let path = good_path();
+    let path = late_path();
     let switchover = path.iter().skip_while(|(phase, _)| *phase != "pause");
     for (phase, _) in switchover.take_while(|(phase, _)| *phase != "commit") {
         for fault in &faults {
-            let mut checked = Checked::at(phase);
+            let mut checked = Checked::on(late_path(), phase);
             let actions = checked.handle(fault.clone());
             if *phase == "handover" && *fault == SourceEvent::Cancel {
                 assert!(actions.is_empty() && !checked.source.can_cancel());

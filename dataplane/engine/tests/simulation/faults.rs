@@ -150,6 +150,10 @@ pub(crate) enum Sabotage {
     SkipFence,
     /// The outcome is not asked for.
     NeverAsk,
+    /// What was sent is not compared with what is there.
+    SkipRecheck,
+    /// The guest says that it has drained, and has not.
+    LieAboutDrain,
 }
 
 /// SplitMix64: the same numbers for the same seed, everywhere.

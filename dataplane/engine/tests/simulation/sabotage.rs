@@ -1,6 +1,8 @@
 //! The checks find what they are for: each rule of who may run the guest, broken on purpose, is seen to matter in
 //! some schedule.
 
+use ramferry_engine::LateWrites;
+
 use crate::checker::Violation;
 use crate::faults::{Fault, Injection, Sabotage};
 use crate::schedules::{RANDOM_RUNS, random_injections};
@@ -76,6 +78,28 @@ fn a_last_harvest_that_is_skipped_is_caught() {
 #[test]
 fn a_fence_that_is_skipped_is_caught() {
     assert!((0..500).any(|seed| run(seed, vec![], Sabotage::SkipFence) == Some(Violation::Differs)));
+}
+
+fn late_differs(late: LateWrites, sabotage: Sabotage) -> bool {
+    (0..200).any(|seed| {
+        let mut world = World::new(seed, false, vec![], sabotage);
+        world.late = late;
+        world.run();
+        world.checker.violations.first() == Some(&Violation::Differs)
+    })
+}
+
+#[test]
+fn a_recheck_that_is_skipped_is_caught() {
+    for late in [LateWrites::Drainable, LateWrites::Undrainable] {
+        assert!(late_differs(late, Sabotage::SkipRecheck));
+        assert!(!late_differs(late, Sabotage::None));
+    }
+}
+
+#[test]
+fn a_drain_that_did_not_wait_is_caught() {
+    assert!(late_differs(LateWrites::Drainable, Sabotage::LieAboutDrain));
 }
 
 /// Takes two faults: COMMITTED is durable although its write failed, then the agent restarts.

@@ -2,14 +2,17 @@
 
 use std::time::Duration;
 
-use ramferry_engine::{Failure, FixedCosts, Outcome, Parameters, Reason, Source, SourceAction, SourceEvent};
+use ramferry_engine::{
+    Failure, FixedCosts, LateWrites, Outcome, Parameters, Reason, Source, SourceAction, SourceEvent,
+};
 use ramferry_ram::{BlockIndex, PageSets};
 
 use crate::checker::Violation;
 use crate::faults::{Fate, Sabotage};
 use crate::network::{Message, Side};
 use crate::world::{
-    Effect, Happening, Journal, PAGE_BYTES, PAGES, Record, Reply, World, ZERO, insert, microseconds, no_pages,
+    Effect, Happening, Journal, PAGE_BYTES, PAGES, Page, Record, Reply, World, ZERO, insert, microseconds,
+    no_pages,
 };
 
 const PAGE_TIME: Duration = Duration::from_millis(1);
@@ -39,6 +42,8 @@ pub(crate) struct SourceAgent {
     verify: bool,
     copy: u32,
     copying: Option<Copying>,
+    /// What each page held when it was last sent.
+    sent: [Option<Page>; PAGES],
     pausing: Option<Fate>,
     verifying: Option<Fate>,
 }
@@ -56,6 +61,7 @@ impl SourceAgent {
             verify,
             copy: 0,
             copying: None,
+            sent: [None; PAGES],
             pausing: None,
             verifying: None,
         }
@@ -135,6 +141,8 @@ fn perform(world: &mut World, action: SourceAction, fate: Fate) {
                 copying.stop = true;
             }
         }
+        SourceAction::DrainGuest => drain(world, fate),
+        SourceAction::Recheck { pages } => recheck(world, &pages, fate),
         SourceAction::Fence => fence(world, fate),
         SourceAction::EndRound { round } => world.send(Side::Source, Message::EndRound(round), fate),
         SourceAction::PauseGuest => begin_pause(world, fate),
@@ -199,9 +207,14 @@ fn perform(world: &mut World, action: SourceAction, fate: Fate) {
 
 fn prepare(world: &mut World, fate: Fate) {
     world.is_tracked = true;
+    if world.late != LateWrites::None {
+        let reply = Reply::Source(SourceEvent::LateWrites(world.late));
+        world.act(Side::Source, Duration::ZERO, Effect::Nothing, reply, Fate::Normal);
+    }
     let mut pages = no_pages();
     for page in 0..PAGES {
-        if world.source_vmm.ram[page] != ZERO || world.destination_vmm.ram[page] != ZERO {
+        let holds_data = world.source_vmm.ram[page] != ZERO || world.destination_vmm.ram[page] != ZERO;
+        if holds_data || world.is_pinned(page) {
             insert(&mut pages, page);
         }
     }
@@ -261,6 +274,7 @@ pub(crate) fn copy_page(world: &mut World, life: u32, copy: u32) {
         _ => return copied(world, life, copying, next.is_none()),
     };
     let value = world.source_vmm.ram[page];
+    world.source.sent[page] = Some(value);
     if value == ZERO {
         copying.zero_bytes += PAGE_BYTES;
         world.send(Side::Source, Message::ZeroPage(page), Fate::Normal);
@@ -275,6 +289,33 @@ pub(crate) fn copy_page(world: &mut World, life: u32, copy: u32) {
     copying.next = page + 1;
     world.source.copying = Some(copying);
     world.after(PAGE_TIME, Happening::CopyPage { life, copy });
+}
+
+/// Waits for the transfers under way, unless the guest does not know them.
+fn drain(world: &mut World, fate: Fate) {
+    let complete = world.late == LateWrites::Drainable;
+    let effect = match world.sabotage {
+        Sabotage::LieAboutDrain => Effect::Nothing,
+        _ if complete => Effect::EndTransfers,
+        _ => Effect::Nothing,
+    };
+    let reply = Reply::Source(SourceEvent::Drained { complete });
+    world.act(Side::Source, microseconds(2000), effect, reply, fate);
+}
+
+fn recheck(world: &mut World, pages: &PageSets, fate: Fate) {
+    let mut differing = no_pages();
+    for page in pages.block(BlockIndex(0)).runs().flat_map(|run| run.first..run.end()) {
+        let page = page as usize;
+        if world.sabotage != Sabotage::SkipRecheck
+            && world.source.sent[page] != Some(world.source_vmm.ram[page])
+        {
+            insert(&mut differing, page);
+        }
+    }
+    let (checked_bytes, elapsed) = (pages.bytes(), microseconds(100));
+    let reply = Reply::Source(SourceEvent::Rechecked { differing, checked_bytes, elapsed });
+    world.act(Side::Source, elapsed, Effect::Nothing, reply, fate);
 }
 
 fn copied(world: &mut World, life: u32, copying: Copying, complete: bool) {

@@ -4,7 +4,7 @@
 use std::collections::BTreeMap;
 use std::time::Duration;
 
-use ramferry_engine::{DestinationEvent, Failure, Reason, SourceEvent};
+use ramferry_engine::{DestinationEvent, Failure, LateWrites, Reason, SourceEvent};
 use ramferry_ram::{Block, BlockIndex, Layout, PageRun, PageSets};
 
 use crate::checker::{Checker, Violation};
@@ -74,6 +74,8 @@ pub(crate) enum Effect {
         order: u32,
     },
     ResumeSource,
+    /// The source VMM waits for its transfers into RAM.
+    EndTransfers,
     WaitForDeviceState,
     LoadDeviceState(u64),
     ResumeDestination,
@@ -156,6 +158,10 @@ pub(crate) enum Happening {
         fate: Fate,
     },
     GuestWrites,
+    /// A transfer into the source guest's RAM ends: the page was marked when it began.
+    TransferEnds {
+        transfer: u32,
+    },
     Strikes(Fault),
     Restart(Side),
     CancelCheck,
@@ -192,6 +198,11 @@ pub(crate) struct World {
     pub(crate) destination_vmm: Vmm,
     pub(crate) dirty: PageSets,
     pub(crate) is_tracked: bool,
+    /// Whether the source guest's disk fills pages late.
+    pub(crate) late: LateWrites,
+    /// Transfers that have begun: number, page and what it will hold.
+    transfers: Vec<(u32, usize, u64)>,
+    transfers_begun: u32,
     /// The links of this number are alive.
     pub(crate) link: Option<u32>,
     links: u32,
@@ -238,6 +249,9 @@ impl World {
             destination_vmm: Vmm::new(destination_ram, false),
             dirty: no_pages(),
             is_tracked: false,
+            late: LateWrites::None,
+            transfers: Vec::new(),
+            transfers_begun: 0,
             link: Some(0),
             links: 0,
             landed_at: Duration::ZERO,
@@ -467,6 +481,7 @@ impl World {
             Happening::Digest { life, fate } => destination_agent::digest(self, life, fate),
             Happening::Drained { life, round, fate } => destination_agent::drained(self, life, round, fate),
             Happening::GuestWrites => self.guest_writes(),
+            Happening::TransferEnds { transfer } => self.end_transfers(Some(transfer)),
             Happening::Strikes(fault) => self.strike(fault),
             Happening::Restart(side) => self.restart(side),
             Happening::CancelCheck => {
@@ -511,10 +526,13 @@ impl World {
             }
             Effect::PauseSource { order } if order == self.source_vmm.pause_order => {
                 self.note("source guest pauses");
+                // A VMM that stops waits for its transfers first.
+                self.end_transfers(None);
                 self.source_vmm.running = false;
             }
             Effect::PauseSource { .. } => {}
             Effect::ResumeSource => self.resume_source(),
+            Effect::EndTransfers => self.end_transfers(None),
             Effect::WaitForDeviceState => self.destination_vmm.waits = true,
             Effect::LoadDeviceState(state) => {
                 if self.destination_vmm.waits && !self.destination_vmm.dead {
@@ -592,6 +610,9 @@ impl World {
         if self.destination_vmm.running {
             self.destination_vmm.ram[page] = value;
         }
+        if self.late != LateWrites::None && self.source_vmm.running && self.random.chance(3) {
+            self.begin_transfer();
+        }
         let busy = self.now - self.source.began_at;
         let pause = match busy.as_millis() {
             0..60 => microseconds(700),
@@ -599,6 +620,37 @@ impl World {
             _ => Duration::from_secs(2),
         };
         self.after(pause, Happening::GuestWrites);
+    }
+
+    /// A disk's transfer begins: its page is pinned, which marks it, and filled later.
+    fn begin_transfer(&mut self) {
+        let page = HOT_PAGES as usize + self.random.below(PAGES as u64 - HOT_PAGES) as usize;
+        if self.transfers.iter().any(|(_, other, _)| *other == page) {
+            return;
+        }
+        self.stamp += 1;
+        self.transfers_begun += 1;
+        self.transfers.push((self.transfers_begun, page, self.stamp));
+        if self.is_tracked {
+            insert(&mut self.dirty, page);
+        }
+        let takes = microseconds(self.random.below(60_000));
+        self.after(takes, Happening::TransferEnds { transfer: self.transfers_begun });
+    }
+
+    /// Whether a page is pinned, and so there whatever it holds.
+    pub(crate) fn is_pinned(&self, page: usize) -> bool {
+        self.transfers.iter().any(|(_, pinned, _)| *pinned == page)
+    }
+
+    /// Fills the page of one transfer, or of all.
+    fn end_transfers(&mut self, which: Option<u32>) {
+        let (ending, rest): (Vec<_>, Vec<_>) =
+            self.transfers.drain(..).partition(|(number, ..)| which.is_none_or(|which| which == *number));
+        self.transfers = rest;
+        for (_, page, stamp) in ending {
+            self.source_vmm.ram[page] = contents(stamp);
+        }
     }
 
     /// The device state as it would be saved now.

@@ -281,7 +281,8 @@ fn a_mapping_that_goes_is_reported_whole(kind: TrackerKind) {
     let mut armed = Armed::new(kind, &guest, &[&file]);
     guest.write("b", &[3], 2);
     guest.order("unmap b");
-    assert_eq!(armed.harvest_one(), (70..100).collect::<Vec<_>>());
+    // All of the file: its closing could be somebody else's.
+    assert_eq!(armed.harvest_one(), all(&file));
     then_tracked(&mut armed, &mut guest);
 }
 
@@ -334,7 +335,8 @@ fn a_writer_that_ends_is_reported_whole(kind: TrackerKind) {
     let mut armed = Armed::new(kind, &guest, &[&file]);
     other.write("b", &[2], 5);
     other.kill();
-    assert_eq!(armed.harvest_one(), (40..60).collect::<Vec<_>>());
+    // All of the file: its closing could be somebody else's.
+    assert_eq!(armed.harvest_one(), all(&file));
     then_tracked(&mut armed, &mut guest);
 }
 
@@ -354,7 +356,7 @@ fn readers_and_private_mappers_are_no_writers(kind: TrackerKind) {
     let file = RamFile::new(100);
     let (mut guest, mut reader, mut private) = (Helper::spawn(), Helper::spawn(), Helper::spawn());
     guest.map("a", &file, 0, 100);
-    reader.map_as("ro", "b", &file, 0, 100);
+    reader.map_as("read", "b", &file, 0, 100);
     private.map_as("private", "c", &file, 0, 100);
     let writers = check(guest.pid(), &[file.tracked()]).unwrap();
     assert_eq!(writers.iter().map(|writer| writer.pid).collect::<Vec<_>>(), [guest.pid()]);

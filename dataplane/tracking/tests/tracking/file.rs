@@ -25,7 +25,10 @@ impl RamFile {
     /// `file`, made that long.
     pub(crate) fn of(file: File, pages: u64, page_bytes: u64) -> Self {
         file.set_len(pages * page_bytes).unwrap();
-        Self { file, pages, page_bytes }
+        // For reading only: who has it open for writing could write to it.
+        let read_only = File::open(format!("/proc/self/fd/{}", file.as_raw_fd())).unwrap();
+        drop(file);
+        Self { file: read_only, pages, page_bytes }
     }
 
     pub(crate) fn path(&self) -> String {

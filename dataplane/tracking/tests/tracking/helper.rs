@@ -73,7 +73,7 @@ impl Helper {
         self.order(&format!("write {name} 0 {pages} 1"));
     }
 
-    /// Maps with `mode`: `rw`, `ro` or `private`.
+    /// Maps with `mode`: `rw`, `ro` (may become writable), `read` or `private`.
     pub(crate) fn map_as(&mut self, mode: &str, name: &str, file: &RamFile, first: u64, pages: u64) {
         let (path, page) = (file.path(), file.page_bytes);
         assert_eq!(self.order(&format!("map {mode} {name} {path} {first} {pages} {page}")), "ok");
@@ -170,6 +170,7 @@ struct Server {
     spinner: Option<JoinHandle<Result<u64, String>>>,
     enough: Arc<AtomicBool>,
     child: Option<(File, File)>,
+    opened: HashMap<String, File>,
 }
 
 static SIGNALS: AtomicU32 = AtomicU32::new(0);
@@ -193,6 +194,15 @@ impl Server {
                 let mapped = self.mappings.remove(words[1]).unwrap();
                 // SAFETY: nothing refers to the mapping.
                 unsafe { rustix::mm::munmap(mapped.address as *mut c_void, mapped.length) }.unwrap();
+            }
+            "open" => {
+                let file = OpenOptions::new().read(true).write(true).open(words[2]).unwrap();
+                self.opened.insert(words[1].to_owned(), file);
+            }
+            "close" => drop(self.opened.remove(words[1]).unwrap()),
+            "write_file" => {
+                use std::os::unix::fs::FileExt;
+                self.opened[words[1]].write_all_at(b"by a system call", number(2)).unwrap();
             }
             "protect" => self.protect(words[1], words[2]),
             "move" => self.move_mapping(words[1]),
@@ -226,10 +236,12 @@ impl Server {
     }
 
     fn map(&mut self, mode: &str, name: &str, path: &str, first: u64, pages: u64, page_bytes: u64) {
-        let file = OpenOptions::new().read(true).write(true).open(path).unwrap();
+        // A mapping that may become writable needs a descriptor that may be written to.
+        let writable = ["rw", "ro"].contains(&mode);
+        let file = OpenOptions::new().read(true).write(writable).open(path).unwrap();
         let (protection, flags) = match mode {
             "rw" => (ProtFlags::READ | ProtFlags::WRITE, MapFlags::SHARED),
-            "ro" => (ProtFlags::READ, MapFlags::SHARED),
+            "ro" | "read" => (ProtFlags::READ, MapFlags::SHARED),
             "private" => (ProtFlags::READ | ProtFlags::WRITE, MapFlags::PRIVATE),
             other => panic!("no such mode: {other}"),
         };

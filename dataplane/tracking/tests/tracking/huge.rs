@@ -46,6 +46,29 @@ fn huge_file(pages: u64) -> RamFile {
 }
 
 #[test]
+fn a_mapping_of_huge_pages_that_comes_and_goes_between_two_looks_is_not_missed() {
+    let pool = Pool::grow(4);
+    if let Err(reason) = &pool {
+        eprintln!("SKIPPED: {reason}");
+        return;
+    }
+    if let Err(error) = self_test(TrackerKind::UffdWp) {
+        eprintln!("SKIPPED: {error}");
+        return;
+    }
+    let file = huge_file(4);
+    let (mut guest, mut other) = (Helper::spawn(), Helper::spawn());
+    guest.map("a", &file, 0, 4);
+    let mut tracker = arm(Some(TrackerKind::UffdWp), guest.pid(), &[file.tracked()]).unwrap();
+    let mut written = sets(&[&file]);
+    tracker.harvest(&mut written).unwrap();
+    tracker.confirm().unwrap();
+    other.map("b", &file, 2, 1);
+    other.order("unmap b");
+    assert!(matches!(tracker.harvest(&mut written), Err(TrackError::UnseenWriter { .. })));
+}
+
+#[test]
 fn uffd_wp_sees_writes_to_hugetlbfs_by_huge_page() {
     let pool = Pool::grow(20);
     if let Err(reason) = &pool {

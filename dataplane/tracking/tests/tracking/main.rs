@@ -12,4 +12,5 @@ mod file;
 mod helper;
 mod huge;
 mod remote_call;
+mod strangers;
 mod vmm;
