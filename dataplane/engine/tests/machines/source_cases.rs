@@ -428,3 +428,26 @@ fn cancel_before_the_start_needs_nothing_undone() {
 fn parameters_are_checked() {
     assert!(ramferry_engine::Source::new(Parameters { max_downtime: Duration::ZERO, ..tight() }).is_err());
 }
+
+#[test]
+fn a_guest_whose_vmm_ended_in_the_switchover_is_not_resumed_for_ever() {
+    let mut checked = Checked::at("last_copy");
+    checked.handle(SourceEvent::Failed(failure(Reason::GuestFailed)));
+    checked.handle(SourceEvent::GuestGone(failure(Reason::GuestFailed)));
+    for event in [cut_short(PAGES), SourceEvent::PeerAborted, SourceEvent::Released] {
+        checked.handle(event);
+    }
+    assert_eq!(reason(&checked), Reason::GuestFailed);
+    assert_eq!(checked.times(&SourceAction::ResumeGuest), 1);
+}
+
+#[test]
+fn a_cancel_that_finds_the_vmm_ended_does_not_say_that_the_guest_runs_on() {
+    let mut checked = Checked::at("pause");
+    checked.handle(SourceEvent::Cancel);
+    checked.handle(SourceEvent::GuestGone(failure(Reason::GuestFailed)));
+    for event in [SourceEvent::PeerAborted, SourceEvent::Released] {
+        checked.handle(event);
+    }
+    assert_eq!(reason(&checked), Reason::GuestFailed);
+}
