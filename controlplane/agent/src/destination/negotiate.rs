@@ -16,7 +16,7 @@ use crate::MigrationRole;
 use crate::core::{Agent, PROTOCOL_VERSION};
 use crate::guest_cell::GuestCell;
 use crate::journal::{Created, SpecRecord, is_migration_id};
-use crate::migrations::Entry;
+use crate::migrations::{Claim, Entry};
 use crate::publish::Publisher;
 use crate::request::{fabric, fabric_on_the_wire, registration_mode};
 use crate::source::{DEFAULT_STREAMS, refused, unix_milliseconds};
@@ -52,7 +52,7 @@ pub(crate) async fn negotiate(
         let claim = agent.registry.claim(MigrationRole::Destination, &request.migration_id);
         Some(claim.map_err(|refusal| refused(&refusal))?)
     };
-    let (guest, info, files) = inspect(agent, &request).await?;
+    let (guest, info, files) = inspect(agent, &request, claim.as_mut()).await?;
     check_guests(&request, &layout, &info)?;
     let mut response = v1::NegotiateSessionResponse {
         protocol_version: PROTOCOL_VERSION,
@@ -146,6 +146,7 @@ fn address(agent: &Agent, chosen: FabricKind) -> String {
 async fn inspect(
     agent: &Agent,
     request: &v1::NegotiateSessionRequest,
+    claim: Option<&mut Claim>,
 ) -> Result<(Qemu, GuestInfo, Vec<RamFile>), Status> {
     let path = agent.config.guest_dirs.resolve(Path::new(&request.destination_qmp_path));
     let path = path.map_err(|error| {
@@ -156,6 +157,8 @@ async fn inspect(
         };
         precondition(error.reason(), format!("the destination guest: {}", causes(&error)), [violation], [])
     })?;
+    let claimed = claim.map_or_else(|| agent.registry.check_socket(&path), |claim| claim.claim_socket(&path));
+    claimed.map_err(|refusal| refused(&refusal))?;
     let inspected = Qemu::inspect(&path, Side::Destination, Timeouts::default()).await;
     inspected.map_err(|error| guest_refusal("destination", &error))
 }
