@@ -1,6 +1,6 @@
 # `make help` says what there is.
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint clean
+.PHONY: help demo test soak lint clean
 
 # Tests that boot QEMU take a processor each.
 TEST_THREADS ?= 2
@@ -15,6 +15,11 @@ demo: ## Migrate a running guest between two agents on this machine
 test: ## Every test
 	scripts/setup test
 	TEST_THREADS=$(TEST_THREADS) scripts/test
+
+soak: ## 200 migrations in a row with random kills; every fault before every step
+	scripts/setup test
+	RAMFERRY_SOAK=$${RAMFERRY_SOAK:-200} RAMFERRY_FAULTS=all cargo test --locked --package ramferry --test voyage -- \
+		--show-output --test-threads=$(TEST_THREADS) soak:: faults::
 
 lint: ## Formatting, clippy, documentation, shell scripts, API
 	scripts/setup test

@@ -2,7 +2,7 @@
 
 use std::io::{BufRead as _, BufReader};
 use std::net::SocketAddr;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Stdio};
 use std::sync::mpsc::{Receiver, channel};
 use std::time::{Duration, Instant};
@@ -24,10 +24,35 @@ pub(crate) fn ramferry() -> Command {
     command
 }
 
+/// Where an agent runs.
+#[derive(Clone, Debug)]
+pub(crate) struct Site {
+    /// A command that runs another one there; none for here.
+    pub(crate) enter: Vec<String>,
+    /// The address that it is served at.
+    pub(crate) address: String,
+}
+
+impl Site {
+    fn here() -> Site {
+        Site { enter: Vec::new(), address: "127.0.0.1".into() }
+    }
+
+    /// `program`, run there.
+    pub(crate) fn command(&self, program: &str) -> Command {
+        let mut words = self.enter.iter().map(String::as_str).chain([program]);
+        let mut command = Command::new(words.next().unwrap());
+        command.args(words).env_remove("RAMFERRY_AGENT").stdin(Stdio::null());
+        command
+    }
+}
+
 /// An agent in a process of its own; killed and reaped when it is dropped.
 pub(crate) struct Agent {
     child: Child,
     directory: TempDir,
+    site: Site,
+    arguments: Vec<String>,
     pub(crate) grpc: SocketAddr,
     pub(crate) metrics: SocketAddr,
     lines: Receiver<String>,
@@ -39,20 +64,38 @@ impl Agent {
     }
 
     pub(crate) fn start_with(arguments: &[&str]) -> Agent {
-        Agent::start_in(tempfile::tempdir().unwrap(), "127.0.0.1:0", arguments)
+        Agent::start_at(Site::here(), arguments)
     }
 
-    /// The agent again, after its end: same directories, same address.
-    pub(crate) fn restart(mut self) -> Agent {
+    pub(crate) fn start_at(site: Site, arguments: &[&str]) -> Agent {
+        Agent::start_in(tempfile::tempdir().unwrap(), site, 0, arguments)
+    }
+
+    /// The agent again, after its end: same directories, same options, same address.
+    pub(crate) fn restart(&mut self) {
         self.kill();
         let directory = std::mem::replace(&mut self.directory, tempfile::tempdir().unwrap());
-        Agent::start_in(directory, &self.grpc.to_string(), &[])
+        let arguments: Vec<&str> = self.arguments.iter().map(String::as_str).collect();
+        *self = Agent::start_in(directory, self.site.clone(), self.grpc.port(), &arguments);
     }
 
-    fn start_in(directory: TempDir, listen: &str, arguments: &[&str]) -> Agent {
+    pub(crate) fn pid(&self) -> u32 {
+        self.child.id()
+    }
+
+    /// Where it makes its sockets.
+    pub(crate) fn run_dir(&self) -> PathBuf {
+        self.directory.path().join("run")
+    }
+
+    fn start_in(directory: TempDir, site: Site, port: u16, arguments: &[&str]) -> Agent {
         let path = |name: &str| directory.path().join(name);
-        let mut child = ramferry()
-            .args(["agent", "--listen", listen, "--data-listen", "127.0.0.1:0"])
+        // A file that cannot grow is then an error to the agent, and not its end.
+        let mut child = site
+            .command("sh")
+            .args(["-c", "trap '' XFSZ; exec \"$0\" \"$@\"", env!("CARGO_BIN_EXE_ramferry")])
+            .args(["agent", "--listen", &format!("{}:{port}", site.address)])
+            .args(["--data-listen", &format!("{}:0", site.address)])
             .args(["--metrics-listen", "127.0.0.1:0", "--log-format", "json", "--max-migrations", "16"])
             .args(["--log-filter", "info,ramferry_agent=debug,ramferry_mover=debug,ramferry_guest=debug"])
             .arg("--state-dir")
@@ -81,7 +124,8 @@ impl Agent {
                 panic!("the agent did not start: {:?}\n{}", child.wait(), seen.join("\n"));
             };
             if let Some((grpc, metrics)) = bound(&line) {
-                return Agent { child, directory, grpc, metrics, lines };
+                let arguments = arguments.iter().map(|&argument| argument.to_owned()).collect();
+                return Agent { child, directory, site, arguments, grpc, metrics, lines };
             }
             seen.push(line);
         }

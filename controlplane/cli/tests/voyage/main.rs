@@ -6,8 +6,10 @@
 mod cancel;
 mod crash;
 mod downtime;
+mod faults;
 mod harness;
 mod moves;
 mod orchestrator;
 mod refusals;
 mod secured;
+mod soak;
