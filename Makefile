@@ -1,6 +1,6 @@
 # `make help` says what there is.
 .DEFAULT_GOAL := help
-.PHONY: help demo test fuzz bench lint clean
+.PHONY: help demo test soak fuzz bench lint clean
 
 # Tests that boot QEMU take a processor each.
 TEST_THREADS ?= 2
@@ -19,6 +19,11 @@ test: ## Every test, and a few seconds of each fuzz target
 fuzz: ## Each reader of foreign bytes, for FUZZ_SECONDS (default 600)
 	scripts/setup test
 	scripts/fuzz long
+
+soak: ## 200 migrations in a row with random kills; every fault before every step
+	scripts/setup test
+	RAMFERRY_SOAK=$${RAMFERRY_SOAK:-200} RAMFERRY_FAULTS=all cargo test --locked --package ramferry --test voyage -- \
+		--show-output --test-threads=$(TEST_THREADS) soak:: faults::
 
 lint: ## Formatting, clippy, documentation, dependencies, shell scripts, API
 	scripts/setup test

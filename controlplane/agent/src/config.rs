@@ -79,6 +79,9 @@ pub struct Options {
     /// Threads that register memory, a migration and side.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub registration_workers: Option<usize>,
+    /// A hook for tests: where whoever holds migrations before their steps listens.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub step_socket: Option<PathBuf>,
 }
 
 /// Every key of [`Options`]; other `RAMFERRY_*` variables belong to the client.
@@ -99,6 +102,7 @@ const KEYS: &[&str] = &[
     "shutdown_grace",
     "poller_cpus",
     "registration_workers",
+    "step_socket",
 ];
 
 /// A configuration that was checked.
@@ -129,6 +133,8 @@ pub struct Config {
     pub poller_cpus: Option<Vec<usize>>,
     /// Threads that register memory, a migration and side.
     pub registration_workers: usize,
+    /// A hook for tests: where whoever holds migrations before their steps listens.
+    pub step_socket: Option<PathBuf>,
 }
 
 /// Files of mutual TLS.
@@ -212,6 +218,7 @@ impl Config {
                 options.registration_workers.unwrap_or(2),
                 REGISTRATION_WORKERS_LIMIT,
             )?,
+            step_socket: options.step_socket.clone(),
         })
     }
 }

@@ -16,6 +16,7 @@ use crate::destination::DestinationSession;
 use crate::journal::{Journal, Recovered};
 use crate::metrics::Metrics;
 use crate::migrations::Registry;
+use crate::sockets::{self, SocketFile};
 use crate::{MigrationRole, destination, source};
 
 /// Version of the protocol between agents.
@@ -102,7 +103,8 @@ impl Agent {
         metrics: Metrics,
     ) -> Result<Arc<Self>, CoreError> {
         make_run_dir(&config.run_dir)?;
-        let shm_path = config.run_dir.join(format!("shm-{}.sock", std::process::id()));
+        sockets::sweep(&config.run_dir);
+        let shm_path = config.run_dir.join(sockets::shm_name(std::process::id()));
         let shm = shm::Listener::bind(&shm_path)
             .map_err(|source| CoreError::Listen { address: shm_path.display().to_string(), source })?;
         let tcp = tcp::Listener::bind(config.data_listen)
@@ -178,8 +180,8 @@ impl Agent {
         self.sessions.lock().expect("no panic while it is held").get(id).cloned()
     }
 
-    /// The path of a unix socket for `purpose` of migration `id`.
-    pub(crate) fn socket_path(&self, id: &str, purpose: &str) -> std::path::PathBuf {
-        self.config.run_dir.join(format!("{id}.{purpose}.sock"))
+    /// The path of the unix socket for the device state of migration `id`.
+    pub(crate) fn device_state_socket(&self, role: MigrationRole, id: &str) -> SocketFile {
+        SocketFile::new(self.config.run_dir.join(format!("{id}.{role}.sock")))
     }
 }

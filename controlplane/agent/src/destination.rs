@@ -99,6 +99,7 @@ pub(crate) fn start(agent: &Arc<Agent>, entry: Arc<Entry>, start: Start) {
     let Start { engine, token, guest, run_guest, plan, publisher, log, claim } = start;
     let id = entry.id.clone();
     let (device_state, incoming) = device_stream::queue();
+    let mut driven = None;
     let (_, thread) = spawn_destination(engine, |handle| {
         let session = Arc::new(DestinationSession {
             agent: Arc::clone(agent),
@@ -115,6 +116,7 @@ pub(crate) fn start(agent: &Arc<Agent>, entry: Arc<Entry>, start: Start) {
             plan: Mutex::new(plan),
         });
         agent.sessions.lock().expect("no panic while it is held").insert(id.clone(), Arc::clone(&session));
+        driven = Some(Arc::clone(&session));
         session.keep(tokio::spawn(watch_guest(Arc::clone(&session))).abort_handle());
         if session.token.is_some() {
             session.keep(tokio::spawn(give_up_unopened(Arc::clone(&session))).abort_handle());
@@ -123,8 +125,12 @@ pub(crate) fn start(agent: &Arc<Agent>, entry: Arc<Entry>, start: Start) {
     });
     let agent = Arc::clone(agent);
     tokio::task::spawn_blocking(move || {
-        if thread.join().is_err() {
-            tracing::error!(id, "the destination's driver panicked");
+        if let (Err(_), Some(session)) = (thread.join(), driven) {
+            tracing::error!(
+                id,
+                "the destination's driver panicked; restart the agent: the journal says how it ends"
+            );
+            session.hang_up();
         }
         agent.sessions.lock().expect("no panic while it is held").remove(&id);
     });
@@ -165,8 +171,10 @@ pub(crate) fn recover(agent: &Arc<Agent>, found: Recovered) {
     view.set_state(v1::MigrationState::SwitchingOver);
     let entry = Entry::new(found.created.request_id.clone(), MigrationRole::Destination, view);
     agent.registry.insert(&entry);
-    let claim =
-        agent.registry.reclaim(MigrationRole::Destination, &found.created.id, found.created.guest_pid);
+    let (id, created) = (&found.created.id, &found.created);
+    let socket = created.spec.destination_qmp_path.as_ref();
+    let claim = agent.registry.reclaim(MigrationRole::Destination, id, created.guest_pid, socket);
+    drop(agent.device_state_socket(MigrationRole::Destination, &found.created.id));
     tracing::warn!(
         id = found.created.id,
         decided = decided.is_some(),
@@ -256,6 +264,12 @@ impl DestinationSession {
         for task in self.tasks.lock().expect("no panic while it is held").drain(..) {
             task.abort();
         }
+    }
+
+    /// A defect of ours: the source learns from the end of the stream that nobody answers any more.
+    fn hang_up(&self) {
+        self.close();
+        self.answers().stream = None;
     }
 
     /// Whether the final answer went out on control stream `number`.
@@ -429,12 +443,10 @@ impl DestinationSession {
 
     /// Lets the VMM listen for device state, and connects to it.
     async fn start_incoming(self: &Arc<Self>) -> Result<DestinationEvent, Failure> {
-        let path = self.agent.socket_path(&self.entry.id, "destination");
-        let _ = std::fs::remove_file(&path);
-        self.guest.get().await?.start_incoming(&path).await.map_err(|error| guest_failure(&error))?;
-        let connected = UnixStream::connect(&path).await;
-        let _ = std::fs::remove_file(&path);
-        let stream = connected.map_err(|error| {
+        let socket = self.agent.device_state_socket(MigrationRole::Destination, &self.entry.id);
+        let path = socket.path();
+        self.guest.get().await?.start_incoming(path).await.map_err(|error| guest_failure(&error))?;
+        let stream = UnixStream::connect(path).await.map_err(|error| {
             Failure::new(Reason::GuestFailed, format!("cannot reach the VMM at {path:?}: {error}"))
         })?;
         device_stream::check_vmm(&stream, self.guest.get().await?.pid())
@@ -465,10 +477,26 @@ impl DestinationSession {
     }
 
     async fn resume(&self) -> Result<DestinationEvent, Failure> {
-        if self.run_guest {
-            self.guest.get().await?.resume_destination().await.map_err(|error| guest_failure(&error))?;
+        if !self.run_guest {
+            return Ok(DestinationEvent::GuestResumed);
         }
-        Ok(DestinationEvent::GuestResumed)
+        let guest = match self.guest.get().await {
+            Ok(guest) => guest,
+            Err(failure) if self.guest.is_gone() => return Ok(self.lost(failure)),
+            Err(failure) => return Err(failure),
+        };
+        match guest.resume_destination().await {
+            Ok(()) => Ok(DestinationEvent::GuestResumed),
+            Err(error @ GuestError::Gone { .. }) => Ok(self.lost(guest_failure(&error))),
+            Err(error) => Err(guest_failure(&error)),
+        }
+    }
+
+    /// The guest ended between its handover and its resume, or just after that.
+    fn lost(&self, failure: Failure) -> DestinationEvent {
+        let id = &self.entry.id;
+        tracing::error!(id, %failure, "the guest was handed over to this host, and is lost: start it again");
+        DestinationEvent::GuestGone(failure)
     }
 
     async fn discard(&self) -> Result<DestinationEvent, Failure> {

@@ -9,16 +9,23 @@ use tonic::Status;
 
 use crate::config::GuestPathError;
 use crate::core::Agent;
+use crate::migrations::Claim;
+use crate::source::refused;
 use crate::status::{Violation, causes, precondition};
 
-/// The guest at the QMP socket `path`, and its RAM files in the layout's order.
+/// The guest at the QMP socket `path`, and its RAM files in the layout's order. The
+/// socket becomes the claim's, before anything is said on it: QMP serves one client.
 pub(crate) async fn inspect(
     agent: &Agent,
     path: &Path,
     side: Side,
+    claim: Option<&mut Claim>,
 ) -> Result<(Qemu, GuestInfo, Vec<RamFile>), Status> {
     let dirs = &agent.config.guest_dirs;
     let socket = dirs.open_socket(path).map_err(|error| not_allowed(side, path, &error))?;
+    let real = std::fs::canonicalize(path).unwrap_or_else(|_| path.to_owned());
+    let claimed = claim.map_or_else(|| agent.registry.check_socket(&real), |claim| claim.claim_socket(&real));
+    claimed.map_err(|refusal| refused(&refusal))?;
     let inspected = Qemu::inspect(socket, side, Timeouts::default()).await;
     let (guest, info, files) = inspected.map_err(|error| refusal(side, &error))?;
     for (block, file) in info.layout.blocks().iter().zip(&files) {

@@ -28,6 +28,8 @@ mod request;
 pub mod role;
 mod run;
 pub mod server;
+mod sockets;
 mod source;
 pub mod status;
+mod step_gate;
 mod summary;

@@ -1,6 +1,7 @@
 //! The migrations that this agent knows: those that run, and those that ended.
 
 use std::collections::{HashMap, HashSet};
+use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::SystemTime;
@@ -118,6 +119,18 @@ struct Inner {
     active: HashSet<(MigrationRole, String)>,
     /// Guests of active migrations, by the VMM's process.
     guests: HashMap<u32, String>,
+    /// Their QMP sockets: each serves one client at a time, and a second would
+    /// not even learn whose process it is.
+    sockets: HashMap<PathBuf, String>,
+}
+
+impl Inner {
+    fn check_socket(&self, socket: &Path) -> Result<(), Refusal> {
+        match self.sockets.get(socket) {
+            Some(other) => Err(Refusal::SocketBusy { socket: socket.to_owned(), other: other.clone() }),
+            None => Ok(()),
+        }
+    }
 }
 
 /// Why a migration is not admitted.
@@ -131,6 +144,8 @@ pub(crate) enum Refusal {
     TooManyKnown(usize),
     #[error("the guest of process {pid} is being migrated by {other:?}; wait for that or cancel it")]
     GuestBusy { pid: u32, other: String },
+    #[error("the guest at {socket:?} is being migrated by {other:?}; wait for that or cancel it")]
+    SocketBusy { socket: PathBuf, other: String },
 }
 
 impl Refusal {
@@ -139,7 +154,7 @@ impl Refusal {
             Refusal::Exists(_) => "MIGRATION_EXISTS",
             Refusal::Full(_) => "TOO_MANY_MIGRATIONS",
             Refusal::TooManyKnown(_) => "TOO_MANY_RECORDS",
-            Refusal::GuestBusy { .. } => "GUEST_BUSY",
+            Refusal::GuestBusy { .. } | Refusal::SocketBusy { .. } => "GUEST_BUSY",
         }
     }
 }
@@ -149,9 +164,19 @@ pub(crate) struct Claim {
     registry: Registry,
     key: (MigrationRole, String),
     pid: Option<u32>,
+    socket: Option<PathBuf>,
 }
 
 impl Claim {
+    /// Claims the QMP socket of a guest, which no other migration may use.
+    pub(crate) fn claim_socket(&mut self, socket: &Path) -> Result<(), Refusal> {
+        let mut inner = self.registry.lock();
+        inner.check_socket(socket)?;
+        inner.sockets.insert(socket.to_owned(), self.key.1.clone());
+        self.socket = Some(socket.to_owned());
+        Ok(())
+    }
+
     /// Claims the guest of process `pid`, which no other migration may have.
     pub(crate) fn claim_guest(&mut self, pid: u32) -> Result<(), Refusal> {
         let mut inner = self.registry.lock();
@@ -164,12 +189,24 @@ impl Claim {
     }
 }
 
+impl Claim {
+    /// Keeps the place until the agent ends: the journal does not say how the
+    /// migration ended, and a restart takes it up again. A guest that had moved on
+    /// by then would be resumed although it runs elsewhere.
+    pub(crate) fn keep_until_restart(self) {
+        std::mem::forget(self);
+    }
+}
+
 impl Drop for Claim {
     fn drop(&mut self) {
         let mut inner = self.registry.lock();
         inner.active.remove(&self.key);
         if let Some(pid) = self.pid {
             inner.guests.remove(&pid);
+        }
+        if let Some(socket) = &self.socket {
+            inner.sockets.remove(socket);
         }
     }
 }
@@ -193,16 +230,24 @@ impl Registry {
             return Err(Refusal::TooManyKnown(self.known_limit));
         }
         inner.active.insert(key.clone());
-        Ok(Claim { registry: self.clone(), key, pid: None })
+        Ok(Claim { registry: self.clone(), key, pid: None, socket: None })
     }
 
     /// A place for a migration found in the journal: it is not refused.
-    pub(crate) fn reclaim(&self, role: MigrationRole, id: &str, pid: u32) -> Claim {
+    pub(crate) fn reclaim(&self, role: MigrationRole, id: &str, pid: u32, socket: &Path) -> Claim {
         let key = (role, id.to_owned());
         let mut inner = self.lock();
         inner.active.insert(key.clone());
         inner.guests.insert(pid, id.to_owned());
-        Claim { registry: self.clone(), key, pid: Some(pid) }
+        // Requests name it by its real path; one that is gone has none.
+        let socket = std::fs::canonicalize(socket).unwrap_or_else(|_| socket.to_owned());
+        inner.sockets.insert(socket.clone(), id.to_owned());
+        Claim { registry: self.clone(), key, pid: Some(pid), socket: Some(socket) }
+    }
+
+    /// Refuses a QMP socket that a migration uses.
+    pub(crate) fn check_socket(&self, socket: &Path) -> Result<(), Refusal> {
+        self.lock().check_socket(socket)
     }
 
     /// Whether one more migration that never ran here may be kept. More of
@@ -247,8 +292,12 @@ mod tests {
         first.claim_guest(7).unwrap();
         let mut second = registry.claim(MigrationRole::Source, "b").unwrap();
         assert!(matches!(second.claim_guest(7), Err(Refusal::GuestBusy { pid: 7, .. })));
+        first.claim_socket("/run/qmp".as_ref()).unwrap();
+        let busy = second.claim_socket("/run/qmp".as_ref()).unwrap_err();
+        assert!(matches!(&busy, Refusal::SocketBusy { other, .. } if other == "a"));
         drop(first);
         second.claim_guest(7).unwrap();
+        second.claim_socket("/run/qmp".as_ref()).unwrap();
     }
 
     #[test]

@@ -104,7 +104,12 @@ impl Peers {
                 sender.send(Ok(v1::ExchangeControlResponse { answer: Some(answer) })).await.is_ok()
             };
             respond(Answer::Opened(v1::SessionOpened {})).await;
-            let mut told = false;
+            // A source that comes for a session that was given up asks nothing: it waits for presence.
+            let ended = agent.registry.get(MigrationRole::Destination, &id);
+            let mut told = match ended.and_then(|entry| destination::outcome(&entry)) {
+                Some(answer @ Answer::Aborted(_)) => respond(answer).await,
+                _ => false,
+            };
             loop {
                 let order = match orders.message().await {
                     Ok(Some(request)) => request.order,

@@ -12,7 +12,7 @@ use bytes::Bytes;
 use ramferry_engine::{Failure, FixedCosts, LateWrites, Reason, Source, SourceEvent};
 use ramferry_fabric::windows::{RegistrationMode, WindowConfig};
 use ramferry_fabric::{FabricKind, Link, MappedDomain, SessionToken, shm, tcp};
-use ramferry_guest::{Guest, GuestInfo, Side};
+use ramferry_guest::{Guest, GuestError, GuestInfo, Side};
 use ramferry_mover::{SourceHandle, SourceInput, SourceParts, spawn_source};
 use ramferry_proto::v1;
 use ramferry_proto::v1::exchange_control_request::Order;
@@ -87,7 +87,7 @@ pub(crate) async fn check(
     agent: &Arc<Agent>,
     request: &Request,
 ) -> Result<v1::CheckMigrationResponse, Status> {
-    let (guest, info, files) = inspect(agent, request).await?;
+    let (guest, info, files) = inspect(agent, request, None).await?;
     let tracked = tracked_files(&info, &files);
     let pid = info.pid;
     let others = check_tracking(pid, tracked).await?;
@@ -123,7 +123,7 @@ pub(crate) async fn create(
     request: Request,
 ) -> Result<Arc<Entry>, Status> {
     let mut claim = agent.registry.claim(MigrationRole::Source, id).map_err(|refusal| refused(&refusal))?;
-    let (guest, info, files) = inspect(agent, &request).await?;
+    let (guest, info, files) = inspect(agent, &request, Some(&mut claim)).await?;
     claim.claim_guest(info.pid).map_err(|refusal| refused(&refusal))?;
     let (pid, tracked) = (info.pid, tracked_files(&info, &files));
     let others = check_tracking(pid, tracked).await?;
@@ -280,7 +280,10 @@ pub(crate) fn recover(agent: &Arc<Agent>, found: Recovered) {
     view.set_state(state);
     let entry = Entry::new(found.created.request_id.clone(), MigrationRole::Source, view);
     agent.registry.insert(&entry);
-    let claim = agent.registry.reclaim(MigrationRole::Source, &found.created.id, found.created.guest_pid);
+    let (id, created) = (&found.created.id, &found.created);
+    let socket = created.spec.source_qmp_path.as_ref();
+    let claim = agent.registry.reclaim(MigrationRole::Source, id, created.guest_pid, socket);
+    drop(agent.device_state_socket(MigrationRole::Source, &found.created.id));
     tracing::warn!(id = found.created.id, handed_over, "taking up a migration that a restart interrupted");
     let spec = v1::MigrationSpec::from(&found.created.spec);
     let given = spec.parameters.unwrap_or_default();
@@ -366,11 +369,10 @@ impl Session {
             return Err(lost(Status::unavailable("the control stream is lost")));
         }
         self.peer.wait(|said| said.incoming_ready).await.map_err(lost)?;
-        let path = self.agent.socket_path(&self.entry.id, "source");
+        let socket = self.agent.device_state_socket(MigrationRole::Source, &self.entry.id);
+        let path = socket.path();
         let listen = |error| Failure::new(Reason::Internal, format!("cannot listen on {path:?}: {error}"));
-        // One that a crash left behind.
-        let _ = std::fs::remove_file(&path);
-        let listener = UnixListener::bind(&path).map_err(listen)?;
+        let listener = UnixListener::bind(path).map_err(listen)?;
         let relaying = Arc::clone(&self);
         let relay = tokio::spawn(async move {
             if let Err(error @ RelayError::Vmm(_)) = relaying.relay_device_state(listener).await {
@@ -379,8 +381,7 @@ impl Session {
             }
         });
         self.keep(relay.abort_handle());
-        let paused = self.guest.get().await?.pause_for_switchover(&path).await;
-        let _ = std::fs::remove_file(&path);
+        let paused = self.guest.get().await?.pause_for_switchover(path).await;
         let paused = paused.map_err(|error| guest_failure(&error))?;
         let ago = SystemTime::now().duration_since(paused.stop_time).unwrap_or_default();
         Ok(SourceInput::GuestPaused(ago))
@@ -414,8 +415,16 @@ impl Session {
     }
 
     async fn resume(&self) -> Result<SourceEvent, Failure> {
-        self.guest.get().await?.resume_source().await.map_err(|error| guest_failure(&error))?;
-        Ok(SourceEvent::GuestResumed)
+        let guest = match self.guest.get().await {
+            Ok(guest) => guest,
+            Err(failure) if self.guest.is_gone() => return Ok(SourceEvent::GuestGone(failure)),
+            Err(failure) => return Err(failure),
+        };
+        match guest.resume_source().await {
+            Ok(_) => Ok(SourceEvent::GuestResumed),
+            Err(error @ GuestError::Gone { .. }) => Ok(SourceEvent::GuestGone(guest_failure(&error))),
+            Err(error) => Err(guest_failure(&error)),
+        }
     }
 
     /// Asks the destination for the outcome; its answer comes by the control stream.
@@ -478,7 +487,10 @@ impl Session {
         self.entry.update(|view| {
             view.set_state(v1::MigrationState::Failed);
             let reason = Reason::Internal.as_str().into();
-            let message = "a defect of the agent ended the migration; report it with the agent's log".into();
+            let message =
+                "a defect of the agent ended the migration; report it with the agent's log, and restart \
+                           the agent before the guest is migrated again"
+                    .into();
             view.error = Some(v1::MigrationError { reason, message });
         });
     }
@@ -522,8 +534,10 @@ fn data_address(address: &str, agent: &str) -> std::io::Result<std::net::SocketA
 async fn inspect(
     agent: &Agent,
     request: &Request,
+    claim: Option<&mut Claim>,
 ) -> Result<(Arc<dyn Guest>, GuestInfo, Vec<RamFile>), Status> {
-    let (guest, info, files) = crate::inspect::inspect(agent, &request.source_qmp, Side::Source).await?;
+    let (guest, info, files) =
+        crate::inspect::inspect(agent, &request.source_qmp, Side::Source, claim).await?;
     if !info.pinning_disks.is_empty() {
         return Err(direct_io(&info.pinning_disks));
     }
@@ -718,7 +732,7 @@ pub(crate) fn refused(refusal: &Refusal) -> Status {
     let code = match refusal {
         Refusal::Exists(_) => Code::AlreadyExists,
         Refusal::Full(_) | Refusal::TooManyKnown(_) => Code::ResourceExhausted,
-        Refusal::GuestBusy { .. } => Code::FailedPrecondition,
+        Refusal::GuestBusy { .. } | Refusal::SocketBusy { .. } => Code::FailedPrecondition,
     };
     status(code, refusal.reason(), refusal.to_string(), [])
 }
@@ -727,7 +741,7 @@ fn guest_status(subject: &str, error: &dyn std::error::Error) -> Status {
     status(Code::FailedPrecondition, "GUEST_MEMORY", causes(error), [("subject", subject.to_owned())])
 }
 
-fn guest_failure(error: &ramferry_guest::GuestError) -> Failure {
+fn guest_failure(error: &GuestError) -> Failure {
     Failure::new(Reason::GuestFailed, causes(error))
 }
 

@@ -14,7 +14,7 @@
 //!    | CommittedSynced                             |
 //! ===|=============================================|===== the guest may run: never ABORTED from here =========
 //!  Resuming    ResumeGuest, until GuestResumed     |
-//!    | GuestResumed: AnswerRunning                 |
+//!    | GuestResumed, GuestGone: AnswerRunning      |
 //!  Running     Release -> Finish(Running)          |
 //!                                                  v
 //!  From anywhere above Committing, on Failed, Abort, AskOutcome, PeerLost, a breach of the protocol or a limit:
@@ -34,6 +34,11 @@
 //! the VMM ended, or the source ordered to abort, while COMMITTED was being written. Once the guest was ordered
 //! to resume, nothing is a veto any more: the order may have been obeyed even where it seems to have failed, and
 //! is repeated until it succeeds.
+//!
+//! # A guest that ends before it is seen to run
+//!
+//! When its VMM ends after the order to resume, the guest may have run, and others may have seen what it did: it was
+//! this side's, and is lost with its VMM. RUNNING is the answer all the same, for the source must never resume it.
 
 mod interface;
 mod phase;
@@ -154,7 +159,9 @@ impl Destination {
         match event {
             DestinationEvent::Start => self.start(now, actions),
             DestinationEvent::Prepared => self.prepared(),
-            DestinationEvent::Failed(failure) | DestinationEvent::Abort(failure) => {
+            DestinationEvent::Failed(failure)
+            | DestinationEvent::GuestGone(failure)
+            | DestinationEvent::Abort(failure) => {
                 self.abort(failure, actions);
             }
             DestinationEvent::PeerLost => {
@@ -283,7 +290,7 @@ impl Destination {
     fn resuming(&mut self, now: Duration, event: DestinationEvent, actions: &mut Vec<DestinationAction>) {
         let Phase::Resuming(retry) = &mut self.phase else { return };
         match event {
-            DestinationEvent::GuestResumed => {
+            DestinationEvent::GuestResumed | DestinationEvent::GuestGone(_) => {
                 self.enter(Phase::Running, Some(now.saturating_add(limits::RELEASE)));
                 actions.extend([DestinationAction::AnswerRunning, DestinationAction::Release]);
             }

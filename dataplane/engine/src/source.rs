@@ -199,7 +199,9 @@ impl Source {
         match event {
             SourceEvent::Start => self.start(now, actions),
             SourceEvent::Cancel => self.cancel(now, actions),
-            SourceEvent::Failed(failure) => self.fail(now, failure, actions),
+            SourceEvent::Failed(failure) | SourceEvent::GuestGone(failure) => {
+                self.fail(now, failure, actions);
+            }
             SourceEvent::PeerLost => self.peer_lost(now, actions),
             SourceEvent::DestinationAborted(cause) => self.destination_aborted(now, &cause, actions),
             SourceEvent::DestinationRunning => {

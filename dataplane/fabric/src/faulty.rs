@@ -12,6 +12,11 @@ pub struct Faults {
     pub die_after_operations: Option<u64>,
     /// It dies at the first poll after operations of so many bytes were accepted.
     pub die_after_bytes: Option<u64>,
+    /// The operation of this number, from 1, is lost: it never reaches the peer, and the link dies of it.
+    pub lose_operation: Option<u64>,
+    /// Completions that come together come the other way round. A fence proves what was posted before it
+    /// all the same.
+    pub reverse_completions: bool,
     /// Every completion is held back for so many polls.
     pub delay_polls: u32,
     /// Every so many posts, one is answered with [`PostError::Full`].
@@ -68,7 +73,9 @@ impl FaultyLink {
         if self.faults.refuse_every.is_some_and(|every| every > 0 && self.posts.is_multiple_of(every)) {
             return Err(PostError::Full);
         }
-        post(&mut **inner)?;
+        if self.faults.lose_operation != Some(self.operations + 1) {
+            post(&mut **inner)?;
+        }
         self.outstanding.push(id);
         self.operations += 1;
         self.bytes += u64::from(bytes);
@@ -76,7 +83,8 @@ impl FaultyLink {
     }
 
     fn is_due(&self) -> bool {
-        self.faults.die_after_operations.is_some_and(|limit| self.operations >= limit)
+        let last = [self.faults.die_after_operations, self.faults.lose_operation];
+        last.into_iter().flatten().any(|limit| self.operations >= limit)
             || self.faults.die_after_bytes.is_some_and(|limit| self.bytes >= limit)
     }
 
@@ -133,6 +141,9 @@ impl Link for FaultyLink {
             && (*due <= self.polls || self.dead.is_some())
         {
             completions.extend(self.held.pop_front().map(|(_, completion)| completion));
+        }
+        if self.faults.reverse_completions {
+            completions[before..].reverse();
         }
         completions.len() - before
     }

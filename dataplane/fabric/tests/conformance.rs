@@ -1,5 +1,5 @@
 //! The conformance suite on every fabric of this crate, and on each of them
-//! through a link that delays completions and refuses posts.
+//! through a link that delays completions, turns their order round, and refuses posts.
 
 mod fixtures;
 
@@ -42,7 +42,8 @@ struct Delayed<F>(F);
 
 impl<F> Delayed<F> {
     fn wrap(link: Box<dyn Link>) -> Box<dyn Link> {
-        let faults = Faults { delay_polls: 3, refuse_every: Some(7), ..Faults::default() };
+        let faults =
+            Faults { delay_polls: 3, refuse_every: Some(7), reverse_completions: true, ..Faults::default() };
         Box::new(FaultyLink::new(link, faults))
     }
 }

@@ -108,12 +108,15 @@ fn steps() -> impl Strategy<Value = Vec<Step>> {
 }
 
 fn faults() -> impl Strategy<Value = Faults> {
-    (prop::option::weighted(0.2, 1_u64..60), 0_u32..4, prop::option::of(2_u64..9)).prop_map(
-        |(die_after_operations, delay_polls, refuse_every)| Faults {
+    let operation = || prop::option::weighted(0.2, 1_u64..60);
+    (operation(), operation(), 0_u32..4, prop::option::of(2_u64..9), any::<bool>()).prop_map(
+        |(die_after_operations, lose_operation, delay_polls, refuse_every, reverse_completions)| Faults {
             die_after_operations,
             delay_polls,
             refuse_every,
-            die_after_bytes: None,
+            lose_operation,
+            reverse_completions,
+            ..Faults::default()
         },
     )
 }

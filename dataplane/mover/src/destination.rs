@@ -15,7 +15,7 @@ use ramferry_ram::{BlockIndex, BlockRange, Digest, Memory, PageRun, PageSet, Pag
 
 use crate::counters::Counters;
 use crate::pool::Pool;
-use crate::{Counted, MoverError, Registered};
+use crate::{Counted, MoverError, Registered, Step};
 
 /// Between two publications, and two looks at the links.
 const PUBLISH_INTERVAL: Duration = Duration::from_millis(100);
@@ -29,6 +29,8 @@ pub trait DestinationOutside: Send {
     /// block for long; must see to it that the action's event reaches the driver
     /// later. For `Prepare` that is [`DestinationInput::Ready`].
     fn act(&mut self, action: DestinationAction);
+    /// Told of every action before it is carried out, those on memory too.
+    fn before(&mut self, _step: Step) {}
     /// Takes note of how the migration stands.
     fn publish(&mut self, snapshot: &DestinationSnapshot);
 }
@@ -269,6 +271,8 @@ impl Driver {
 
     fn carry_out(&mut self, action: DestinationAction) {
         tracing::debug!(?action, state = ?self.engine.state());
+        let (phase, round) = (self.engine.phase(), action.round());
+        self.outside.before(Step { action: action.name(), phase, round });
         match action {
             DestinationAction::DrainRound { round } => {
                 self.look_at_links();

@@ -31,6 +31,17 @@ pub use destination::{
 };
 pub use source::{SourceHandle, SourceInput, SourceOutside, SourceParts, SourceSnapshot, spawn_source};
 
+/// An action that a driver is about to carry out.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Step {
+    /// The action's name.
+    pub action: &'static str,
+    /// The engine's phase.
+    pub phase: &'static str,
+    /// The round under way; none before the first, and where the action is of none.
+    pub round: Option<u32>,
+}
+
 /// An order of the source's data plane to the destination's.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum PeerOrder {

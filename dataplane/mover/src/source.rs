@@ -19,7 +19,7 @@ use ramferry_tracking::{Tracker, TrackerKind};
 use crate::copy::{Copy, Pass, SendOrder};
 use crate::recheck::{Notes, Recheck};
 use crate::worker::{Job, Worker};
-use crate::{Counted, MoverError, Registered};
+use crate::{Counted, MoverError, Registered, Step};
 
 /// Between two publications of progress.
 const PUBLISH_INTERVAL: Duration = Duration::from_millis(100);
@@ -33,6 +33,8 @@ pub trait SourceOutside: Send {
     /// to it that the action's event reaches the driver later. For `Prepare`
     /// that is [`SourceInput::Ready`].
     fn act(&mut self, action: SourceAction);
+    /// Told of every action before it is carried out, those on memory too.
+    fn before(&mut self, _step: Step) {}
     /// Takes note of how the migration stands: on each change, and every 100 ms.
     fn publish(&mut self, snapshot: &SourceSnapshot);
 }
@@ -336,6 +338,8 @@ impl Driver {
 
     fn carry_out(&mut self, action: SourceAction) {
         tracing::debug!(?action, phase = self.engine.phase());
+        let round = Some(self.engine.progress().round).filter(|round| *round > 0);
+        self.outside.before(Step { action: action.name(), phase: self.engine.phase(), round });
         match action {
             SourceAction::Harvest => self.harvest(),
             SourceAction::Copy { pages, .. } => self.copy(pages),

@@ -121,8 +121,10 @@ impl Mapping {
         }
         self.pages(offset, length)?;
         let end = offset + length;
-        for granule in offset / FAULT_AROUND_BYTES..end.div_ceil(FAULT_AROUND_BYTES) {
-            self.span((granule * FAULT_AROUND_BYTES).max(offset), 1)?.touch();
+        let mut next = offset;
+        while next < end {
+            self.span(next, 1)?.touch();
+            next = (next / FAULT_AROUND_BYTES + 1) * FAULT_AROUND_BYTES;
         }
         self.check()
     }

@@ -25,6 +25,7 @@ use std::time::Duration;
 
 use ramferry_ram::{FileIdentity, PageSets};
 
+mod deputy;
 mod error;
 mod holders;
 mod huge;

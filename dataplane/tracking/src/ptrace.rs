@@ -2,15 +2,14 @@
 //!
 //! Tracing belongs to the *thread* that seized: a [`Tracee`] cannot leave it,
 //! and whatever is still traced when that thread ends is detached and runs on
-//! (kernel: `exit_ptrace`). Everything here is therefore done on threads of its
-//! own, made by [`on_tracer_thread`].
+//! (kernel: `exit_ptrace`). Whoever changes a thread's registers must therefore
+//! be a process that nobody kills (`deputy`).
 #![allow(unsafe_code, reason = "ptrace(2) and waitpid(2) with __WALL have no safe binding here")]
 
 use std::collections::HashSet;
 use std::io;
 use std::marker::PhantomData;
 use std::mem::MaybeUninit;
-use std::sync::mpsc::{self, RecvTimeoutError};
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -313,30 +312,4 @@ pub(crate) fn stop_all(pid: u32, deadline: Instant) -> Result<Vec<Tracee>, (u32,
         }
     }
     Err((pid, TraceError::Timeout))
-}
-
-/// Runs `work` on a thread that ends with it, so that nothing stays traced, and
-/// waits `patience` for what it returns. `None` when it takes longer: the thread
-/// is then left to finish, and what it returns is dropped.
-pub(crate) fn on_tracer_thread<T: Send + 'static>(
-    patience: Duration,
-    work: impl FnOnce() -> T + Send + 'static,
-) -> io::Result<Option<T>> {
-    let (sender, receiver) = mpsc::sync_channel(1);
-    let tracer = thread::Builder::new().name("ramferry-trace".to_owned()).spawn(move || {
-        let _ = sender.send(work());
-    })?;
-    match receiver.recv_timeout(patience) {
-        Ok(result) => {
-            // It has nothing left to do but end, and must have ended before the
-            // thread it traced can be said to be untraced.
-            let _ = tracer.join();
-            Ok(Some(result))
-        }
-        Err(RecvTimeoutError::Timeout) => Ok(None),
-        Err(RecvTimeoutError::Disconnected) => match tracer.join() {
-            Err(panic) => std::panic::resume_unwind(panic),
-            Ok(()) => Ok(None),
-        },
-    }
 }

@@ -13,10 +13,10 @@
 //! What keeps the process unharmed:
 //!
 //! * The thread's registers are its own except within `[..]`, a few microseconds
-//!   each. Only there may the tracer not leave: it waits as long as it takes,
-//!   while the caller of [`remote_userfaultfd`] gets an error after
-//!   [`PATIENCE`]. An agent that is killed at that very moment leaves the thread
-//!   with foreign registers; at any other moment the kernel lets it run on.
+//!   each. There the tracer must not leave: so it is not the agent, but a process
+//!   of its own that the agent's end does not touch (`deputy`). It waits as long as
+//!   it takes, while the caller of [`remote_userfaultfd`] gets an error after
+//!   [`PATIENCE`].
 //! * A system call that the stop interrupted is restarted, or ends with EINTR
 //!   if a handler ran, as after any signal: `rax` and `orig_rax` are put back as
 //!   they were, `-ERESTART*` and the call's number, and the last stop before
@@ -29,23 +29,29 @@
 //!   suspended for this thread while we trace it; where that is not allowed,
 //!   nothing is tried.
 
+mod report;
+
 use std::fs::File;
 use std::io;
-use std::os::fd::{AsRawFd, OwnedFd};
+use std::os::fd::{AsFd as _, AsRawFd as _, OwnedFd};
 use std::os::unix::fs::FileExt;
 use std::time::{Duration, Instant};
 
 use rustix::process::{Pid, PidfdFlags, PidfdGetfdFlags};
 use thiserror::Error;
 
+use crate::deputy::{self, REPORT_BYTES};
 use crate::maps::{self, MapsError, Vma};
 use crate::process;
-use crate::ptrace::{Event, Registers, Resume, TraceError, Tracee, on_tracer_thread};
+use crate::ptrace::{Event, Registers, Resume, TraceError, Tracee};
 
 /// How long a thread has to stop before another is tried.
 const STOP_TIMEOUT: Duration = Duration::from_secs(1);
 /// How long a caller waits for one thread's part.
 pub const PATIENCE: Duration = Duration::from_secs(5);
+/// How long the deputy of an agent that was killed may still be busy with a thread.
+const DEPUTY_PATIENCE: Duration = Duration::from_millis(500);
+const DEPUTY_POLL: Duration = Duration::from_millis(5);
 /// Threads that are tried.
 const MAX_THREADS: usize = 4;
 /// Times a thread found in a restartable sequence is let run and stopped again.
@@ -150,7 +156,7 @@ pub enum RemoteCallError {
     /// A thread took the call and did not come back from it in time.
     #[error(
         "a thread of process {pid} does not run, so it cannot be given back its registers; this is done as soon as it \
-         runs, and until then the agent must not be killed: is the process in a frozen cgroup?"
+         runs, and until then the agent's child that waits for it must not be killed: is the process in a frozen cgroup?"
     )]
     Stuck {
         /// The process.
@@ -209,45 +215,84 @@ pub fn remote_userfaultfd(pid: u32, faults: Faults) -> Result<OwnedFd, RemoteCal
     let can_call =
         |tid: &u32| process::thread_status(pid, *tid).is_ok_and(|status| !status.ended && !status.is_worker);
     for tid in threads.into_iter().filter(can_call).take(MAX_THREADS) {
-        let attempt = on_tracer_thread(PATIENCE, move || Attempt { pid, tid, faults }.run());
-        last = match attempt.map_err(|source| RemoteCallError::Trace { pid, operation: "thread", source })? {
-            Some(Ok(fd)) => return Ok(fd),
+        last = match Attempt::prepare(pid, tid, faults).and_then(Attempt::by_deputy) {
+            Ok(fd) => return Ok(fd),
             // Another thread may still be one that stops.
-            Some(Err(error @ (RemoteCallError::NotStopped { .. } | RemoteCallError::Ended { .. }))) => error,
+            Err(error @ (RemoteCallError::NotStopped { .. } | RemoteCallError::Ended { .. })) => error,
+            Err(error @ RemoteCallError::Stuck { .. }) => return Err(error),
             // Whatever fails with a process on its way out.
-            Some(Err(_)) if !maps::vmas_of(pid).is_ok_and(|vmas| !vmas.is_empty()) => {
+            Err(_) if !maps::vmas_of(pid).is_ok_and(|vmas| !vmas.is_empty()) => {
                 return Err(RemoteCallError::Ended { pid });
             }
-            Some(Err(error)) => return Err(error),
-            None => return Err(RemoteCallError::Stuck { pid }),
+            Err(error) => return Err(error),
         };
     }
     Err(last)
 }
 
-/// One try with one thread, on a tracer thread.
+/// One try with one thread: what is found out before, and what a deputy does.
 struct Attempt {
     pid: u32,
     tid: u32,
     faults: Faults,
+    memory: File,
+    syscall_at: u64,
+    /// Whether seccomp filters apply to the thread.
+    filtered: bool,
 }
 
 impl Attempt {
-    fn run(&self) -> Result<OwnedFd, RemoteCallError> {
-        let pid = self.pid;
+    fn prepare(pid: u32, tid: u32, faults: Faults) -> Result<Self, RemoteCallError> {
         let memory =
             File::open(format!("/proc/{pid}/mem")).map_err(|source| match source.raw_os_error() {
                 Some(libc::EACCES | libc::EPERM) => RemoteCallError::Denied { pid, source },
                 _ => RemoteCallError::Ended { pid },
             })?;
-        let syscall_at = self.find_syscall(&memory)?;
+        let syscall_at = find_syscall(pid, &memory)?;
+        let deadline = Instant::now() + DEPUTY_PATIENCE;
+        let mut status = process::thread_status(pid, tid).map_err(|_| RemoteCallError::Ended { pid })?;
+        while status.tracer != 0 && Instant::now() < deadline {
+            std::thread::sleep(DEPUTY_POLL);
+            status = process::thread_status(pid, tid).map_err(|_| RemoteCallError::Ended { pid })?;
+        }
+        if status.ended {
+            return Err(RemoteCallError::Ended { pid });
+        }
+        if status.tracer != 0 {
+            let comm = process::comm_of(status.tracer);
+            return Err(RemoteCallError::AlreadyTraced { pid, tracer: status.tracer, comm });
+        }
+        Ok(Self { pid, tid, faults, memory, syscall_at, filtered: status.seccomp != 0 })
+    }
+
+    fn by_deputy(self) -> Result<OwnedFd, RemoteCallError> {
+        let pid = self.pid;
+        let failed = |source| RemoteCallError::Trace { pid, operation: "deputy", source };
+        let work = || match self.run() {
+            Ok(fd) => ([0; REPORT_BYTES], Some(fd)),
+            Err(error) => (report::encode(&error), None),
+        };
+        match deputy::send_out(self.memory.as_fd(), PATIENCE, work).map_err(failed)? {
+            Some((_, Some(fd))) => {
+                check_descriptor(&fd).map_err(|source| RemoteCallError::Transfer { pid, source })?;
+                Ok(fd)
+            }
+            Some((report, None)) => Err(report::decode(pid, report)),
+            None => Err(RemoteCallError::Stuck { pid }),
+        }
+    }
+
+    /// Runs in the deputy: allocates nothing.
+    fn run(&self) -> Result<OwnedFd, RemoteCallError> {
+        let pid = self.pid;
         let mut tracee = self.seize()?;
-        let original = self.stop_outside_rseq(&mut tracee, &memory)?;
+        let original = self.stop_outside_rseq(&mut tracee, &self.memory)?;
         if original.cs != USER_CS {
             return Err(RemoteCallError::NotSixtyFourBit { pid });
         }
         let mask = tracee.blocked_signals().map_err(|error| self.trace(error))?;
         tracee.set_blocked_signals(u64::MAX).map_err(|error| self.trace(error))?;
+        let syscall_at = self.syscall_at;
         let mut injection = Injection { attempt: self, tracee: &mut tracee, syscall_at, original };
         let taken = injection.take_userfaultfd();
         tracee.set_blocked_signals(mask).map_err(|error| self.trace(error))?;
@@ -256,16 +301,7 @@ impl Attempt {
     }
 
     fn seize(&self) -> Result<Tracee, RemoteCallError> {
-        let pid = self.pid;
-        let status = process::thread_status(pid, self.tid).map_err(|_| RemoteCallError::Ended { pid })?;
-        if status.ended {
-            return Err(RemoteCallError::Ended { pid });
-        }
-        if status.tracer != 0 {
-            let comm = process::comm_of(status.tracer);
-            return Err(RemoteCallError::AlreadyTraced { pid, tracer: status.tracer, comm });
-        }
-        let filtered = status.seccomp != 0;
+        let (pid, filtered) = (self.pid, self.filtered);
         Tracee::seize(self.tid, filtered).map_err(|error| match error {
             TraceError::Failed { source, .. } if filtered => RemoteCallError::Seccomp { pid, source },
             TraceError::Failed { source, .. } => RemoteCallError::Denied { pid, source },
@@ -305,17 +341,6 @@ impl Attempt {
         }
     }
 
-    fn find_syscall(&self, memory: &File) -> Result<u64, RemoteCallError> {
-        let pid = self.pid;
-        let mut vmas = maps::vmas_of(pid).map_err(|source| RemoteCallError::Maps { pid, source })?;
-        vmas.retain(|vma| vma.executable);
-        vmas.sort_by_key(|vma| vma.path.as_os_str() != "[vdso]");
-        let mut left = MAX_SEARCH_BYTES;
-        vmas.iter()
-            .find_map(|vma| find_instruction(memory, vma, &mut left))
-            .ok_or(RemoteCallError::NoSyscallInstruction { pid })
-    }
-
     fn trace(&self, error: TraceError) -> RemoteCallError {
         let pid = self.pid;
         match error {
@@ -324,6 +349,16 @@ impl Attempt {
             TraceError::Failed { operation, source } => RemoteCallError::Trace { pid, operation, source },
         }
     }
+}
+
+fn find_syscall(pid: u32, memory: &File) -> Result<u64, RemoteCallError> {
+    let mut vmas = maps::vmas_of(pid).map_err(|source| RemoteCallError::Maps { pid, source })?;
+    vmas.retain(|vma| vma.executable);
+    vmas.sort_by_key(|vma| vma.path.as_os_str() != "[vdso]");
+    let mut left = MAX_SEARCH_BYTES;
+    vmas.iter()
+        .find_map(|vma| find_instruction(memory, vma, &mut left))
+        .ok_or(RemoteCallError::NoSyscallInstruction { pid })
 }
 
 /// A stopped thread that is made to call.
@@ -391,7 +426,8 @@ impl Injection<'_> {
                 Event::Signal(other) => signal = other,
             }
         }
-        let source = io::Error::other("the thread faulted or did not reach the call");
+        // The thread faulted, or did not reach the call.
+        let source = io::Error::from_raw_os_error(libc::EFAULT);
         Err(RemoteCallError::Trace { pid: self.attempt.pid, operation: "injected call", source })
     }
 }
@@ -406,13 +442,16 @@ fn is_fault(signal: i32) -> bool {
 fn take_descriptor(pid: u32, remote: i32) -> io::Result<OwnedFd> {
     let pid = i32::try_from(pid).ok().and_then(Pid::from_raw).ok_or(io::ErrorKind::InvalidInput)?;
     let pidfd = rustix::process::pidfd_open(pid, PidfdFlags::empty())?;
-    let fd = rustix::process::pidfd_getfd(pidfd, remote, PidfdGetfdFlags::empty())?;
-    // A thread may have descriptors of its own, apart from its process's.
+    Ok(rustix::process::pidfd_getfd(pidfd, remote, PidfdGetfdFlags::empty())?)
+}
+
+/// A thread may have descriptors of its own, apart from its process's.
+fn check_descriptor(fd: &OwnedFd) -> io::Result<()> {
     let link = std::fs::read_link(format!("/proc/self/fd/{}", fd.as_raw_fd()))?;
     if link.as_os_str() != "anon_inode:[userfaultfd]" {
-        return Err(io::Error::other(format!("descriptor {remote} there is {}", link.display())));
+        return Err(io::Error::other(format!("what was taken is {}", link.display())));
     }
-    Ok(fd)
+    Ok(())
 }
 
 /// Whether the stopped thread is within a restartable sequence (`rseq(2)`).

@@ -6,7 +6,7 @@
 
 use std::collections::BTreeSet;
 use std::io::{self, Read, Write};
-use std::os::fd::{AsFd, AsRawFd, OwnedFd, RawFd};
+use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::time::Duration;
 
@@ -15,6 +15,7 @@ use rustix::fs::MemfdFlags;
 use rustix::mm::{Advice, MapFlags, ProtFlags};
 use rustix::process::Signal;
 
+use crate::deputy::{self, Never};
 use crate::error::{SelfTestError, TrackError};
 use crate::soft_dirty::SoftDirty;
 use crate::tracker::{FileTracker, Mechanism};
@@ -118,13 +119,9 @@ impl Child {
         let (orders, theirs) = UnixStream::pair()?;
         orders.set_read_timeout(Some(PATIENCE))?;
         orders.set_write_timeout(Some(PATIENCE))?;
-        // SAFETY: other threads of ours may hold any lock, so the child may only make
-        // system calls; `serve` does nothing else, allocates nothing and does not return.
-        match unsafe { libc::fork() } {
-            -1 => Err(io::Error::last_os_error()),
-            0 => serve(file, &theirs),
-            pid => Ok(Self { pid, orders }),
-        }
+        // `serve` makes system calls only, allocates nothing and does not return.
+        let pid = deputy::fork(file.as_fd(), &orders, &theirs, || serve(file, &theirs))?;
+        Ok(Self { pid, orders })
     }
 
     fn order(&mut self, command: u8, page: u8) -> io::Result<()> {
@@ -148,9 +145,8 @@ impl Drop for Child {
 }
 
 /// What the child does until it is killed, or its parent is.
-fn serve(file: &OwnedFd, orders: &UnixStream) -> ! {
+fn serve(file: &OwnedFd, orders: &UnixStream) -> Never {
     let _ = rustix::process::set_parent_process_death_signal(Some(Signal::KILL));
-    close_others(file.as_raw_fd(), orders.as_raw_fd());
     let protection = ProtFlags::READ | ProtFlags::WRITE;
     // SAFETY: a fresh mapping at an address of the kernel's choice.
     let mapped = unsafe {
@@ -178,18 +174,6 @@ fn serve(file: &OwnedFd, orders: &UnixStream) -> ! {
     }
     // SAFETY: ends the process at once; nothing of ours runs at its exit.
     unsafe { libc::_exit(0) }
-}
-
-/// Closes, in the child, every descriptor but two: a userfaultfd of ours that it
-/// inherited would outlive us there.
-fn close_others(one: RawFd, other: RawFd) {
-    let (low, high) = (one.min(other) as u32, one.max(other) as u32);
-    for between in [0..low, low + 1..high, high + 1..u32::MAX] {
-        if !between.is_empty() {
-            // SAFETY: takes three numbers; nothing in the child uses these descriptors.
-            unsafe { libc::syscall(libc::SYS_close_range, between.start, between.end - 1, 0) };
-        }
-    }
 }
 
 #[cfg(test)]

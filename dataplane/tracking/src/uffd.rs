@@ -7,6 +7,8 @@ use std::os::fd::OwnedFd;
 use rustix::io::Errno;
 use rustix::ioctl::{Opcode, Updater, ioctl, opcode};
 
+use crate::deputy;
+
 /// Protocol version that `UFFDIO_API` agrees on.
 const UFFD_API: u64 = 0xaa;
 const UFFDIO: u8 = 0xaa;
@@ -58,7 +60,8 @@ const _: () = assert!(size_of::<UffdioWriteprotect>() == 24 && UFFDIO_WRITEPROTE
 /// A userfaultfd in asynchronous write-protect mode. Dropping it lifts every
 /// protection and registration made through it.
 pub(crate) struct WriteProtector {
-    fd: OwnedFd,
+    /// `None` only within the drop.
+    fd: Option<OwnedFd>,
 }
 
 impl WriteProtector {
@@ -67,7 +70,7 @@ impl WriteProtector {
         let mut api = UffdioApi { api: UFFD_API, features: FEATURES, ioctls: 0 };
         // SAFETY: the opcode is that of `UffdioApi`, which the kernel reads and writes in place.
         match unsafe { ioctl(&fd, Updater::<UFFDIO_API, _>::new(&mut api)) } {
-            Ok(()) => Ok(Some(Self { fd })),
+            Ok(()) => Ok(Some(Self { fd: Some(fd) })),
             Err(Errno::INVAL) => Ok(None),
             Err(errno) => Err(errno.into()),
         }
@@ -79,7 +82,7 @@ impl WriteProtector {
         let mut register = UffdioRegister { range, mode: REGISTER_MODE_WP, ioctls: 0 };
         // SAFETY: the opcode is that of `UffdioRegister`. What it changes is the other process's
         // mapping, in a mode that lets every access go through.
-        unsafe { ioctl(&self.fd, Updater::<UFFDIO_REGISTER, _>::new(&mut register)) }.map_err(Into::into)
+        unsafe { ioctl(self.fd(), Updater::<UFFDIO_REGISTER, _>::new(&mut register)) }.map_err(Into::into)
     }
 
     /// Write-protects every page of `start..end`, present or not.
@@ -88,6 +91,17 @@ impl WriteProtector {
         let mut protect = UffdioWriteprotect { range, mode: WRITEPROTECT_MODE_WP };
         // SAFETY: the opcode is that of `UffdioWriteprotect`. A write to a page protected so is
         // noted by the kernel and goes through.
-        unsafe { ioctl(&self.fd, Updater::<UFFDIO_WRITEPROTECT, _>::new(&mut protect)) }.map_err(Into::into)
+        unsafe { ioctl(self.fd(), Updater::<UFFDIO_WRITEPROTECT, _>::new(&mut protect)) }.map_err(Into::into)
+    }
+
+    fn fd(&self) -> &OwnedFd {
+        self.fd.as_ref().expect("it is there until the drop")
+    }
+}
+
+impl Drop for WriteProtector {
+    fn drop(&mut self) {
+        // A fork's copy would keep the registration alive after us.
+        deputy::while_no_fork(|| drop(self.fd.take()));
     }
 }

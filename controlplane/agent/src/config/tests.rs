@@ -36,6 +36,7 @@ fn keys_are_the_fields_of_options() {
         shutdown_grace: text(),
         poller_cpus: Some(vec![]),
         registration_workers: Some(1),
+        step_socket: path(),
     };
     let json = serde_json::to_value(&full).unwrap();
     let mut fields: Vec<_> = json.as_object().unwrap().keys().map(String::as_str).collect();

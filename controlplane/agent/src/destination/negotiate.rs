@@ -57,7 +57,7 @@ pub(crate) async fn negotiate(
         Some(claim.map_err(|refusal| refused(&refusal))?)
     };
     let (guest, info, files) =
-        inspect(agent, request.destination_qmp_path.as_ref(), Side::Destination).await?;
+        inspect(agent, request.destination_qmp_path.as_ref(), Side::Destination, claim.as_mut()).await?;
     check_guests(&request, &layout, &info)?;
     let mut response = v1::NegotiateSessionResponse {
         protocol_version: PROTOCOL_VERSION,

@@ -5,15 +5,17 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use ramferry_engine::{DestinationAction, DestinationEvent, DestinationOutcome, Failure, Reason};
-use ramferry_mover::{DestinationInput, DestinationOutside, DestinationSnapshot};
+use ramferry_mover::{DestinationInput, DestinationOutside, DestinationSnapshot, Step};
 use ramferry_proto::v1;
 use ramferry_proto::v1::exchange_control_response::Answer;
 
 use super::DestinationSession;
+use crate::MigrationRole;
 use crate::journal::{Durability, MigrationLog, Record};
 use crate::migrations::Claim;
 use crate::publish::Publisher;
 use crate::status::causes;
+use crate::step_gate::StepGate;
 
 pub(crate) struct Outside {
     session: Arc<DestinationSession>,
@@ -22,6 +24,7 @@ pub(crate) struct Outside {
     claim: Option<Claim>,
     committed: Option<Instant>,
     journal_nanoseconds: u64,
+    gate: StepGate,
 }
 
 impl Outside {
@@ -31,7 +34,9 @@ impl Outside {
         publisher: Publisher,
         claim: Claim,
     ) -> Self {
-        Self { session, log, publisher, claim: Some(claim), committed: None, journal_nanoseconds: 0 }
+        let socket = session.agent.config.step_socket.as_deref();
+        let gate = StepGate::new(socket, MigrationRole::Destination, &session.entry.id);
+        Self { session, log, publisher, claim: Some(claim), committed: None, journal_nanoseconds: 0, gate }
     }
 
     fn spawn<F>(&self, work: F)
@@ -112,13 +117,12 @@ impl Outside {
         }
         match self.log.append(&crate::summary::ended_record(&ended), Durability::Buffered) {
             Ok(()) => self.claim = None,
-            // A restart takes the migration up again. Until then the guest must not begin another.
             Err(error) => {
                 tracing::error!(
                     error = causes(&error),
                     "the end of a migration was not recorded; restart the agent"
                 );
-                std::mem::forget(self.claim.take());
+                self.claim.take().into_iter().for_each(Claim::keep_until_restart);
             }
         }
         self.session.close();
@@ -136,7 +140,19 @@ impl Outside {
     }
 }
 
+impl Drop for Outside {
+    fn drop(&mut self) {
+        if std::thread::panicking() {
+            self.claim.take().into_iter().for_each(Claim::keep_until_restart);
+        }
+    }
+}
+
 impl DestinationOutside for Outside {
+    fn before(&mut self, step: Step) {
+        self.gate.pass(step);
+    }
+
     fn act(&mut self, action: DestinationAction) {
         let session = Arc::clone(&self.session);
         match action {

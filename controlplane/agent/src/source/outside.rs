@@ -5,16 +5,18 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
 use ramferry_engine::{Failure, Outcome, Reason, SourceAction, SourceEvent};
-use ramferry_mover::{SourceInput, SourceOutside, SourceSnapshot};
+use ramferry_mover::{SourceInput, SourceOutside, SourceSnapshot, Step};
 use ramferry_proto::v1;
 use ramferry_proto::v1::exchange_control_request::Order;
 use tokio::task::JoinHandle;
 
 use super::Session;
 use super::view;
+use crate::MigrationRole;
 use crate::journal::{Durability, MigrationLog, Record};
 use crate::migrations::Claim;
 use crate::publish::Publisher;
+use crate::step_gate::StepGate;
 
 pub(crate) struct Outside {
     session: Arc<Session>,
@@ -24,11 +26,14 @@ pub(crate) struct Outside {
     ordering: Vec<JoinHandle<()>>,
     last: Option<SourceSnapshot>,
     claim: Option<Claim>,
+    gate: StepGate,
 }
 
 impl Outside {
     pub(crate) fn new(session: Arc<Session>, log: MigrationLog, publisher: Publisher, claim: Claim) -> Self {
-        Self { session, log, publisher, ordering: Vec::new(), last: None, claim: Some(claim) }
+        let socket = session.agent.config.step_socket.as_deref();
+        let gate = StepGate::new(socket, MigrationRole::Source, &session.entry.id);
+        Self { session, log, publisher, ordering: Vec::new(), last: None, claim: Some(claim), gate }
     }
 
     /// Runs `work` on the agent's runtime; what it gives goes to the driver.
@@ -163,10 +168,9 @@ impl Outside {
         }
         match self.append(&record, Durability::Buffered) {
             Ok(()) => self.claim = None,
-            // A restart takes the migration up again. Until then the guest must not begin another.
             Err(failure) => {
                 tracing::error!(%failure, "the end of a migration was not recorded; restart the agent");
-                std::mem::forget(self.claim.take());
+                self.claim.take().into_iter().for_each(Claim::keep_until_restart);
             }
         }
         self.session.close();
@@ -178,7 +182,19 @@ impl Outside {
     }
 }
 
+impl Drop for Outside {
+    fn drop(&mut self) {
+        if std::thread::panicking() {
+            self.claim.take().into_iter().for_each(Claim::keep_until_restart);
+        }
+    }
+}
+
 impl SourceOutside for Outside {
+    fn before(&mut self, step: Step) {
+        self.gate.pass(step);
+    }
+
     fn act(&mut self, action: SourceAction) {
         let session = Arc::clone(&self.session);
         match action {

@@ -28,9 +28,11 @@ const ORDERS: usize = 1024;
 pub(crate) const ORDER_ITEMS: usize = 16 * 1024;
 /// Longest text of a peer that is kept and shown.
 pub(super) const PEER_TEXT_BYTES: usize = 2048;
-/// A peer that does not answer keepalives for this long, after this long a
-/// silence, is lost.
-const KEEPALIVE: Duration = Duration::from_secs(5);
+/// After so long a silence the peer is asked whether it is there.
+const KEEPALIVE_INTERVAL: Duration = Duration::from_secs(2);
+/// A peer that does not answer that for so long is lost. The guest may be paused
+/// meanwhile; but a busy host is not to be taken for a dead one.
+const KEEPALIVE_TIMEOUT: Duration = Duration::from_secs(4);
 
 /// A channel to the agent at `address`. Connects when it is first used.
 pub(crate) fn channel(address: &str, tls: Option<&TlsConfig>) -> Result<Channel, Status> {
@@ -44,8 +46,8 @@ pub(crate) fn channel(address: &str, tls: Option<&TlsConfig>) -> Result<Channel,
         .map_err(|error| unusable(&error))?
         .connect_timeout(EXCHANGE_TIMEOUT)
         .tcp_nodelay(true)
-        .http2_keep_alive_interval(KEEPALIVE)
-        .keep_alive_timeout(KEEPALIVE)
+        .http2_keep_alive_interval(KEEPALIVE_INTERVAL)
+        .keep_alive_timeout(KEEPALIVE_TIMEOUT)
         .keep_alive_while_idle(true);
     if let Some(tls) = tls {
         let host = address.rsplit_once(':').map_or(address, |(host, _)| host);

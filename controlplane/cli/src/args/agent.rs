@@ -76,6 +76,9 @@ pub(crate) struct AgentArgs {
     /// Threads that register memory, on each side of a migration [default: 2].
     #[arg(long, value_name = "NUMBER", help_heading = "Tuning")]
     pub(crate) registration_workers: Option<usize>,
+    /// For tests: migrations wait before each step for whoever listens at this unix socket.
+    #[arg(long, value_name = "PATH", hide = true)]
+    pub(crate) step_socket: Option<PathBuf>,
 }
 
 impl AgentArgs {
@@ -99,6 +102,7 @@ impl AgentArgs {
             shutdown_grace: self.shutdown_grace,
             poller_cpus: self.poller_cpus,
             registration_workers: self.registration_workers,
+            step_socket: self.step_socket,
         }
     }
 }

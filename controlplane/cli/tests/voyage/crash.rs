@@ -31,7 +31,7 @@ async fn source_agent_killed_while_it_copies_leaves_the_guest_running_and_a_retr
     begin(&pair, &guest, &destination).await;
     pair.source.kill();
     assert_runs_untraced(&guest);
-    pair.source = pair.source.restart();
+    pair.source.restart();
     let ended = pair.source.wait_end("first").await;
     assert_eq!(ended.state(), v1::MigrationState::Failed);
     assert_eq!(ended.error.unwrap().reason, "AGENT_RESTARTED");
@@ -50,7 +50,7 @@ async fn destination_agent_killed_while_it_copies_leaves_the_guest_running_and_a
     let ended = pair.source.wait_end("first").await;
     assert_eq!(ended.state(), v1::MigrationState::Failed);
     assert_runs_untraced(&guest);
-    pair.destination = pair.destination.restart();
+    pair.destination.restart();
     pair.destination.wait_end("first").await;
     pair.migrate("second", &guest, &destination, parameters(v1::FabricKind::Tcp)).await;
     assert_proves_itself(&destination);
@@ -114,11 +114,11 @@ async fn agent_killed_in_the_switchover_leaves_exactly_one_guest_running() {
         match victim {
             Victim::Source => {
                 pair.source.kill();
-                pair.source = pair.source.restart();
+                pair.source.restart();
             }
             Victim::Destination => {
                 pair.destination.kill();
-                pair.destination = pair.destination.restart();
+                pair.destination.restart();
             }
         }
         let at_source = pair.source.wait_end("first").await;

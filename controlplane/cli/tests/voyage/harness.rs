@@ -2,7 +2,7 @@
 
 use std::io::{BufRead as _, BufReader};
 use std::net::SocketAddr;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Stdio};
 use std::sync::mpsc::{Receiver, channel};
 use std::time::{Duration, Instant};
@@ -28,10 +28,35 @@ pub(crate) fn ramferry() -> Command {
     command
 }
 
+/// Where an agent runs.
+#[derive(Clone, Debug)]
+pub(crate) struct Site {
+    /// A command that runs another one there; none for here.
+    pub(crate) enter: Vec<String>,
+    /// The address that it is served at.
+    pub(crate) address: String,
+}
+
+impl Site {
+    fn here() -> Site {
+        Site { enter: Vec::new(), address: "127.0.0.1".into() }
+    }
+
+    /// `program`, run there.
+    pub(crate) fn command(&self, program: &str) -> Command {
+        let mut words = self.enter.iter().map(String::as_str).chain([program]);
+        let mut command = Command::new(words.next().unwrap());
+        command.args(words).env_remove("RAMFERRY_AGENT").stdin(Stdio::null());
+        command
+    }
+}
+
 /// An agent in a process of its own; killed and reaped when it is dropped.
 pub(crate) struct Agent {
     child: Child,
     directory: TempDir,
+    site: Site,
+    arguments: Vec<String>,
     pub(crate) grpc: SocketAddr,
     pub(crate) metrics: SocketAddr,
     lines: Receiver<String>,
@@ -43,7 +68,7 @@ impl Agent {
     }
 
     pub(crate) fn start_with(arguments: &[&str]) -> Agent {
-        Agent::start_in(tempfile::tempdir().unwrap(), "127.0.0.1:0", arguments)
+        Agent::start_at(Site::here(), arguments)
     }
 
     /// An agent whose state directory is a file system of 64 KiB, which it alone has mounted.
@@ -52,27 +77,37 @@ impl Agent {
         let directory = tempfile::tempdir().unwrap();
         let state = directory.path().join("state");
         std::fs::create_dir(&state).unwrap();
-        let mut command = Command::new("unshare");
-        command.args(["--mount", "--propagation", "private", "sh", "-c", MOUNT]).arg(state);
-        command.arg(env!("CARGO_BIN_EXE_ramferry")).stdin(Stdio::null());
-        Agent::start_as(command, directory, "127.0.0.1:0", &[])
+        let mut enter: Vec<String> =
+            ["unshare", "--mount", "--propagation", "private", "sh", "-c", MOUNT].map(Into::into).into();
+        enter.push(state.display().to_string());
+        Agent::start_in(directory, Site { enter, ..Site::here() }, 0, &[])
     }
 
-    /// The agent again, after its end: same directories, same address.
-    pub(crate) fn restart(mut self) -> Agent {
+    pub(crate) fn start_at(site: Site, arguments: &[&str]) -> Agent {
+        Agent::start_in(tempfile::tempdir().unwrap(), site, 0, arguments)
+    }
+
+    /// The agent again, after its end: same directories, same options, same address.
+    pub(crate) fn restart(&mut self) {
         self.kill();
         let directory = std::mem::replace(&mut self.directory, tempfile::tempdir().unwrap());
-        Agent::start_in(directory, &self.grpc.to_string(), &[])
+        let arguments: Vec<&str> = self.arguments.iter().map(String::as_str).collect();
+        *self = Agent::start_in(directory, self.site.clone(), self.grpc.port(), &arguments);
     }
 
-    fn start_in(directory: TempDir, listen: &str, arguments: &[&str]) -> Agent {
-        Agent::start_as(ramferry(), directory, listen, arguments)
+    /// Where it makes its sockets.
+    pub(crate) fn run_dir(&self) -> PathBuf {
+        self.directory.path().join("run")
     }
 
-    fn start_as(mut command: Command, directory: TempDir, listen: &str, arguments: &[&str]) -> Agent {
+    fn start_in(directory: TempDir, site: Site, port: u16, arguments: &[&str]) -> Agent {
         let path = |name: &str| directory.path().join(name);
-        let mut child = command
-            .args(["agent", "--listen", listen, "--data-listen", "127.0.0.1:0"])
+        // A file that cannot grow is then an error to the agent, and not its end.
+        let mut child = site
+            .command("sh")
+            .args(["-c", "trap '' XFSZ; exec \"$0\" \"$@\"", env!("CARGO_BIN_EXE_ramferry")])
+            .args(["agent", "--listen", &format!("{}:{port}", site.address)])
+            .args(["--data-listen", &format!("{}:0", site.address)])
             .args(["--metrics-listen", "127.0.0.1:0", "--log-format", "json", "--max-migrations", "16"])
             .arg("--state-dir")
             .arg(path("state"))
@@ -101,7 +136,8 @@ impl Agent {
                 panic!("the agent did not start: {:?}\n{}", child.wait(), seen.join("\n"));
             };
             if let Some((grpc, metrics)) = bound(&line) {
-                return Agent { child, directory, grpc, metrics, lines };
+                let arguments = arguments.iter().map(|&argument| argument.to_owned()).collect();
+                return Agent { child, directory, site, arguments, grpc, metrics, lines };
             }
             seen.push(line);
         }

@@ -9,13 +9,13 @@ use crate::harness::{Agent, assert_proves_itself, boot, proof, quiet, ramferry};
 use crate::secrets::everything_of;
 
 /// An authority whose certificates are files.
-struct Authority {
+pub(crate) struct Authority {
     issuer: CertifiedIssuer<'static, KeyPair>,
     directory: tempfile::TempDir,
 }
 
 impl Authority {
-    fn new() -> Authority {
+    pub(crate) fn new() -> Authority {
         let mut parameters = CertificateParams::default();
         parameters.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
         let issuer = CertifiedIssuer::self_signed(parameters, KeyPair::generate().unwrap()).unwrap();
@@ -26,7 +26,12 @@ impl Authority {
 
     /// Options that show a certificate with these roles.
     fn options(&self, name: &str, roles: &[&str]) -> Vec<String> {
-        let mut parameters = CertificateParams::new(vec!["127.0.0.1".to_owned()]).unwrap();
+        self.options_at("127.0.0.1", name, roles)
+    }
+
+    /// The same, for an agent at another address.
+    pub(crate) fn options_at(&self, address: &str, name: &str, roles: &[&str]) -> Vec<String> {
+        let mut parameters = CertificateParams::new(vec![address.to_owned()]).unwrap();
         for role in roles {
             let uri = format!("ramferry:role:{role}").try_into().unwrap();
             parameters.subject_alt_names.push(SanType::URI(uri));

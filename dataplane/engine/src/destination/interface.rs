@@ -43,6 +43,8 @@ pub enum DestinationEvent {
     AbortedSynced,
     /// Answer to `ResumeGuest`: the guest runs.
     GuestResumed,
+    /// Answer to `ResumeGuest`: its VMM has ended. The guest may have run before that.
+    GuestGone(Failure),
     /// Answer to `DiscardGuest`.
     GuestDiscarded,
     /// Answer to `Release`.
@@ -92,6 +94,37 @@ pub enum DestinationAction {
     Release,
     /// The end. Only answers to the source's questions follow.
     Finish(DestinationOutcome),
+}
+
+impl DestinationAction {
+    /// The action's name, without what it is about.
+    pub fn name(&self) -> &'static str {
+        match self {
+            Self::Prepare => "prepare",
+            Self::DrainRound { .. } => "drain_round",
+            Self::AcknowledgeRound { .. } => "acknowledge_round",
+            Self::StartIncoming => "start_incoming",
+            Self::TellIncomingReady => "tell_incoming_ready",
+            Self::Digest => "digest",
+            Self::TellDeviceStateLoaded => "tell_device_state_loaded",
+            Self::WriteCommitted => "write_committed",
+            Self::ResumeGuest => "resume_guest",
+            Self::AnswerRunning => "answer_running",
+            Self::WriteAborted(_) => "write_aborted",
+            Self::DiscardGuest => "discard_guest",
+            Self::AnswerAborted(_) => "answer_aborted",
+            Self::Release => "release",
+            Self::Finish(_) => "finish",
+        }
+    }
+
+    /// The round that it is about, if it is about one.
+    pub fn round(&self) -> Option<u32> {
+        match self {
+            Self::DrainRound { round } | Self::AcknowledgeRound { round } => Some(*round),
+            _ => None,
+        }
+    }
 }
 
 /// How a migration ended, seen from its destination.

@@ -5,7 +5,7 @@
 //!  begin --> StopCopy          (only if a copy or recheck is under way) --> Release --> Finish
 //!            AbortPeer         (only if the destination may not know)
 //!                |                                                     ^         ^
-//!                +-- GuestResumed, and Copied, Rechecked or UNDO passed +       |
+//!                +-- GuestResumed or GuestGone, and Copied, Rechecked or UNDO passed
 //!                +-- PeerAborted, or UNDO passed --------------------------------+
 //! ```
 //!
@@ -89,6 +89,7 @@ impl Ending {
     ) -> Option<Outcome> {
         match event {
             SourceEvent::GuestResumed => self.resume = None,
+            SourceEvent::GuestGone(failure) if self.resume.is_some() => self.lost(&failure),
             SourceEvent::GuestPaused if self.outcome != Outcome::Succeeded => self.order_resume(now, actions),
             SourceEvent::Failed(failure) => self.failed(now, failure),
             SourceEvent::Copied { .. } | SourceEvent::Rechecked { .. } => self.copy_stops = false,
@@ -165,6 +166,13 @@ impl Ending {
             "the source guest could not be resumed for {RESUME:?} ({cause}). The destination never runs it: resume \
              it here through its VMM (QMP: `migrate_cancel`, `cont`), or start it again"
         );
+        self.outcome = Outcome::Failed(Failure::new(Reason::GuestFailed, message));
+        self.resume = None;
+    }
+
+    /// The destination's was discarded, or is about to be: there is no other.
+    fn lost(&mut self, failure: &Failure) {
+        let message = format!("the source guest is lost: {failure}. The destination never runs it");
         self.outcome = Outcome::Failed(Failure::new(Reason::GuestFailed, message));
         self.resume = None;
     }

@@ -86,6 +86,8 @@ pub enum SourceEvent {
     PeerBack,
     /// Answer to `ResumeGuest`: the guest runs, and no earlier `PauseGuest` can stop it any more.
     GuestResumed,
+    /// Answer to `ResumeGuest`: its VMM has ended, and there is no guest to be resumed.
+    GuestGone(Failure),
     /// Answer to `AbortPeer`: delivered, or given up.
     PeerAborted,
     /// Answer to `Release`.
@@ -169,6 +171,33 @@ pub enum LateWrites {
     Drainable,
     /// Yes, by somebody who cannot be asked.
     Undrainable,
+}
+
+impl SourceAction {
+    /// The action's name, without what it is about.
+    pub fn name(&self) -> &'static str {
+        match self {
+            Self::Prepare => "prepare",
+            Self::Harvest => "harvest",
+            Self::Copy { .. } => "copy",
+            Self::StopCopy => "stop_copy",
+            Self::DrainGuest => "drain_guest",
+            Self::Recheck { .. } => "recheck",
+            Self::Fence => "fence",
+            Self::EndRound { .. } => "end_round",
+            Self::PauseGuest => "pause_guest",
+            Self::Verify => "verify",
+            Self::MoveDeviceState => "move_device_state",
+            Self::WriteHandedOver => "write_handed_over",
+            Self::SendCommit => "send_commit",
+            Self::AskOutcome => "ask_outcome",
+            Self::AbortPeer(_) => "abort_peer",
+            Self::ResumeGuest => "resume_guest",
+            Self::Release => "release",
+            Self::SetBandwidthLimit(_) => "set_bandwidth_limit",
+            Self::Finish(_) => "finish",
+        }
+    }
 }
 
 /// How a migration ended, seen from its source.

@@ -121,7 +121,7 @@ impl Source {
                                be reached";
                 self.doubt(now, Failure::new(Reason::PeerLost, message));
             }
-            SourceEvent::Failed(failure) => self.doubt(now, failure),
+            SourceEvent::Failed(failure) | SourceEvent::GuestGone(failure) => self.doubt(now, failure),
             SourceEvent::Start => self.ask_outcome(now, actions),
             SourceEvent::PeerBack => self.peer_back(now, actions),
             SourceEvent::Tick => self.in_doubt_tick(now, actions),

@@ -173,3 +173,19 @@ fn restarts_follow_the_last_record() {
     assert_eq!(actions[0], DestinationAction::Release);
     assert!(says_aborted(&actions[1..]));
 }
+
+#[test]
+fn a_guest_whose_vmm_ended_after_the_order_to_resume_is_answered_for_and_never_aborted() {
+    for mut checked in [Checked::at("resume"), restarted_committed()] {
+        let actions = checked.handle(DestinationEvent::GuestGone(failure(Reason::GuestFailed)));
+        assert_eq!(actions, [DestinationAction::AnswerRunning, DestinationAction::Release]);
+        checked.handle(DestinationEvent::Released);
+        assert_eq!(checked.destination.state(), State::Succeeded);
+    }
+}
+
+fn restarted_committed() -> Checked {
+    let mut checked = Checked::restarted_committed();
+    checked.handle(DestinationEvent::Start);
+    checked
+}

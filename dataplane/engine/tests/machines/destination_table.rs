@@ -111,7 +111,10 @@ impl Checked {
             DestinationEvent::Failed(failure) if failure.reason == Reason::JournalFailed => {
                 self.write_pending = false;
             }
-            DestinationEvent::GuestResumed if self.resume_ordered => self.resumed = true,
+            // One that is gone may have run.
+            DestinationEvent::GuestResumed | DestinationEvent::GuestGone(_) if self.resume_ordered => {
+                self.resumed = true;
+            }
             _ => {}
         }
         let mut actions = Vec::new();
@@ -194,6 +197,7 @@ fn events() -> Vec<DestinationEvent> {
         DestinationEvent::CommittedSynced,
         DestinationEvent::AbortedSynced,
         DestinationEvent::GuestResumed,
+        DestinationEvent::GuestGone(failure(Reason::GuestFailed)),
         DestinationEvent::GuestDiscarded,
         DestinationEvent::Released,
         DestinationEvent::Tick,

@@ -573,3 +573,26 @@ fn a_recheck_is_cut_short_by_a_cancel_and_waited_for() {
         assert_eq!(checked.handle(rechecked(0)), [SourceAction::Release]);
     }
 }
+
+#[test]
+fn a_guest_whose_vmm_ended_in_the_switchover_is_not_resumed_for_ever() {
+    let mut checked = Checked::at("last_copy");
+    checked.handle(SourceEvent::Failed(failure(Reason::GuestFailed)));
+    checked.handle(SourceEvent::GuestGone(failure(Reason::GuestFailed)));
+    for event in [cut_short(PAGES), SourceEvent::PeerAborted, SourceEvent::Released] {
+        checked.handle(event);
+    }
+    assert_eq!(reason(&checked), Reason::GuestFailed);
+    assert_eq!(checked.times(&SourceAction::ResumeGuest), 1);
+}
+
+#[test]
+fn a_cancel_that_finds_the_vmm_ended_does_not_say_that_the_guest_runs_on() {
+    let mut checked = Checked::at("pause");
+    checked.handle(SourceEvent::Cancel);
+    checked.handle(SourceEvent::GuestGone(failure(Reason::GuestFailed)));
+    for event in [SourceEvent::PeerAborted, SourceEvent::Released] {
+        checked.handle(event);
+    }
+    assert_eq!(reason(&checked), Reason::GuestFailed);
+}

@@ -16,6 +16,7 @@ fn events() -> Vec<SourceEvent> {
         SourceEvent::PeerBack,
         SourceEvent::DestinationRunning,
         SourceEvent::DestinationAborted(failure(Reason::GuestFailed)),
+        SourceEvent::GuestGone(failure(Reason::GuestFailed)),
         SourceEvent::SetParameters(Parameters::default()),
         SourceEvent::SetParameters(Parameters { max_downtime: milliseconds(0), ..Parameters::default() }),
         SourceEvent::SetParameters(Parameters {
@@ -200,6 +201,7 @@ fn any_failure_before_commit_resumes_the_guest_first() {
         SourceEvent::PeerLost,
         SourceEvent::DestinationAborted(failure(Reason::GuestFailed)),
         SourceEvent::DestinationRunning,
+        SourceEvent::GuestGone(failure(Reason::GuestFailed)),
         SourceEvent::Cancel,
     ]);
     let path = late_path();

@@ -236,13 +236,17 @@ pub fn injected_faults_complete_every_operation_once<F: Fixture>(fixture: &F) {
         Faults { die_after_operations: Some(1), ..Faults::default() },
         Faults { die_after_operations: Some(17), delay_polls: 5, ..Faults::default() },
         Faults { die_after_bytes: Some(100_000), ..Faults::default() },
+        Faults { lose_operation: Some(9), reverse_completions: true, ..Faults::default() },
+        Faults { delay_polls: 4, reverse_completions: true, ..Faults::default() },
         Faults { die_after_bytes: Some(1), refuse_every: Some(2), ..Faults::default() },
         Faults { delay_polls: 9, refuse_every: Some(3), ..Faults::default() },
     ];
     for faults in plans {
         let pair = Pair::new(fixture);
         let (local, remote) = pair.register(range(0, REGION_BYTES), Rights::REMOTE_WRITE);
-        let dies = faults.die_after_operations.is_some() || faults.die_after_bytes.is_some();
+        let dies = faults.die_after_operations.is_some()
+            || faults.die_after_bytes.is_some()
+            || faults.lose_operation.is_some();
         let link = pair.try_link().expect("a link");
         let mut drive = Drive::new(Box::new(FaultyLink::new(link, faults)));
         for id in 0..200_u64 {

@@ -17,6 +17,35 @@ fn a_guest_outlives_a_killed_soft_dirty_tracker() {
     outlives_a_killed_tracker(TrackerKind::SoftDirty);
 }
 
+#[test]
+fn a_guest_outlives_an_agent_killed_while_it_borrows_a_thread() {
+    if let Err(error) = self_test(TrackerKind::UffdWp) {
+        eprintln!("SKIPPED: {error}");
+        return;
+    }
+    let mut guest = Helper::spawn();
+    guest.order("spin");
+    for round in 0..60u64 {
+        let mut agent = Helper::spawn();
+        assert_eq!(agent.order(&format!("borrow {}", guest.pid())), "ok");
+        // The agent borrows without a pause: any moment is as good as another.
+        std::thread::sleep(Duration::from_micros(200 + round * 137 % 4000));
+        agent.kill();
+        assert_eq!(guest.order("hello"), "ok", "round {round}");
+    }
+    // What acted for the last agent may still be under way.
+    let deadline = Instant::now() + Duration::from_secs(5);
+    while guest.status("TracerPid") != "0" {
+        assert!(Instant::now() < deadline, "still traced by {}", guest.status("TracerPid"));
+    }
+    let spun = guest.order("spun");
+    assert!(spun.starts_with("ok ") && spun != "ok 0", "{spun}");
+    let descriptors = std::fs::read_dir(format!("/proc/{}/fd", guest.pid())).unwrap().flatten();
+    let targets = descriptors.filter_map(|entry| std::fs::read_link(entry.path()).ok());
+    let left = targets.filter(|target| target.to_string_lossy().contains("userfaultfd")).count();
+    assert_eq!(left, 0);
+}
+
 fn outlives_a_killed_tracker(kind: TrackerKind) {
     if let Err(error) = self_test(kind) {
         eprintln!("SKIPPED: {error}");

@@ -229,6 +229,7 @@ impl Server {
                 // SAFETY: takes a number and touches no memory.
                 return unsafe { libc::syscall(libc::SYS_userfaultfd, 1) }.to_string();
             }
+            "borrow" => borrow(number(1) as u32),
             "track" => track(words[1], number(2) as u32, &words[3..]),
             other => panic!("no such order: {other}"),
         }
@@ -469,6 +470,16 @@ fn track(kind: &str, pid: u32, file: &[&str]) {
         loop {
             tracker.harvest(&mut written).unwrap();
             tracker.recheck(&mut written).unwrap();
+        }
+    });
+}
+
+/// Borrows the first thread of `pid` again and again, until this process is killed.
+fn borrow(pid: u32) {
+    use ramferry_tracking::remote_call::{Faults, remote_userfaultfd};
+    std::thread::spawn(move || {
+        loop {
+            remote_userfaultfd(pid, Faults::UserOnly).unwrap();
         }
     });
 }

@@ -1,0 +1,90 @@
+//! What a process holds, and what a migration may leave of that: nothing.
+
+use std::collections::BTreeMap;
+use std::time::{Duration, Instant};
+
+use ramferry_lab::Qemu;
+
+use super::cut::descriptors;
+use crate::harness::Agent;
+
+/// What ends a migration may still be under way for so long after it ended.
+const GRACE: Duration = Duration::from_secs(10);
+
+/// What a process holds of what a migration makes.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct Holdings {
+    /// Threads, by name, those of the runtime left out: they come and go.
+    threads: BTreeMap<String, usize>,
+    /// Descriptors by kind, connections left out: callers' come and go.
+    descriptors: BTreeMap<String, usize>,
+    locked_kib: u64,
+    /// Mappings of guests' RAM.
+    guest_mappings: usize,
+}
+
+impl Holdings {
+    pub(crate) fn of(pid: u32) -> Holdings {
+        let proc = |name: &str| std::fs::read_to_string(format!("/proc/{pid}/{name}")).unwrap();
+        let mut threads = BTreeMap::new();
+        for task in std::fs::read_dir(format!("/proc/{pid}/task")).unwrap().map_while(Result::ok) {
+            let Ok(name) = std::fs::read_to_string(task.path().join("comm")) else { continue };
+            if !name.starts_with("tokio") {
+                *threads.entry(name.trim().to_owned()).or_default() += 1;
+            }
+        }
+        let mut kinds = BTreeMap::new();
+        for (_, target) in descriptors(pid) {
+            let kind = match target.split_once(':') {
+                Some(("socket", _)) => continue,
+                Some(("pipe", _)) => "pipe".to_owned(),
+                Some(_) => target,
+                None if target.contains("ramferry-lab-") => "guest file".to_owned(),
+                None => target,
+            };
+            *kinds.entry(kind).or_default() += 1;
+        }
+        let status = proc("status");
+        let locked = status.lines().find_map(|line| line.strip_prefix("VmLck:")).unwrap();
+        Holdings {
+            threads,
+            descriptors: kinds,
+            locked_kib: locked.trim().trim_end_matches(" kB").parse().unwrap(),
+            guest_mappings: proc("maps").lines().filter(|line| line.contains("ramferry-lab-")).count(),
+        }
+    }
+}
+
+/// Waits until `agent` holds exactly what it held `before`.
+pub(crate) fn assert_holds_no_more(agent: &Agent, before: &Holdings) {
+    let deadline = Instant::now() + GRACE;
+    loop {
+        let now = Holdings::of(agent.pid());
+        if now == *before {
+            return;
+        }
+        assert!(Instant::now() < deadline, "before: {before:#?}\nnow: {now:#?}\n{}", agent.log());
+        std::thread::sleep(Duration::from_millis(20));
+    }
+}
+
+/// No socket of a migration is left in the agent's directory: only its own are.
+pub(crate) fn assert_no_sockets_left(agent: &Agent) {
+    let names = std::fs::read_dir(agent.run_dir()).unwrap().map_while(Result::ok);
+    let names: Vec<_> = names.map(|entry| entry.file_name().to_string_lossy().into_owned()).collect();
+    assert_eq!(names, [format!("shm-{}.sock", agent.pid())]);
+}
+
+/// The VMM is neither traced nor stopped, and holds no userfaultfd of ours.
+pub(crate) fn assert_unharmed(guest: &Qemu) {
+    let pid = guest.pid();
+    let status = std::fs::read_to_string(format!("/proc/{pid}/status")).unwrap();
+    assert!(status.contains("TracerPid:\t0"), "{status}");
+    for task in std::fs::read_dir(format!("/proc/{pid}/task")).unwrap().map_while(Result::ok) {
+        let Ok(status) = std::fs::read_to_string(task.path().join("status")) else { continue };
+        let state = status.lines().find(|line| line.starts_with("State:")).unwrap();
+        assert!(!state.contains("T (") && !state.contains("t ("), "{status}");
+    }
+    let left = descriptors(pid).into_iter().find(|(_, target)| target.contains("userfaultfd"));
+    assert_eq!(left, None);
+}
