@@ -28,7 +28,7 @@ use self::outside::Outside;
 #[cfg(test)]
 pub(crate) use self::peer::channel as peer_channel;
 pub(crate) use self::peer::{ORDER_ITEMS, failure_of};
-use self::peer::{PEER_TEXT_BYTES, Peer, PeerSetup};
+use self::peer::{Peer, PeerSetup};
 #[cfg(feature = "fuzzing")]
 pub(crate) use self::peer::{input, take_presence};
 pub(crate) use self::view::{duration as duration_on_the_wire, state as state_on_the_wire};
@@ -40,7 +40,7 @@ use crate::journal::{Created, MigrationLog, Record, Recovered, SpecRecord};
 use crate::migrations::{Claim, Entry, Refusal};
 use crate::publish::Publisher;
 use crate::request::{Request, fabric_on_the_wire, registration_mode};
-use crate::status::{Violation, causes, invalid_argument, precondition, status};
+use crate::status::{TEXT_BYTES, Violation, causes, invalid_argument, precondition, status};
 
 /// Links of a migration whose caller and destination leave that open.
 pub(crate) const DEFAULT_STREAMS: u32 = 2;
@@ -627,7 +627,7 @@ fn agreed(request: &Request, response: v1::NegotiateSessionResponse) -> Result<A
     }
     let text_bytes =
         response.fabric_reason.len() + response.fabric_address.len() + response.vmm_version.len();
-    if text_bytes > PEER_TEXT_BYTES {
+    if text_bytes > TEXT_BYTES {
         return Err(wrong("its texts are too long"));
     }
     let token = <[u8; 32]>::try_from(&*response.session_token)

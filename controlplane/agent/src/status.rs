@@ -9,6 +9,20 @@ use tonic_types::{ErrorDetails, PreconditionViolation, StatusExt as _};
 /// The domain of every ErrorInfo that the agent makes.
 pub const DOMAIN: &str = "ramferry";
 
+/// Longest text of a peer or a caller that is kept and shown: a journal's record and
+/// a gRPC header have room for several.
+pub(crate) const TEXT_BYTES: usize = 1536;
+
+/// `text`, cut at [`TEXT_BYTES`].
+pub(crate) fn shortened(text: impl Into<String>) -> String {
+    let mut text = text.into();
+    if text.len() > TEXT_BYTES {
+        text.truncate(text.floor_char_boundary(TEXT_BYTES));
+        text.push('…');
+    }
+    text
+}
+
 /// A status with ErrorInfo: `reason` is UPPER_SNAKE_CASE, `message` says what
 /// happened and what to do, `metadata` holds what a program would parse from it.
 pub fn status<'a>(
@@ -17,7 +31,7 @@ pub fn status<'a>(
     message: impl Into<String>,
     metadata: impl IntoIterator<Item = (&'a str, String)>,
 ) -> Status {
-    Status::with_error_details(code, message, details(reason, metadata))
+    Status::with_error_details(code, shortened(message), details(reason, metadata))
 }
 
 /// FAILED_PRECONDITION with ErrorInfo and one violation for each thing that must be changed.
@@ -29,15 +43,19 @@ pub fn precondition<'a>(
 ) -> Status {
     let mut details = details(reason, metadata);
     let violations = violations.into_iter().map(|violation| {
-        PreconditionViolation::new(violation.kind, violation.subject, violation.description)
+        PreconditionViolation::new(
+            violation.kind,
+            shortened(violation.subject),
+            shortened(violation.description),
+        )
     });
     details.set_precondition_failure(violations.collect::<Vec<_>>());
-    Status::with_error_details(Code::FailedPrecondition, message, details)
+    Status::with_error_details(Code::FailedPrecondition, shortened(message), details)
 }
 
 /// INVALID_ARGUMENT with ErrorInfo and the field that is wrong.
 pub fn invalid_argument(field: &str, reason: &str, message: impl Into<String>) -> Status {
-    let message = message.into();
+    let message = shortened(message);
     let mut details = details(reason, [("field", field.to_owned())]);
     details.add_bad_request_violation(field, message.clone());
     Status::with_error_details(Code::InvalidArgument, message, details)
@@ -83,7 +101,7 @@ fn details<'a>(reason: &str, metadata: impl IntoIterator<Item = (&'a str, String
     // A reason may be a peer's.
     let reason = if is_reason(reason) { reason } else { "UNKNOWN" };
     let metadata: HashMap<String, String> =
-        metadata.into_iter().map(|(key, value)| (key.to_owned(), value)).collect();
+        metadata.into_iter().map(|(key, value)| (key.to_owned(), shortened(value))).collect();
     ErrorDetails::with_error_info(reason, DOMAIN, metadata)
 }
 
@@ -97,6 +115,18 @@ pub fn is_reason(text: &str) -> bool {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_text_of_any_length_makes_a_status_that_fits_a_header() {
+        let long = "é".repeat(1 << 20);
+        let violation = Violation { kind: "GUEST".into(), subject: long.clone(), description: long.clone() };
+        let refused = precondition("REFUSED", long.clone(), [violation], [("path", long.clone())]);
+        let wrong = invalid_argument("id", "WRONG", long.clone());
+        for status in [refused, wrong, status(Code::NotFound, "NONE", long, [])] {
+            assert!(status.message().len() <= TEXT_BYTES + 3);
+            assert!(status.details().len() <= 7 << 10, "{}", status.details().len());
+        }
+    }
 
     #[test]
     fn status_carries_reason_domain_and_metadata() {

@@ -89,8 +89,15 @@ struct Registration {
     range: BlockRange,
     local: Option<RegionKey>,
     remote: Option<RegionKey>,
-    /// Sides that still have to release it; counts only while it is released.
-    to_release: u8,
+    /// Who still has to release it, once that was ordered.
+    releasing: Option<Holders>,
+}
+
+/// Sides that hold a window.
+#[derive(Clone, Copy)]
+struct Holders {
+    local: bool,
+    remote: bool,
 }
 
 /// Orders and work that follow from a change of the plan, to be carried out
@@ -218,7 +225,7 @@ impl Copy {
 
     pub(crate) fn remote_released(self: &Arc<Self>, windows: &[WindowId]) {
         for id in windows {
-            self.one_side_released(*id);
+            self.released(*id, |holders| holders.remote = false);
         }
     }
 
@@ -271,7 +278,7 @@ impl Copy {
     fn deregister(self: &Arc<Self>, id: WindowId, local: Option<RegionKey>) {
         let result: Result<(), RegisterError> = local.map_or(Ok(()), |key| self.domain.deregister(key));
         match result {
-            Ok(()) => self.one_side_released(id),
+            Ok(()) => self.released(id, |holders| holders.local = false),
             Err(error) => (self.failed)(MoverError::Registration(error)),
         }
     }
@@ -281,7 +288,7 @@ impl Copy {
         let Some(registration) = plan.registrations.get_mut(&id) else {
             return;
         };
-        if registration.to_release > 0 {
+        if registration.releasing.is_some() {
             return;
         }
         settle(registration);
@@ -296,7 +303,7 @@ impl Copy {
             let mut plan = self.plan();
             // A destination may say so of a window that is ready; that one stays as it is.
             let pending = |entry: &Registration| {
-                entry.to_release == 0 && (entry.local.is_none() || entry.remote.is_none())
+                entry.releasing.is_none() && (entry.local.is_none() || entry.remote.is_none())
             };
             if plan.registrations.get(&id).is_some_and(pending) {
                 plan.registrations.remove(&id);
@@ -307,16 +314,17 @@ impl Copy {
         self.changed.notify_all();
     }
 
-    fn one_side_released(self: &Arc<Self>, id: WindowId) {
+    /// A side has released a window; a peer may say so more than once, or unasked.
+    fn released(self: &Arc<Self>, id: WindowId, release: impl FnOnce(&mut Holders)) {
         let mut follow = Follow::default();
         {
             let mut plan = self.plan();
-            let Some(registration) = plan.registrations.get_mut(&id).filter(|entry| entry.to_release > 0)
+            let Some(holders) = plan.registrations.get_mut(&id).and_then(|entry| entry.releasing.as_mut())
             else {
                 return;
             };
-            registration.to_release -= 1;
-            if registration.to_release == 0 {
+            release(holders);
+            if !holders.local && !holders.remote {
                 plan.registrations.remove(&id);
                 plan.windows.deregistered(id);
                 plan.advance(&mut follow);
@@ -374,13 +382,13 @@ impl Plan {
             match action {
                 WindowAction::Register(window) => {
                     let entry =
-                        Registration { range: window.range, local: None, remote: None, to_release: 0 };
+                        Registration { range: window.range, local: None, remote: None, releasing: None };
                     self.registrations.insert(window.id, entry);
                     follow.register.push(window);
                 }
                 WindowAction::Deregister(id) => {
                     let entry = self.registrations.get_mut(&id).expect("it was registered");
-                    entry.to_release = 2;
+                    entry.releasing = Some(Holders { local: true, remote: true });
                     follow.release.push((id, entry.local));
                 }
             }

@@ -7,7 +7,9 @@ use std::sync::Arc;
 use std::sync::mpsc::{Sender, channel};
 use std::time::Duration;
 
-use ramferry_engine::{FixedCosts, LateWrites, Outcome, Parameters, Reason, Source, SourceAction, SourceEvent};
+use ramferry_engine::{
+    FixedCosts, LateWrites, Outcome, Parameters, Reason, Source, SourceAction, SourceEvent,
+};
 use ramferry_fabric::conformance::TestMemory;
 use ramferry_fabric::faulty::{Faults, FaultyLink};
 use ramferry_fabric::windows::{RegistrationMode, WindowConfig, WindowId};

@@ -21,13 +21,12 @@ use tonic::transport::{Channel, Endpoint};
 use crate::config::TlsConfig;
 use crate::core::EXCHANGE_TIMEOUT;
 use crate::device_stream::{Incoming, MESSAGE_BYTES};
+use crate::status::shortened;
 
 /// Orders that wait for the network.
 const ORDERS: usize = 1024;
 /// Most windows, or runs of pages, that one order carries: less than 1 MiB of them.
 pub(crate) const ORDER_ITEMS: usize = 16 * 1024;
-/// Longest text of a peer that is kept and shown.
-pub(super) const PEER_TEXT_BYTES: usize = 2048;
 /// After so long a silence the peer is asked whether it is there.
 const KEEPALIVE_INTERVAL: Duration = Duration::from_secs(2);
 /// A peer that does not answer that for so long is lost. The guest may be paused
@@ -324,15 +323,6 @@ pub(crate) fn failure_of(reason: &str, message: String) -> Failure {
     Failure { reason: reason.parse().unwrap_or(Reason::DestinationAborted), message: shortened(message) }
 }
 
-/// A peer's text, of a length that a journal's record and an answer have room for.
-fn shortened(mut text: String) -> String {
-    if text.len() > PEER_TEXT_BYTES {
-        text.truncate(text.floor_char_boundary(PEER_TEXT_BYTES));
-        text.push('…');
-    }
-    text
-}
-
 /// Adds a peer's runs to `pages`.
 fn add_runs(pages: &mut PageSets, runs: &v1::PageRuns) -> Result<(), String> {
     let blocks = pages.iter().count();
@@ -456,7 +446,7 @@ mod tests {
     fn endless_text_of_a_peer_is_cut_between_characters() {
         let failure = failure_of("NO_SUCH_REASON", "ä".repeat(1 << 20));
         assert_eq!(failure.reason, Reason::DestinationAborted);
-        assert!(failure.message.len() < PEER_TEXT_BYTES + 4);
+        assert!(failure.message.len() < crate::status::TEXT_BYTES + 4);
         assert!(failure.message.ends_with('…'));
         assert_eq!(failure_of("LINK_LOST", "short".into()).message, "short");
     }
