@@ -87,7 +87,7 @@ impl Hosts {
     fn new(network: Network) -> Hosts {
         let (authority, steps) = (Authority::new(), Steps::listen());
         let socket = steps.path().display().to_string();
-        let guests = std::env::temp_dir().display().to_string();
+        let guests = format!("{},/dev/shm", std::env::temp_dir().display());
         let sites = network.sites();
         let agents = [("source", 0), ("destination", 1)].map(|(name, end)| {
             let mut options = authority.options_at(&sites[end].address, name, &["peer"]);
