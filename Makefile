@@ -20,10 +20,10 @@ fuzz: ## Each reader of foreign bytes, for FUZZ_SECONDS (default 600)
 	scripts/setup test
 	scripts/fuzz long
 
-soak: ## 200 migrations in a row with random kills; every fault before every step
+soak: ## 200 migrations in a row with random kills (RAMFERRY_SOAK, RAMFERRY_SOAK_SEED)
 	scripts/setup test
-	RAMFERRY_SOAK=$${RAMFERRY_SOAK:-200} RAMFERRY_FAULTS=all cargo test --locked --package ramferry --test voyage -- \
-		--show-output --test-threads=$(TEST_THREADS) soak:: faults::
+	RAMFERRY_SOAK=$${RAMFERRY_SOAK:-200} cargo test --locked --package ramferry --test voyage -- \
+		--show-output soak::
 
 lint: ## Formatting, clippy, documentation, dependencies, shell scripts, API
 	scripts/setup test

@@ -121,13 +121,23 @@ struct Inner {
     guests: HashMap<u32, String>,
     /// Their QMP sockets: each serves one client at a time, and a second would
     /// not even learn whose process it is.
-    sockets: HashMap<PathBuf, String>,
+    sockets: HashMap<PathBuf, SocketUse>,
+}
+
+struct SocketUse {
+    id: String,
+    /// The migration is over but for what it has to let go.
+    is_over: bool,
 }
 
 impl Inner {
     fn check_socket(&self, socket: &Path) -> Result<(), Refusal> {
         match self.sockets.get(socket) {
-            Some(other) => Err(Refusal::SocketBusy { socket: socket.to_owned(), other: other.clone() }),
+            Some(other) => Err(Refusal::SocketBusy {
+                socket: socket.to_owned(),
+                other: other.id.clone(),
+                is_over: other.is_over,
+            }),
             None => Ok(()),
         }
     }
@@ -145,7 +155,7 @@ pub(crate) enum Refusal {
     #[error("the guest of process {pid} is being migrated by {other:?}; wait for that or cancel it")]
     GuestBusy { pid: u32, other: String },
     #[error("the guest at {socket:?} is being migrated by {other:?}; wait for that or cancel it")]
-    SocketBusy { socket: PathBuf, other: String },
+    SocketBusy { socket: PathBuf, other: String, is_over: bool },
 }
 
 impl Refusal {
@@ -172,7 +182,7 @@ impl Claim {
     pub(crate) fn claim_socket(&mut self, socket: &Path) -> Result<(), Refusal> {
         let mut inner = self.registry.lock();
         inner.check_socket(socket)?;
-        inner.sockets.insert(socket.to_owned(), self.key.1.clone());
+        inner.sockets.insert(socket.to_owned(), SocketUse { id: self.key.1.clone(), is_over: false });
         self.socket = Some(socket.to_owned());
         Ok(())
     }
@@ -190,6 +200,15 @@ impl Claim {
 }
 
 impl Claim {
+    /// The guest may be migrated again as soon as this is dropped, which is soon.
+    pub(crate) fn is_over(&self) {
+        if let Some(socket) = &self.socket
+            && let Some(used) = self.registry.lock().sockets.get_mut(socket)
+        {
+            used.is_over = true;
+        }
+    }
+
     /// Keeps the place until the agent ends: the journal does not say how the
     /// migration ended, and a restart takes it up again. A guest that had moved on
     /// by then would be resumed although it runs elsewhere.
@@ -241,7 +260,7 @@ impl Registry {
         inner.guests.insert(pid, id.to_owned());
         // Requests name it by its real path; one that is gone has none.
         let socket = std::fs::canonicalize(socket).unwrap_or_else(|_| socket.to_owned());
-        inner.sockets.insert(socket.clone(), id.to_owned());
+        inner.sockets.insert(socket.clone(), SocketUse { id: id.to_owned(), is_over: false });
         Claim { registry: self.clone(), key, pid: Some(pid), socket: Some(socket) }
     }
 

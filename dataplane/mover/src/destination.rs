@@ -15,7 +15,7 @@ use ramferry_ram::{BlockIndex, BlockRange, Digest, Memory, PageRun, PageSet, Pag
 
 use crate::counters::Counters;
 use crate::pool::Pool;
-use crate::{Counted, MoverError, Registered, Step};
+use crate::{Counted, MoverError, Registered, Step, wait_until_gone};
 
 /// Between two publications, and two looks at the links.
 const PUBLISH_INTERVAL: Duration = Duration::from_millis(100);
@@ -393,6 +393,9 @@ impl Driver {
             self.counted = plane.shared.counters.read();
             drop(plane.links);
             plane.pool.close();
+            let memory = Arc::downgrade(&plane.shared.memory);
+            drop(plane.shared);
+            wait_until_gone(&memory);
         }
     }
 

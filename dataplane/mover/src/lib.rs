@@ -15,11 +15,12 @@ mod recheck;
 mod source;
 mod worker;
 
-use std::time::Duration;
+use std::sync::Weak;
+use std::time::{Duration, Instant};
 
 use ramferry_fabric::windows::{Window, WindowError, WindowId};
 use ramferry_fabric::{LinkError, OpError, PostError, RegisterError};
-use ramferry_ram::{BlockIndex, PageRun, RamError};
+use ramferry_ram::{BlockIndex, Memory, PageRun, RamError};
 use ramferry_tracking::TrackError;
 use thiserror::Error;
 
@@ -103,4 +104,16 @@ pub enum MoverError {
         /// How long.
         limit: Duration,
     },
+}
+
+/// Waits, for a moment at most, until nobody holds a guest's memory: threads of
+/// links and registrations end by themselves. What comes next with this guest, a
+/// migration onwards, must not find us still at its RAM files.
+fn wait_until_gone(memory: &Weak<Memory>) {
+    const PATIENCE: Duration = Duration::from_secs(1);
+    const NAP: Duration = Duration::from_millis(1);
+    let started = Instant::now();
+    while memory.strong_count() > 0 && started.elapsed() < PATIENCE {
+        std::thread::sleep(NAP);
+    }
 }

@@ -19,7 +19,7 @@ use ramferry_tracking::{Tracker, TrackerKind};
 use crate::copy::{Copy, Pass, SendOrder};
 use crate::recheck::{Notes, Recheck};
 use crate::worker::{Job, Worker};
-use crate::{Counted, MoverError, Registered, Step};
+use crate::{Counted, MoverError, Registered, Step, wait_until_gone};
 
 /// Between two publications of progress.
 const PUBLISH_INTERVAL: Duration = Duration::from_millis(100);
@@ -633,6 +633,9 @@ impl Driver {
                 tracing::error!("a copying thread panicked");
             }
         }
+        let memory = Arc::downgrade(&plane.memory);
+        drop((plane.copy, plane.tracker, plane.memory));
+        wait_until_gone(&memory);
     }
 
     fn publish(&mut self) {

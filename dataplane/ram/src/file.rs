@@ -1,5 +1,5 @@
 use std::io;
-use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::path::Path;
 use std::sync::Arc;
 
@@ -41,6 +41,10 @@ pub struct RamFile {
     length_bytes: u64,
     page_bytes: u64,
     hugetlbfs: bool,
+    /// On hugetlbfs, and where this process may: what presence is asked with. Held
+    /// for as long as the file is, as a descriptor that is opened for writing and
+    /// closed again looks to whoever watches the file as if it had been written to.
+    writable: Option<Arc<OwnedFd>>,
 }
 
 impl RamFile {
@@ -78,13 +82,23 @@ impl RamFile {
         }
         let statfs = rustix::fs::fstatfs(&fd).map_err(failed("find the file system of"))?;
         let hugetlbfs = statfs.f_type as u64 == HUGETLBFS_MAGIC;
+        let fd = Arc::new(fd);
+        let writable = match (hugetlbfs, mode == OFlags::RDWR) {
+            (false, _) => None,
+            (true, true) => Some(Arc::clone(&fd)),
+            (true, false) => {
+                let path = format!("/proc/self/fd/{}", fd.as_raw_fd());
+                rustix::fs::open(path, OFlags::RDWR | OFlags::CLOEXEC, Mode::empty()).ok().map(Arc::new)
+            }
+        };
         Ok(Self {
-            fd: Arc::new(fd),
+            fd,
             access,
             identity: FileIdentity { device: stat.st_dev, inode: stat.st_ino },
             length_bytes: stat.st_size as u64,
             page_bytes: if hugetlbfs { statfs.f_bsize as u64 } else { BASE_PAGE_BYTES },
             hugetlbfs,
+            writable,
         })
     }
 
@@ -176,7 +190,8 @@ impl RamFile {
         if allocated_bytes >= stat.st_size as u64 {
             return Ok(PageSet::full(pages));
         }
-        Ok(huge::presence(self.fd.as_fd(), pages, self.page_bytes).unwrap_or_else(|_| PageSet::full(pages)))
+        let asked = self.writable.as_ref().map(|file| huge::presence(file.as_fd(), pages, self.page_bytes));
+        Ok(asked.and_then(Result::ok).unwrap_or_else(|| PageSet::full(pages)))
     }
 }
 

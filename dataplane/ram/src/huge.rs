@@ -8,9 +8,8 @@
 #![allow(unsafe_code, reason = "userfaultfd ioctls on a mapping of its own")]
 
 use std::io;
-use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
+use std::os::fd::{AsRawFd, BorrowedFd, OwnedFd};
 
-use rustix::fs::{Mode, OFlags};
 use rustix::io::Errno;
 use rustix::mm::{MapFlags, ProtFlags, UserfaultfdFlags};
 
@@ -58,11 +57,11 @@ const fn request(number: u8, size: usize) -> libc::Ioctl {
     (3 << 30 | (size as u64) << 16 | 0xaa << 8 | number as u64) as libc::Ioctl
 }
 
-/// Which of the first `pages` pages of `file` exist.
+/// Which of the first `pages` pages of `file` exist. It has to be open for writing,
+/// though nothing is written.
 ///
 /// # Errors
-/// When this process may not use userfaultfd or write to the file, or the kernel
-/// is older than 5.13.
+/// When this process may not use userfaultfd, or the kernel is older than 5.13.
 pub(crate) fn presence(file: BorrowedFd<'_>, pages: u64, page_bytes: u64) -> io::Result<PageSet> {
     let probe = Probe::new(file, pages * page_bytes)?;
     let mut present = PageSet::new(pages);
@@ -94,15 +93,11 @@ impl Probe {
         let mut api = UffdioApi { api: UFFD_API, features: UFFD_FEATURE_MINOR_HUGETLBFS, ioctls: 0 };
         // SAFETY: UFFDIO_API takes a `UffdioApi`.
         unsafe { ioctl(&userfaultfd, UFFDIO_API, &mut api) }?;
-        // Registering needs a file that could be written to, though nothing is.
-        let path = format!("/proc/self/fd/{}", file.as_raw_fd());
-        let writable = rustix::fs::open(path, OFlags::RDWR | OFlags::CLOEXEC, Mode::empty())?;
         let length = usize::try_from(length_bytes).map_err(|_| Errno::OVERFLOW)?;
         let flags = MapFlags::SHARED | MapFlags::NORESERVE;
         // SAFETY: a new mapping at an address of the kernel's choice replaces nothing.
-        let start = unsafe {
-            rustix::mm::mmap(std::ptr::null_mut(), length, ProtFlags::READ, flags, writable.as_fd(), 0)
-        }?;
+        let start =
+            unsafe { rustix::mm::mmap(std::ptr::null_mut(), length, ProtFlags::READ, flags, file, 0) }?;
         let probe = Self { userfaultfd, start, length };
         let mode = UFFDIO_REGISTER_MODE_MINOR;
         let mut range = UffdioRegister { start: start as u64, length: length_bytes, mode, ioctls: 0 };
@@ -145,6 +140,8 @@ unsafe fn ioctl<T>(fd: &OwnedFd, request: libc::Ioctl, argument: &mut T) -> Resu
 
 #[cfg(test)]
 pub(crate) mod tests {
+    use std::os::fd::AsFd as _;
+
     use super::*;
     use crate::{Access, Mapping, RamFile};
 
@@ -207,7 +204,12 @@ pub(crate) mod tests {
         writable.span(PAGE, 1).unwrap().write_from(&[1]);
         let path = format!("/proc/self/fd/{}", file.as_fd().as_raw_fd());
         let read_only = RamFile::open(path.as_ref(), Access::Read).unwrap();
+        let watch = rustix::fs::inotify::init(rustix::fs::inotify::CreateFlags::NONBLOCK).unwrap();
+        let closes = rustix::fs::inotify::WatchFlags::CLOSE_WRITE;
+        rustix::fs::inotify::add_watch(&watch, path.as_str(), closes).unwrap();
         let runs: Vec<_> = read_only.presence(3).unwrap().runs().collect();
         assert_eq!(runs, [PageRun { first: 1, count: 1 }]);
+        let seen = rustix::io::read(&watch, &mut [0; 256]);
+        assert_eq!(seen, Err(Errno::AGAIN), "nobody is to take it for a writer");
     }
 }

@@ -70,6 +70,7 @@ impl Outside {
     }
 
     fn answer_running(&mut self) {
+        self.claim.iter().for_each(Claim::is_over);
         let running = v1::DestinationRunning {
             resume_nanoseconds: self.committed.map_or(0, nanoseconds),
             journal_nanoseconds: self.journal_nanoseconds,

@@ -31,9 +31,11 @@ impl Proxy {
         Proxy { address, cut, refused, accepting }
     }
 
-    /// Ends every connection, and takes no new one.
-    pub(crate) fn cut(&self) {
+    /// Ends every connection, and takes no new one. Nothing is carried after it returns.
+    pub(crate) async fn cut(&self) {
         self.cut.send_replace(true);
+        // Each connection watches; so does nobody else.
+        self.cut.closed().await;
     }
 
     pub(crate) fn heal(&self) {
@@ -48,7 +50,7 @@ impl Proxy {
 
 impl Drop for Proxy {
     fn drop(&mut self) {
-        self.cut();
+        self.cut.send_replace(true);
         self.accepting.abort();
     }
 }

@@ -107,7 +107,7 @@ impl Stage {
                 self.cancel().await;
             }
             Course::AnswerLost if is("destination", "answer_running") => {
-                self.proxy.cut();
+                self.proxy.cut().await;
                 // Only the first answer: the source asks again.
             }
             Course::AnswerLost if is("source", "ask_outcome") => self.proxy.heal(),
@@ -161,7 +161,7 @@ impl Stage {
             Fault::SourceVmmKilled => self.guest.kill().unwrap(),
             Fault::DestinationVmmKilled => self.receiver.kill().unwrap(),
             Fault::LinkCut => {
-                self.proxy.cut();
+                self.proxy.cut().await;
                 cut_data(&self.pair.source, self.proxy.address);
             }
         }
