@@ -194,6 +194,12 @@ pub enum GuestError {
     /// RAM was plugged in or out since the guest was inspected.
     #[error("the guest's RAM blocks have changed since the migration began")]
     LayoutChanged,
+    /// A disk fills guest RAM by DMA that did not when the guest was inspected.
+    #[error("the guest's disks have changed since the migration began: {} use direct I/O now", disks.join(", "))]
+    DisksChanged {
+        /// Their nodes.
+        disks: Vec<String>,
+    },
     /// The blocks make no layout.
     #[error("the guest's RAM blocks are not usable")]
     Layout(#[from] LayoutError),
@@ -329,6 +335,7 @@ impl GuestError {
             GuestError::TooOld { .. } => "VMM_TOO_OLD",
             GuestError::NoCapability { .. } => "VMM_CAPABILITY_MISSING",
             GuestError::LayoutChanged => "LAYOUT_CHANGED",
+            GuestError::DisksChanged { .. } => "DISKS_CHANGED",
             GuestError::Layout(_) => "LAYOUT_UNUSABLE",
             GuestError::Ram { .. } => "RAM_FILE_UNUSABLE",
             GuestError::Maps(_) => "VMM_MEMORY_HIDDEN",
@@ -377,6 +384,9 @@ impl GuestError {
             }
             GuestError::TooOld { .. } | GuestError::NoCapability { .. } => "use QEMU 7.2 or newer",
             GuestError::LayoutChanged => "do not plug RAM while a migration runs; start the migration anew",
+            GuestError::DisksChanged { .. } => {
+                "do not change the guest's disks while a migration runs; start the migration anew"
+            }
             GuestError::Layout(_) | GuestError::Ram { .. } => "correct the guest's memory backends as the cause says",
             GuestError::Maps(_) => "run the agent with CAP_SYS_PTRACE and CAP_SYS_ADMIN or CAP_CHECKPOINT_RESTORE",
             GuestError::RamBlocks { .. } => "report this version of QEMU as unsupported",

@@ -45,6 +45,7 @@ use crate::guest::{Guest, GuestFuture, GuestInfo, GuestStatus, Paused, Resumed, 
 use crate::qmp::{QmpClient, QmpError, QmpSocket, Version};
 
 use blocks::RamBlock;
+use devices::LateWriters;
 use process::Process;
 use replies::{MigrateInfo, StatusInfo};
 use settings::Saved;
@@ -57,9 +58,16 @@ pub struct Qemu {
     version: Version,
     process: Process,
     /// As inspected; unknown for a guest that was attached to.
-    blocks: Option<Vec<RamBlock>>,
+    inspected: Option<Inspected>,
     client: Mutex<Arc<QmpClient>>,
     course: Mutex<Course>,
+}
+
+/// What must not change while a guest is migrated.
+#[derive(Debug)]
+struct Inspected {
+    blocks: Vec<RamBlock>,
+    late: LateWriters,
 }
 
 /// How far this guest's migration has gone, so that it can be undone.
@@ -91,7 +99,7 @@ impl Qemu {
     ) -> Result<(Self, GuestInfo, Vec<RamFile>), GuestError> {
         let mut qemu = Self::open(qmp.into(), timeouts).await?;
         let found = qemu.explained(inspect::inspect(&qemu, side)).await?;
-        qemu.blocks = Some(found.blocks);
+        qemu.inspected = Some(Inspected { blocks: found.blocks, late: found.late });
         Ok((qemu, found.info, found.files))
     }
 
@@ -162,7 +170,7 @@ impl Qemu {
             timeouts,
             version: client.version(),
             process: Process::open(pid)?,
-            blocks: None,
+            inspected: None,
             client: Mutex::new(Arc::new(client)),
             course: Mutex::default(),
         })

@@ -194,10 +194,9 @@ impl Copy {
         let mut to_clear = Vec::new();
         for run in zero {
             let mut from = run.first;
-            while let Some(held) = holds.next_run(from).filter(|held| held.first < run.end()) {
-                let end = held.end().min(run.end());
-                to_clear.push(PageRun { first: held.first, count: end - held.first });
-                from = end;
+            while let Some(held) = holds.next_run_before(from, run.end()) {
+                to_clear.push(held);
+                from = held.end();
             }
             holds.remove_run(*run);
         }

@@ -325,6 +325,10 @@ impl Area {
         // SAFETY: a new mapping at an address of the kernel's choice replaces nothing.
         let start = unsafe { rustix::mm::mmap(std::ptr::null_mut(), length, protection, flags, file, 0) };
         let start = start.map_err(|errno| map_error(errno.into()))?;
+        // SAFETY: the range was just mapped, and the advice is about forks of this process: none has
+        // a use for it, and one that lives on must not hold a guest's memory.
+        unsafe { rustix::mm::madvise(start, length, Advice::LinuxDontFork) }
+            .map_err(|errno| map_error(errno.into()))?;
         if access == Access::ReadWrite {
             // SAFETY: the range was just mapped; the advice changes no byte of it. Where the host
             // has huge pages on for shared memory, what is allocated through this mapping is made

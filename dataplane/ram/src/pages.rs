@@ -134,6 +134,14 @@ impl PageSet {
         Some(PageRun { first, count: end - first })
     }
 
+    /// The first run of members between `from` and `end`, cut there. Looks at no others.
+    pub fn next_run_before(&self, from: u64, end: u64) -> Option<PageRun> {
+        let end = end.min(self.pages);
+        let first = self.next_page(from, true, end)?;
+        let stop = self.next_page(first, false, end).unwrap_or(end);
+        Some(PageRun { first, count: stop - first })
+    }
+
     /// Whether any page of `run` is a member. Looks at no others.
     pub fn intersects(&self, run: PageRun) -> bool {
         let end = run.first.saturating_add(run.count).min(self.pages);

@@ -141,6 +141,13 @@ proptest! {
         prop_assert_eq!(set.next_run(from), longest);
         let capped = longest.map(|run| PageRun { count: run.count.min(most), ..run });
         prop_assert_eq!(set.next_run_capped(from, most), capped);
+        let end = from + count;
+        let first = model.range(from..end).next();
+        let before = first.map(|first| {
+            let count = (*first..end).take_while(|page| model.contains(page)).count() as u64;
+            PageRun { first: *first, count }
+        });
+        prop_assert_eq!(set.next_run_before(from, end), before);
         let touches = model.range(from..from + count).next().is_some();
         prop_assert_eq!(set.intersects(PageRun { first: from, count }), touches);
     }

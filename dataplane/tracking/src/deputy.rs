@@ -19,8 +19,8 @@ use std::time::{Duration, Instant};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::io::Errno;
 use rustix::net::{
-    RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, SendAncillaryBuffer, SendAncillaryMessage,
-    SendFlags,
+    AddressFamily, RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, SendAncillaryBuffer,
+    SendAncillaryMessage, SendFlags, SocketFlags, SocketType,
 };
 
 /// How long a fork may take to close what it inherited.
@@ -42,21 +42,25 @@ pub(crate) fn send_out(
     patience: Duration,
     work: impl FnOnce() -> Told,
 ) -> io::Result<Option<Told>> {
-    let (ours, theirs) = UnixStream::pair()?;
+    // A message is one read, however late the reader is.
+    let (family, flags) = (AddressFamily::UNIX, SocketFlags::CLOEXEC);
+    let (ours, theirs) = rustix::net::socketpair(family, SocketType::SEQPACKET, flags, None)?;
+    let (ours, theirs) = (UnixStream::from(ours), UnixStream::from(theirs));
     let pid = {
         let _blocked = SignalsBlocked::all()?;
         fork(keep, &ours, &theirs, || serve(&theirs, work))?
     };
     drop(theirs);
-    match hear(&ours, Instant::now() + patience) {
-        Err(error) if error.kind() == io::ErrorKind::TimedOut => {
-            std::thread::Builder::new().name("ramferry-reap".to_owned()).spawn(move || reap(pid))?;
-            Ok(None)
-        }
-        told => {
-            reap(pid);
-            told.map(Some)
-        }
+    let told = hear(&ours, Instant::now() + patience);
+    if told.is_ok() {
+        reap(pid);
+    } else {
+        // It may go on for as long as the VMM's thread is stuck.
+        std::thread::Builder::new().name("ramferry-reap".to_owned()).spawn(move || reap(pid))?;
+    }
+    match told {
+        Err(error) if error.kind() == io::ErrorKind::TimedOut => Ok(None),
+        told => told.map(Some),
     }
 }
 
@@ -124,28 +128,38 @@ fn tell(socket: &UnixStream, (report, descriptor): &Told) {
 
 fn hear(socket: &UnixStream, deadline: Instant) -> io::Result<Told> {
     loop {
+        await_message(socket, deadline)?;
+        let mut report = [0; REPORT_BYTES];
+        let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
+        let mut control = RecvAncillaryBuffer::new(&mut space);
+        let flags = RecvFlags::CMSG_CLOEXEC;
+        let received =
+            rustix::net::recvmsg(socket, &mut [IoSliceMut::new(&mut report)], &mut control, flags)?;
+        match received.bytes {
+            REPORT_BYTES => {}
+            // That it has closed what it inherited: it was not waited for any more.
+            1 => continue,
+            _ => return Err(io::ErrorKind::UnexpectedEof.into()),
+        }
+        let mut descriptors = control.drain().filter_map(|message| match message {
+            RecvAncillaryMessage::ScmRights(descriptors) => Some(descriptors),
+            _ => None,
+        });
+        return Ok((report, descriptors.next().and_then(|mut descriptors| descriptors.next())));
+    }
+}
+
+fn await_message(socket: &UnixStream, deadline: Instant) -> io::Result<()> {
+    loop {
         let left = deadline.saturating_duration_since(Instant::now());
         let left = Timespec::try_from(left).map_err(io::Error::other)?;
         match poll(&mut [PollFd::new(socket, PollFlags::IN)], Some(&left)) {
             Ok(0) => return Err(io::ErrorKind::TimedOut.into()),
-            Ok(_) => break,
+            Ok(_) => return Ok(()),
             Err(Errno::INTR) => {}
             Err(errno) => return Err(errno.into()),
         }
     }
-    let mut report = [0; REPORT_BYTES];
-    let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
-    let mut control = RecvAncillaryBuffer::new(&mut space);
-    let flags = RecvFlags::CMSG_CLOEXEC;
-    let received = rustix::net::recvmsg(socket, &mut [IoSliceMut::new(&mut report)], &mut control, flags)?;
-    if received.bytes != REPORT_BYTES {
-        return Err(io::ErrorKind::UnexpectedEof.into());
-    }
-    let mut descriptors = control.drain().filter_map(|message| match message {
-        RecvAncillaryMessage::ScmRights(descriptors) => Some(descriptors),
-        _ => None,
-    });
-    Ok((report, descriptors.next().and_then(|mut descriptors| descriptors.next())))
 }
 
 fn reap(pid: libc::pid_t) {

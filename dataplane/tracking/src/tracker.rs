@@ -346,6 +346,14 @@ impl<M: Mechanism> FileTracker<M> {
         Ok(last)
     }
 
+    /// The guest stands still: whoever writes now does so too late.
+    fn refuse_new_writers(&mut self) -> Result<(), TrackError> {
+        match self.adopt_new_writers()? {
+            Some(pid) => Err(TrackError::WroteLate { pid, comm: process::comm_of(pid) }),
+            None => Ok(()),
+        }
+    }
+
     /// Two processes in one address space are a `vfork` on its way to `execve`,
     /// or one that stays so and is tracked only by who sees the address space.
     fn await_separation(&self, tracked: u32, other: u32) -> Result<(), TrackError> {
@@ -405,8 +413,12 @@ impl<M: Mechanism> Tracker for FileTracker<M> {
         self.check_sets(written)?;
         // Whoever opens a file from here on is looked for the next time.
         let opened = self.note_activity(true).map(|()| std::mem::take(&mut self.opened))?;
-        let adopted = self.adopt_new_writers()?;
+        let mut adopted = self.adopt_new_writers()?;
         self.refuse_holders(opened)?;
+        if opened {
+            // What was neither mapped at the one look nor open at the other was mapped in between.
+            adopted = self.adopt_new_writers()?.or(adopted);
+        }
         if let Some(pid) = adopted {
             tracing::info!(pid, kind = M::KIND.as_str(), "a new process writes to the guest's RAM");
         }
@@ -418,10 +430,9 @@ impl<M: Mechanism> Tracker for FileTracker<M> {
         self.confirm_others()?;
         self.note_activity(false)?;
         if std::mem::take(&mut self.opened) {
-            if let Some(pid) = self.adopt_new_writers()? {
-                return Err(TrackError::WroteLate { pid, comm: process::comm_of(pid) });
-            }
+            self.refuse_new_writers()?;
             self.refuse_holders(true)?;
+            self.refuse_new_writers()?;
             self.note_activity(false)?;
         }
         Ok(())

@@ -30,10 +30,30 @@ const PINNING_DRIVERS: [&str; 6] = [
 ];
 
 /// Who fills guest RAM by DMA, and is migrated all the same or refused by the agent.
+#[derive(Clone, Debug)]
 pub(super) struct LateWriters {
     pub(super) direct_io_disks: Vec<String>,
     pub(super) undrainable_devices: Vec<String>,
     pub(super) pinning_disks: Vec<String>,
+}
+
+impl LateWriters {
+    /// Those that were not there at an `earlier` look.
+    pub(super) fn since(&self, earlier: &LateWriters) -> Vec<String> {
+        let all =
+            |of: &LateWriters| [&of.direct_io_disks[..], &of.undrainable_devices, &of.pinning_disks].concat();
+        let known = all(earlier);
+        all(self).into_iter().filter(|writer| !known.contains(writer)).collect()
+    }
+}
+
+/// Whether reads from a file may fill the reader's pages by pinning them, although
+/// it was not opened with `O_DIRECT`: the file systems of `linux/magic.h` that do.
+/// So does one that cannot be told.
+fn may_pin(pid: u32, file: &str) -> bool {
+    const PINNING: [u64; 5] = [0x6573_5546, 0xff53_4d42, 0xfe53_4d42, 0x0102_1997, 0x00c3_6400];
+    let path = format!("/proc/{pid}/root/{}", file.trim_start_matches('/'));
+    rustix::fs::statfs(path).map_or(true, |found| PINNING.contains(&(found.f_type as u64)))
 }
 
 #[derive(Debug)]
@@ -76,7 +96,7 @@ async fn devices(client: &QmpClient) -> Result<Vec<Device>, QmpError> {
 }
 
 /// Everybody who fills guest RAM by DMA.
-pub(super) async fn late_writers(client: &QmpClient) -> Result<LateWriters, QmpError> {
+pub(super) async fn late_writers(client: &QmpClient, pid: u32) -> Result<LateWriters, QmpError> {
     let nodes: Vec<BlockNode> = client.execute("query-named-block-nodes", json!({ "flat": true })).await?;
     let (pinning, others): (Vec<_>, Vec<_>) =
         nodes.into_iter().partition(|node| PINNING_DRIVERS.contains(&node.drv.as_str()));
@@ -86,7 +106,8 @@ pub(super) async fn late_writers(client: &QmpClient) -> Result<LateWriters, QmpE
         let found = devices.iter().filter(|device| device.kind.starts_with(kind));
         found.map(|device| format!("{} ({})", device.path, device.kind)).collect()
     };
-    let direct = others.into_iter().filter(|node| node.cache.direct).collect();
+    let late = |node: &BlockNode| node.cache.direct || node.drv == "file" && may_pin(pid, &node.file);
+    let direct = others.into_iter().filter(late).collect();
     Ok(LateWriters {
         // The host's SCSI layer fills the guest's pages whatever the cache mode is.
         direct_io_disks: names(direct).chain(of("scsi-block")).collect(),

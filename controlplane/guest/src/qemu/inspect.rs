@@ -8,6 +8,7 @@ use crate::qmp::{QmpClient, QmpError, Version};
 use crate::{GuestError, Qemu};
 
 use super::blocks::{self, RamBlock};
+use super::devices::LateWriters;
 use super::replies::{MigrateInfo, NameInfo, Parameters};
 use super::{devices, goes_on};
 
@@ -17,6 +18,7 @@ const OLDEST: (u32, u32) = (6, 0);
 pub(super) struct Found {
     pub(super) info: GuestInfo,
     pub(super) blocks: Vec<RamBlock>,
+    pub(super) late: LateWriters,
     /// Of the layout's blocks, in their order.
     pub(super) files: Vec<RamFile>,
 }
@@ -37,7 +39,7 @@ pub(super) async fn inspect(qemu: &Qemu, side: Side) -> Result<Found, GuestError
         Side::Destination => Access::ReadWrite,
     };
     let files = blocks::open_files(qemu.pid(), &shared, access)?;
-    let dma = devices::late_writers(&client).await?;
+    let late = devices::late_writers(&client, qemu.pid()).await?;
     let private = blocks.iter().filter(|block| !layout.blocks().contains(&block.block()));
     let info = GuestInfo {
         pid: qemu.pid(),
@@ -47,12 +49,12 @@ pub(super) async fn inspect(qemu: &Qemu, side: Side) -> Result<Found, GuestError
         layout,
         running: status.running,
         vcpus: vcpus(&client).await?,
-        direct_io_disks: dma.direct_io_disks,
-        undrainable_devices: dma.undrainable_devices,
-        pinning_disks: dma.pinning_disks,
+        direct_io_disks: late.direct_io_disks.clone(),
+        undrainable_devices: late.undrainable_devices.clone(),
+        pinning_disks: late.pinning_disks.clone(),
         name: client.execute::<NameInfo>("query-name", json!({})).await?.name,
     };
-    Ok(Found { info, blocks, files })
+    Ok(Found { info, blocks, late, files })
 }
 
 /// Whether a source's guest may be migrated as it is now.

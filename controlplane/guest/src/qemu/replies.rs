@@ -52,6 +52,9 @@ pub(super) struct Parameters {
 pub(super) struct BlockNode {
     pub(super) node_name: Option<String>,
     pub(super) drv: String,
+    /// Its name, for what is in a file.
+    #[serde(default)]
+    pub(super) file: String,
     pub(super) cache: CacheInfo,
 }
 

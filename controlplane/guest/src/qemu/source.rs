@@ -12,7 +12,7 @@ use crate::qmp::{QmpClient, QmpError};
 use crate::{GuestError, Qemu};
 
 use super::watch::{Seen, Verdict, step_timeout};
-use super::{Course, blocks, goes_on, settings, stream};
+use super::{Course, blocks, devices, goes_on, settings, stream};
 
 /// How long QEMU may take to resume a guest before its stream is cut. It takes
 /// 2 ms when its global lock is free; it does not hear us while it is not.
@@ -86,7 +86,7 @@ impl Qemu {
         self.explained(async {
             let uri = stream::uri(stream)?;
             let client = self.client();
-            self.check_blocks_unchanged(&client).await?;
+            self.check_unchanged(&client).await?;
             let was_running = self.check_may_leave(&client).await?;
             {
                 let mut course = self.course();
@@ -153,13 +153,13 @@ impl Qemu {
         }
     }
 
-    async fn check_blocks_unchanged(&self, client: &QmpClient) -> Result<(), GuestError> {
-        let Some(inspected) = &self.blocks else { return Ok(()) };
-        if blocks::same(inspected, &blocks::query(client).await?) {
-            Ok(())
-        } else {
-            Err(GuestError::LayoutChanged)
+    async fn check_unchanged(&self, client: &QmpClient) -> Result<(), GuestError> {
+        let Some(inspected) = &self.inspected else { return Ok(()) };
+        if !blocks::same(&inspected.blocks, &blocks::query(client).await?) {
+            return Err(GuestError::LayoutChanged);
         }
+        let disks = devices::late_writers(client, self.pid()).await?.since(&inspected.late);
+        if disks.is_empty() { Ok(()) } else { Err(GuestError::DisksChanged { disks }) }
     }
 
     async fn check_may_leave(&self, client: &QmpClient) -> Result<bool, GuestError> {

@@ -439,3 +439,25 @@ async fn ram_that_was_plugged_in_meanwhile_stops_the_pause() {
         resumes(&vm, &qemu, "plugged").await;
     }
 }
+
+#[tokio::test]
+async fn a_disk_that_turned_to_direct_io_meanwhile_stops_the_pause() {
+    let disk = tempfile::NamedTempFile::new().unwrap();
+    disk.as_file().set_len(1 << 20).unwrap();
+    for binary in qemus() {
+        let memory = "-object memory-backend-file,id=ram0,size=64M,mem-path=@/ram,share=on";
+        let vm = Vm::start(&binary, &format!("-machine q35,memory-backend=ram0 -m 64M {memory}")).await;
+        let qemu = vm.source().await;
+        let node = |name: &str, direct: bool| {
+            let cache = json!({ "direct": direct });
+            json!({ "driver": "file", "node-name": name, "filename": disk.path(), "cache": cache, "read-only": true })
+        };
+        vm.ask("blockdev-add", node("cached", false)).await;
+        vm.ask("blockdev-add", node("direct", true)).await;
+        let (path, _listener) = vm.listen();
+        let refused = qemu.pause_for_switchover(&path).await.unwrap_err();
+        assert_eq!(refused.reason(), "DISKS_CHANGED");
+        assert!(refused.to_string().contains(": direct use direct I/O now"), "{refused}");
+        resumes(&vm, &qemu, "a disk changed").await;
+    }
+}

@@ -204,16 +204,15 @@ impl MappedDomain {
         let page_bytes = self.presence.page_bytes(range.block);
         let (mut page, end) = (range.offset / page_bytes, (range.offset + range.length) / page_bytes);
         while page < end {
-            let next = present.next_run_capped(page, end - page);
-            let run = next.filter(|run| run.first < end).unwrap_or(PageRun { first: end, count: 0 });
+            let run = present.next_run_before(page, end).unwrap_or(PageRun { first: end, count: 0 });
             if rights.remote_write {
                 let hole_bytes = (run.first - page) * page_bytes;
                 mapping.populate(page * page_bytes, hole_bytes, Access::ReadWrite)?;
             }
-            page = run.end().min(end);
             if self.reached_here {
-                mapping.map_present(run.first * page_bytes, (page - run.first) * page_bytes)?;
+                mapping.map_present(run.first * page_bytes, run.count * page_bytes)?;
             }
+            page = run.end();
         }
         self.pinned_bytes.fetch_add(range.length, Ordering::Relaxed);
         Ok(())

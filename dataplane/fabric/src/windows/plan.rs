@@ -135,13 +135,12 @@ impl Windows {
         let limit = longest.min(self.table.free_until(block, offset));
         let mut end = offset;
         while end < limit {
-            let most = (limit - end) / shape.page_bytes;
-            let Some(run) = wanted.next_run_capped(end / shape.page_bytes, most) else { break };
-            let start = run.first * shape.page_bytes;
-            if start >= limit || start - end > self.hole_tolerance_bytes {
+            let next = wanted.next_run_before(end / shape.page_bytes, limit / shape.page_bytes);
+            let Some(run) = next else { break };
+            if run.first * shape.page_bytes - end > self.hole_tolerance_bytes {
                 break;
             }
-            end = (run.end() * shape.page_bytes).min(limit);
+            end = run.end() * shape.page_bytes;
         }
         BlockRange { block, offset, length: end - offset }
     }
