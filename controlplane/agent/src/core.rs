@@ -2,7 +2,7 @@
 
 use std::collections::{HashMap, VecDeque};
 use std::io;
-use std::os::unix::fs::DirBuilderExt as _;
+use std::os::unix::fs::PermissionsExt as _;
 use std::path::Path;
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
@@ -16,7 +16,7 @@ use crate::destination::DestinationSession;
 use crate::journal::{Journal, Recovered};
 use crate::metrics::Metrics;
 use crate::migrations::Registry;
-use crate::sockets::{self, SocketFile};
+use crate::sockets::{self, SocketFile, SocketRoom};
 use crate::{MigrationRole, destination, source};
 
 /// Version of the protocol between agents.
@@ -32,6 +32,8 @@ pub(crate) struct Agent {
     pub(crate) metrics: Metrics,
     pub(crate) registry: Registry,
     pub(crate) sessions: Mutex<HashMap<String, Arc<DestinationSession>>>,
+    /// Held while it is recorded that a migration never ran here.
+    pub(crate) recording_never_ran: tokio::sync::Mutex<()>,
     pub(crate) tcp: tcp::Listener,
     pub(crate) shm: shm::Listener,
     pub(crate) boot_id: String,
@@ -82,10 +84,14 @@ pub enum CoreError {
 }
 
 /// Makes the directory unless it is there, and sees to it that not anybody can
-/// take the place of a socket in it, whose names are known beforehand.
+/// take the place of a socket in it, whose names are known beforehand. VMMs of
+/// other users reach their own sockets in it, by name.
 fn make_run_dir(path: &Path) -> Result<(), CoreError> {
     let cannot = |source| CoreError::RunDir { path: path.to_owned(), source };
-    std::fs::DirBuilder::new().recursive(true).mode(0o750).create(path).map_err(cannot)?;
+    if !path.try_exists().map_err(cannot)? {
+        std::fs::create_dir_all(path).map_err(cannot)?;
+        std::fs::set_permissions(path, std::fs::Permissions::from_mode(0o711)).map_err(cannot)?;
+    }
     let stat = rustix::fs::stat(path).map_err(|errno| cannot(errno.into()))?;
     let ours = stat.st_uid == 0 || stat.st_uid == rustix::process::geteuid().as_raw();
     if ours && stat.st_mode & 0o002 == 0 {
@@ -118,6 +124,7 @@ impl Agent {
             metrics,
             registry,
             sessions: Mutex::default(),
+            recording_never_ran: tokio::sync::Mutex::default(),
             tcp,
             shm,
             boot_id: boot_id.trim().to_owned(),
@@ -180,8 +187,44 @@ impl Agent {
         self.sessions.lock().expect("no panic while it is held").get(id).cloned()
     }
 
-    /// The path of the unix socket for the device state of migration `id`.
-    pub(crate) fn device_state_socket(&self, role: MigrationRole, id: &str) -> SocketFile {
-        SocketFile::new(self.config.run_dir.join(format!("{id}.{role}.sock")))
+    /// At a source: the unix socket for the device state of migration `id`.
+    pub(crate) fn device_state_socket(&self, id: &str) -> SocketFile {
+        SocketFile::new(self.config.run_dir.join(format!("{id}.source.sock")))
+    }
+
+    /// At a destination: where the VMM makes its socket for the device state of migration `id`.
+    pub(crate) fn device_state_room(&self, id: &str) -> SocketRoom {
+        SocketRoom::new(self.config.run_dir.join(format!("{id}.destination")))
+    }
+}
+
+#[cfg(test)]
+pub(crate) mod tests {
+    use super::*;
+    use crate::config::Options;
+
+    /// An agent with its state in `directory`, which serves no gRPC.
+    pub(crate) fn agent(directory: &Path) -> Arc<Agent> {
+        let options = Options {
+            data_listen: Some("127.0.0.1:0".into()),
+            state_dir: Some(directory.join("state")),
+            run_dir: Some(directory.join("run")),
+            ..Options::default()
+        };
+        let config = Config::check(&options).unwrap();
+        let (journal, recovered) = Journal::open(&directory.join("journal")).unwrap();
+        Agent::start(config, journal, recovered, Metrics::new()).unwrap()
+    }
+
+    #[test]
+    fn new_run_directory_may_be_searched_by_vmms_and_changed_by_nobody() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("a/run");
+        make_run_dir(&path).unwrap();
+        assert_eq!(std::fs::metadata(&path).unwrap().permissions().mode() & 0o7777, 0o711);
+        let ours = std::fs::Permissions::from_mode(0o700);
+        std::fs::set_permissions(&path, ours.clone()).unwrap();
+        make_run_dir(&path).unwrap();
+        assert_eq!(std::fs::metadata(&path).unwrap().permissions().mode() & 0o7777, ours.mode());
     }
 }

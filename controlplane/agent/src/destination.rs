@@ -3,7 +3,7 @@
 mod negotiate;
 mod outside;
 
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::Duration;
 
 use ramferry_engine::{Destination, DestinationEvent, Failure, Reason};
@@ -40,6 +40,8 @@ const ANSWERS: usize = 1024;
 const ORDERS: usize = 1 << 20;
 /// Runs that one message of presence carries.
 const PRESENCE_RUNS: usize = 16 * 1024;
+/// In the journal, the VMM's process of a migration that never ran here.
+const NO_GUEST: u32 = 0;
 
 /// What a control stream's caller receives.
 pub(crate) type AnswerStream = mpsc::Receiver<Result<v1::ExchangeControlResponse, Status>>;
@@ -54,7 +56,8 @@ pub(crate) struct DestinationSession {
     pub(crate) token: Option<SessionToken>,
     pub(crate) device_state: Incoming,
     places: Arc<Semaphore>,
-    incoming: tokio::sync::Mutex<mpsc::Receiver<v1::DeviceState>>,
+    /// Until it is relayed; gone with the migration, so that nobody waits for it to be read.
+    incoming: Mutex<Option<mpsc::Receiver<v1::DeviceState>>>,
     /// The control stream's answers; those that come before it is opened wait.
     answers: Mutex<Answers>,
     pub(crate) guest: GuestCell,
@@ -108,7 +111,7 @@ pub(crate) fn start(agent: &Arc<Agent>, entry: Arc<Entry>, start: Start) {
             token,
             device_state,
             places: Arc::new(Semaphore::new(ORDERS)),
-            incoming: tokio::sync::Mutex::new(incoming),
+            incoming: Mutex::new(Some(incoming)),
             answers: Mutex::default(),
             guest,
             run_guest,
@@ -156,9 +159,12 @@ async fn give_up_unopened(session: Arc<DestinationSession>) {
 pub(crate) fn recover(agent: &Arc<Agent>, found: Recovered) {
     let mut view = crate::summary::restored(&found);
     let ended = found.records.iter().any(|record| matches!(record, Record::Ended { .. }));
+    let entry = |view| match found.created.guest_pid {
+        NO_GUEST => Entry::never_ran(view),
+        _ => Entry::new(found.created.request_id.clone(), MigrationRole::Destination, view),
+    };
     if ended {
-        let entry = Entry::new(found.created.request_id, MigrationRole::Destination, view);
-        return agent.registry.insert(&entry);
+        return agent.registry.insert(&entry(view));
     }
     // The last of the two counts: docs/architecture.md, "Who may run the guest".
     let decided = found.records.iter().rev().find_map(|record| match record {
@@ -169,19 +175,20 @@ pub(crate) fn recover(agent: &Arc<Agent>, found: Recovered) {
         _ => None,
     });
     view.set_state(v1::MigrationState::SwitchingOver);
-    let entry = Entry::new(found.created.request_id.clone(), MigrationRole::Destination, view);
+    let entry = entry(view);
     agent.registry.insert(&entry);
     let (id, created) = (&found.created.id, &found.created);
     let socket = created.spec.destination_qmp_path.as_ref();
     let claim = agent.registry.reclaim(MigrationRole::Destination, id, created.guest_pid, socket);
-    drop(agent.device_state_socket(MigrationRole::Destination, &found.created.id));
+    drop(agent.device_state_room(&found.created.id));
     tracing::warn!(
         id = found.created.id,
         decided = decided.is_some(),
         "taking up a migration that a restart interrupted"
     );
     let engine = decided.unwrap_or_else(Destination::recover_prepared);
-    let guest = GuestCell::lost(found.created.spec.destination_qmp_path.clone(), &found.created);
+    let (qmp, dirs) = (&created.spec.destination_qmp_path, &agent.config.guest_dirs);
+    let guest = GuestCell::lost(qmp.clone(), dirs.clone(), created);
     let publisher =
         Publisher::new(&agent.metrics, MigrationRole::Destination, &entry.id, "unknown", "unknown");
     let run_guest = found.created.guest_was_running;
@@ -203,18 +210,33 @@ pub(crate) fn outcome(entry: &Entry) -> Option<Answer> {
 }
 
 /// Answers for a migration that was never heard of: durably that it never will run here.
-pub(crate) fn abort_unknown(agent: &Arc<Agent>, id: &str) -> Result<Answer, Status> {
+pub(crate) async fn abort_unknown(agent: &Arc<Agent>, id: &str) -> Result<Answer, Status> {
+    // One at a time: whoever makes ids up takes one thread, and no more records than are his.
+    let _turn = agent.recording_never_ran.lock().await;
+    if let Some(entry) = agent.registry.get(MigrationRole::Destination, id) {
+        return outcome(&entry).ok_or_else(undecided);
+    }
+    agent.registry.has_room_for_never_ran().map_err(|refusal| crate::source::refused(&refusal))?;
+    let (agent, id) = (Arc::clone(agent), id.to_owned());
+    crate::source::blocking(move || record_never_ran(&agent, &id)).await?
+}
+
+/// The driver of a migration is about to start or has just ended.
+pub(crate) fn undecided() -> Status {
+    Status::unavailable("the outcome is not decided yet; ask again")
+}
+
+fn record_never_ran(agent: &Agent, id: &str) -> Result<Answer, Status> {
     let failure = Failure::new(
         Reason::DestinationAborted,
         "this agent's journal knows no such migration: it never ran here",
     );
-    agent.registry.has_room_for_unknown().map_err(|refusal| crate::source::refused(&refusal))?;
     let created = crate::journal::Created {
         id: id.to_owned(),
         request_id: String::new(),
         role: MigrationRole::Destination,
         spec: crate::journal::SpecRecord::default(),
-        guest_pid: 0,
+        guest_pid: NO_GUEST,
         created_unix_ms: crate::source::unix_milliseconds(),
         guest_was_running: false,
         session: None,
@@ -235,7 +257,7 @@ pub(crate) fn abort_unknown(agent: &Arc<Agent>, id: &str) -> Result<Answer, Stat
     };
     view.set_state(v1::MigrationState::Failed);
     log.append(&crate::summary::ended_record(&view), Durability::Buffered).map_err(unrecorded)?;
-    agent.registry.insert(&Entry::new(String::new(), MigrationRole::Destination, view));
+    agent.registry.insert(&Entry::never_ran(view));
     Ok(Answer::Aborted(aborted(&failure)))
 }
 
@@ -255,12 +277,20 @@ impl DestinationSession {
     /// Ends `task` with the migration.
     pub(crate) fn keep(&self, task: AbortHandle) {
         let mut tasks = self.tasks.lock().expect("no panic while it is held");
+        // One that was begun while the migration was closed is not among those that were ended.
+        if self.places.is_closed() {
+            return task.abort();
+        }
         tasks.retain(|task| !task.is_finished());
         tasks.push(task);
     }
 
-    /// Ends every task of the migration; the control stream stays, for the source to close.
+    /// Ends every task of the migration, and the wait of every order; the
+    /// control stream stays, for the source to close.
     pub(crate) fn close(&self) {
+        // From here on no order waits, and nothing begins.
+        self.places.close();
+        drop(self.incoming().take());
         for task in self.tasks.lock().expect("no panic while it is held").drain(..) {
             task.abort();
         }
@@ -306,8 +336,10 @@ impl DestinationSession {
     pub(crate) async fn order(&self, input: impl Into<DestinationInput>, items: usize) {
         let permits = u32::try_from(items.clamp(1, ORDERS)).expect("ORDERS fits");
         let place = Arc::clone(&self.places).acquire_many_owned(permits).await;
-        let place = Arc::new(place.expect("this semaphore is never closed"));
-        self.handle.send(DestinationInput::Placed(Box::new(input.into()), place));
+        // It is closed once nobody carries orders out any more.
+        if let Ok(place) = place {
+            self.handle.send(DestinationInput::Placed(Box::new(input.into()), Arc::new(place)));
+        }
     }
 
     /// Resolves when nobody hears control stream `number` any more.
@@ -365,7 +397,11 @@ impl DestinationSession {
         }
     }
 
-    fn answers(&self) -> std::sync::MutexGuard<'_, Answers> {
+    fn incoming(&self) -> MutexGuard<'_, Option<mpsc::Receiver<v1::DeviceState>>> {
+        self.incoming.lock().expect("no panic while it is held")
+    }
+
+    fn answers(&self) -> MutexGuard<'_, Answers> {
         self.answers.lock().expect("no panic while it is held")
     }
 
@@ -443,17 +479,23 @@ impl DestinationSession {
 
     /// Lets the VMM listen for device state, and connects to it.
     async fn start_incoming(self: &Arc<Self>) -> Result<DestinationEvent, Failure> {
-        let socket = self.agent.device_state_socket(MigrationRole::Destination, &self.entry.id);
-        let path = socket.path();
-        self.guest.get().await?.start_incoming(path).await.map_err(|error| guest_failure(&error))?;
+        let guest = self.guest.get().await?;
+        let room = self.agent.device_state_room(&self.entry.id);
+        let path = &room.open_for(guest.pid()).map_err(|error| {
+            let message = format!("cannot make a directory for the VMM's socket: {}", causes(&error));
+            Failure::new(Reason::Internal, message)
+        })?;
+        guest.start_incoming(path).await.map_err(|error| guest_failure(&error))?;
         let stream = UnixStream::connect(path).await.map_err(|error| {
             Failure::new(Reason::GuestFailed, format!("cannot reach the VMM at {path:?}: {error}"))
         })?;
-        device_stream::check_vmm(&stream, self.guest.get().await?.pid())
+        device_stream::check_vmm(&stream, guest.pid())
             .map_err(|error| Failure::new(Reason::GuestFailed, error.to_string()))?;
+        let taken = self.incoming().take();
+        let mut incoming =
+            taken.ok_or_else(|| Failure::new(Reason::Internal, "device state was begun twice"))?;
         let session = Arc::clone(self);
         let relaying = tokio::spawn(async move {
-            let mut incoming = session.incoming.lock().await;
             let send = |state| session.answer(Answer::DeviceState(state));
             if let Err(error) = device_stream::relay(stream, &mut incoming, send).await {
                 tracing::info!(id = session.entry.id, %error, "the device state's stream broke");

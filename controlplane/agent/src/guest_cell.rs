@@ -7,6 +7,7 @@ use ramferry_engine::{Failure, Reason};
 use ramferry_guest::{Guest, Qemu};
 use tokio::sync::OnceCell;
 
+use crate::config::GuestDirs;
 use crate::journal::Created;
 use crate::status::causes;
 
@@ -18,6 +19,7 @@ pub(crate) struct GuestCell {
 
 struct Place {
     qmp: String,
+    dirs: GuestDirs,
     pid: u32,
     was_running: bool,
 }
@@ -27,9 +29,10 @@ impl GuestCell {
         Self { guest: OnceCell::from(guest), place: None }
     }
 
-    /// The guest of a migration that a restart interrupted.
-    pub(crate) fn lost(qmp: String, created: &Created) -> Self {
-        let place = Place { qmp, pid: created.guest_pid, was_running: created.guest_was_running };
+    /// The guest of a migration that a restart interrupted; only below `dirs` is it looked for.
+    pub(crate) fn lost(qmp: String, dirs: GuestDirs, created: &Created) -> Self {
+        let (pid, was_running) = (created.guest_pid, created.guest_was_running);
+        let place = Place { qmp, dirs, pid, was_running };
         Self { guest: OnceCell::new(), place: Some(place) }
     }
 
@@ -52,7 +55,15 @@ impl GuestCell {
         let failed = |message: String| Failure::new(Reason::GuestFailed, message);
         let place = self.place.as_ref().expect("a guest that was not found has a place");
         let (pid, path) = (place.pid, &place.qmp);
-        let qemu = match Qemu::attach(Path::new(path), place.was_running).await {
+        let unreachable = |error: &dyn std::error::Error| {
+            if place.is_gone() {
+                return failed(format!("the guest of process {pid} has ended"));
+            }
+            let why = causes(error);
+            failed(format!("the guest of process {pid} cannot be reached at {path}: {why}"))
+        };
+        let socket = place.dirs.open_socket(Path::new(path)).map_err(|error| unreachable(&error))?;
+        let qemu = match Qemu::attach(socket, place.was_running).await {
             Ok(qemu) if qemu.pid() == pid => qemu,
             Ok(qemu) => {
                 let now = qemu.pid();
@@ -60,12 +71,7 @@ impl GuestCell {
                     "the guest of process {pid} has ended; process {now} has {path} now"
                 )));
             }
-            Err(_) if place.is_gone() => return Err(failed(format!("the guest of process {pid} has ended"))),
-            Err(error) => {
-                let why = causes(&error);
-                let message = format!("the guest of process {pid} cannot be reached at {path}: {why}");
-                return Err(failed(message));
-            }
+            Err(error) => return Err(unreachable(&error)),
         };
         Ok(Arc::new(qemu))
     }
@@ -83,11 +89,36 @@ impl Place {
 
 #[cfg(test)]
 mod tests {
+    use std::io;
+    use std::os::unix::net::UnixListener;
+
     use super::*;
+
+    fn place(qmp: &Path, dirs: GuestDirs, pid: u32) -> Place {
+        Place { qmp: qmp.display().to_string(), dirs, pid, was_running: true }
+    }
+
+    #[tokio::test]
+    async fn guest_outside_the_allowed_directories_is_not_spoken_to_after_a_restart() {
+        let directory = tempfile::tempdir().unwrap();
+        let (allowed, outside) = (directory.path().join("allowed"), directory.path().join("outside"));
+        std::fs::create_dir(&allowed).unwrap();
+        let listener = UnixListener::bind(&outside).unwrap();
+        listener.set_nonblocking(true).unwrap();
+        let link = allowed.join("qmp");
+        std::os::unix::fs::symlink(&outside, &link).unwrap();
+        for qmp in [&outside, &link] {
+            let place = place(qmp, GuestDirs::new(vec![allowed.clone()]), std::process::id());
+            let cell = GuestCell { guest: OnceCell::new(), place: Some(place) };
+            let refused = cell.get().await.err().expect("it is outside").message;
+            assert!(refused.contains("guest_dirs"), "{refused}");
+            assert_eq!(listener.accept().unwrap_err().kind(), io::ErrorKind::WouldBlock);
+        }
+    }
 
     #[test]
     fn process_that_waits_for_its_parent_is_gone() {
-        let place = |pid| Place { qmp: String::new(), pid, was_running: true };
+        let place = |pid| place("".as_ref(), GuestDirs::default(), pid);
         assert!(!place(std::process::id()).is_gone());
         let mut child = std::process::Command::new("true").spawn().unwrap();
         let wait = rustix::process::WaitIdOptions::EXITED | rustix::process::WaitIdOptions::NOWAIT;

@@ -15,7 +15,8 @@ use tokio::sync::watch;
 use crate::MigrationRole;
 
 /// Most migrations that are known, those that ended included: each is a file of
-/// the journal, and callers and peers choose their number.
+/// the journal, and callers and peers choose their number. As many again that
+/// never ran here: a peer makes such a record by asking.
 const KNOWN_LIMIT: usize = 10_000;
 
 /// One migration as this agent sees it.
@@ -30,17 +31,28 @@ pub(crate) struct Entry {
     driver: Mutex<Option<(SourceHandle, Parameters)>>,
     /// At a destination: the source knows how it ended.
     settled: AtomicBool,
+    /// It was only asked about.
+    pub(crate) never_ran: bool,
 }
 
 impl Entry {
-    pub(crate) fn new(request_id: String, role: MigrationRole, mut view: v1::Migration) -> Arc<Self> {
+    pub(crate) fn new(request_id: String, role: MigrationRole, view: v1::Migration) -> Arc<Self> {
+        Arc::new(Self::of(request_id, role, view, false))
+    }
+
+    /// What is kept of an id that no session had: that it never will have one here.
+    pub(crate) fn never_ran(view: v1::Migration) -> Arc<Self> {
+        Arc::new(Self::of(String::new(), MigrationRole::Destination, view, true))
+    }
+
+    fn of(request_id: String, role: MigrationRole, mut view: v1::Migration, never_ran: bool) -> Self {
         view.role = v1::MigrationRole::from(role).into();
         if view.create_time.is_none() {
             view.create_time = Some(SystemTime::now().into());
         }
         let (id, asked) = (view.id.clone(), view.spec.clone());
         let view = watch::Sender::new(view);
-        Arc::new(Self {
+        Self {
             id,
             role,
             request_id,
@@ -48,7 +60,8 @@ impl Entry {
             view,
             driver: Mutex::new(None),
             settled: AtomicBool::new(false),
-        })
+            never_ran,
+        }
     }
 
     pub(crate) fn view(&self) -> v1::Migration {
@@ -115,6 +128,8 @@ pub(crate) struct Registry {
 #[derive(Default)]
 struct Inner {
     entries: HashMap<(MigrationRole, String), Arc<Entry>>,
+    /// Entries of migrations that never ran.
+    never_ran: usize,
     /// Ids that are being made into entries, or whose entries have not ended.
     active: HashSet<(MigrationRole, String)>,
     /// Guests of active migrations, by the VMM's process.
@@ -152,6 +167,10 @@ pub(crate) enum Refusal {
     Full(u32),
     #[error("this agent keeps the records of {0} migrations, the most it can; delete those that have ended")]
     TooManyKnown(usize),
+    #[error(
+        "this agent keeps the records of {0} migrations that never ran here, the most it can; delete them"
+    )]
+    TooManyNeverRan(usize),
     #[error("the guest of process {pid} is being migrated by {other:?}; wait for that or cancel it")]
     GuestBusy { pid: u32, other: String },
     #[error("the guest at {socket:?} is being migrated by {other:?}; wait for that or cancel it")]
@@ -163,7 +182,7 @@ impl Refusal {
         match self {
             Refusal::Exists(_) => "MIGRATION_EXISTS",
             Refusal::Full(_) => "TOO_MANY_MIGRATIONS",
-            Refusal::TooManyKnown(_) => "TOO_MANY_RECORDS",
+            Refusal::TooManyKnown(_) | Refusal::TooManyNeverRan(_) => "TOO_MANY_RECORDS",
             Refusal::GuestBusy { .. } | Refusal::SocketBusy { .. } => "GUEST_BUSY",
         }
     }
@@ -245,7 +264,7 @@ impl Registry {
         if inner.active.len() >= self.max_active as usize {
             return Err(Refusal::Full(self.max_active));
         }
-        if inner.entries.len() >= self.known_limit {
+        if inner.entries.len() - inner.never_ran >= self.known_limit {
             return Err(Refusal::TooManyKnown(self.known_limit));
         }
         inner.active.insert(key.clone());
@@ -269,15 +288,18 @@ impl Registry {
         self.lock().check_socket(socket)
     }
 
-    /// Whether one more migration that never ran here may be kept. More of
-    /// them than of others: a source may stand still until its question is answered.
-    pub(crate) fn has_room_for_unknown(&self) -> Result<(), Refusal> {
-        let limit = self.known_limit.saturating_mul(2);
-        if self.lock().entries.len() < limit { Ok(()) } else { Err(Refusal::TooManyKnown(limit)) }
+    /// Whether one more migration that never ran here may be kept. They are counted
+    /// apart: questions about ids without end keep no migration out.
+    pub(crate) fn has_room_for_never_ran(&self) -> Result<(), Refusal> {
+        let limit = self.known_limit;
+        if self.lock().never_ran < limit { Ok(()) } else { Err(Refusal::TooManyNeverRan(limit)) }
     }
 
     pub(crate) fn insert(&self, entry: &Arc<Entry>) {
-        self.lock().entries.insert((entry.role, entry.id.clone()), Arc::clone(entry));
+        let mut inner = self.lock();
+        inner.never_ran += usize::from(entry.never_ran);
+        let before = inner.entries.insert((entry.role, entry.id.clone()), Arc::clone(entry));
+        inner.never_ran -= before.map_or(0, |before| usize::from(before.never_ran));
     }
 
     pub(crate) fn get(&self, role: MigrationRole, id: &str) -> Option<Arc<Entry>> {
@@ -285,7 +307,9 @@ impl Registry {
     }
 
     pub(crate) fn remove(&self, role: MigrationRole, id: &str) {
-        self.lock().entries.remove(&(role, id.to_owned()));
+        let mut inner = self.lock();
+        let removed = inner.entries.remove(&(role, id.to_owned()));
+        inner.never_ran -= removed.map_or(0, |removed| usize::from(removed.never_ran));
     }
 
     /// All entries, by id and then role.
@@ -303,6 +327,10 @@ impl Registry {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    fn view(id: &str) -> v1::Migration {
+        v1::Migration { id: id.into(), ..Default::default() }
+    }
 
     #[test]
     fn a_guest_is_migrated_once_at_a_time() {
@@ -332,21 +360,29 @@ mod tests {
     #[test]
     fn no_more_records_are_kept_than_the_limit() {
         let registry = Registry { known_limit: 2, ..Registry::new(9) };
-        let keep = |id: &str| {
-            let view = v1::Migration { id: id.into(), ..Default::default() };
-            registry.insert(&Entry::new(String::new(), MigrationRole::Destination, view));
-        };
         for id in ["a", "b"] {
             registry.claim(MigrationRole::Source, id).unwrap();
-            keep(id);
+            registry.insert(&Entry::new(String::new(), MigrationRole::Source, view(id)));
         }
         assert!(matches!(registry.claim(MigrationRole::Source, "c"), Err(Refusal::TooManyKnown(2))));
-        for id in ["c", "d"] {
-            registry.has_room_for_unknown().unwrap();
-            keep(id);
+        registry.has_room_for_never_ran().unwrap();
+        registry.remove(MigrationRole::Source, "b");
+        registry.claim(MigrationRole::Source, "c").unwrap();
+    }
+
+    #[test]
+    fn ids_that_are_only_asked_about_keep_no_migration_out() {
+        let registry = Registry { known_limit: 2, ..Registry::new(9) };
+        for id in ["a", "b"] {
+            registry.has_room_for_never_ran().unwrap();
+            // Whoever is asked twice keeps it once.
+            registry.insert(&Entry::never_ran(view(id)));
+            registry.insert(&Entry::never_ran(view(id)));
         }
-        assert!(matches!(registry.has_room_for_unknown(), Err(Refusal::TooManyKnown(4))));
-        registry.remove(MigrationRole::Destination, "d");
-        registry.has_room_for_unknown().unwrap();
+        assert!(matches!(registry.has_room_for_never_ran(), Err(Refusal::TooManyNeverRan(2))));
+        registry.claim(MigrationRole::Source, "c").unwrap();
+        registry.remove(MigrationRole::Destination, "b");
+        registry.remove(MigrationRole::Destination, "b");
+        registry.has_room_for_never_ran().unwrap();
     }
 }

@@ -122,10 +122,8 @@ impl Peers {
                 }
                 let known = agent.registry.get(MigrationRole::Destination, &id);
                 let answer = match &known {
-                    // Its driver is about to start or has just ended: the source asks again.
-                    Some(entry) => destination::outcome(entry)
-                        .ok_or_else(|| Status::unavailable("the outcome is not decided yet; ask again")),
-                    None => destination::abort_unknown(&agent, &id),
+                    Some(entry) => destination::outcome(entry).ok_or_else(destination::undecided),
+                    None => destination::abort_unknown(&agent, &id).await,
                 };
                 match answer {
                     Ok(answer) => told = respond(answer).await,
@@ -172,10 +170,12 @@ async fn serve(
         let allowed = full || matches!(order, Some(Order::AskOutcome(_) | Order::Abort(_)));
         match order {
             Some(order) if allowed => {
-                // An order that waits for room must not keep the end of its source from being seen.
+                // An order that waits for room must not keep the end of its source from being
+                // seen, nor that of its migration.
                 tokio::select! {
                     () = take(&session, order) => {}
                     () = session.unheard(number) => break,
+                    () = &mut outstayed => break,
                 }
             }
             Some(_) => {
@@ -274,7 +274,72 @@ pub(crate) fn input(order: Order) -> Result<Option<DestinationInput>, &'static s
 
 #[cfg(test)]
 mod tests {
+    use std::pin::pin;
+    use std::process::{Child, Command};
+    use std::time::Duration;
+
     use super::*;
+    use crate::core::tests::agent;
+    use crate::journal::{Created, Recovered, SpecRecord};
+
+    /// A process that ends with the test.
+    struct Vmm(Child);
+
+    impl Drop for Vmm {
+        fn drop(&mut self) {
+            // It fails when the process has ended by itself.
+            let _ = self.0.kill();
+            let _ = self.0.wait();
+        }
+    }
+
+    #[tokio::test(flavor = "multi_thread")]
+    async fn order_that_waits_ends_with_its_migration() {
+        let directory = tempfile::tempdir().unwrap();
+        let agent = agent(directory.path());
+        // While it lives its guest has to be discarded, and cannot be reached: the migration does not end.
+        let vmm = Vmm(Command::new("sleep").arg("600").spawn().unwrap());
+        let created = Created {
+            id: "a".into(),
+            request_id: String::new(),
+            role: MigrationRole::Destination,
+            spec: SpecRecord::default(),
+            guest_pid: vmm.0.id(),
+            created_unix_ms: 0,
+            guest_was_running: true,
+            session: None,
+        };
+        let log = agent.journal.create(MigrationRole::Destination, "a", &created).unwrap();
+        destination::recover(&agent, Recovered { created, records: Vec::new(), log });
+        let session = agent.session("a").unwrap();
+        let state = || Order::DeviceState(v1::DeviceState { data: b"state"[..].into(), end: false });
+        // No VMM reads it.
+        while session.device_state.capacity() > 0 {
+            take(&session, state()).await;
+        }
+        let mut waiting = pin!(take(&session, state()));
+        assert!(tokio::time::timeout(Duration::ZERO, waiting.as_mut()).await.is_err(), "there is no room");
+        drop(vmm);
+        tokio::time::timeout(Duration::from_secs(30), waiting).await.expect("it ends with the migration");
+        let late = tokio::spawn(std::future::pending::<()>());
+        session.keep(late.abort_handle());
+        let late = tokio::time::timeout(Duration::from_secs(30), late).await;
+        assert!(late.expect("nor does what begins later outlast it").unwrap_err().is_cancelled());
+    }
+
+    #[tokio::test(flavor = "multi_thread")]
+    async fn migration_that_never_ran_is_aborted_for_good_and_counted_apart() {
+        let directory = tempfile::tempdir().unwrap();
+        let first = agent(directory.path());
+        for _ in 0..2 {
+            let answer = destination::abort_unknown(&first, "a").await.unwrap();
+            assert!(matches!(answer, Answer::Aborted(_)), "{answer:?}");
+        }
+        drop(first);
+        let restarted = agent(directory.path());
+        let entry = restarted.registry.get(MigrationRole::Destination, "a").unwrap();
+        assert!(entry.never_ran && matches!(destination::outcome(&entry), Some(Answer::Aborted(_))));
+    }
 
     #[test]
     fn zero_pages_with_half_a_run_are_refused() {

@@ -21,7 +21,7 @@ use ramferry_ram::{Access, Memory, RamFile};
 use ramferry_tracking::{TrackedFile, TrackerKind};
 use tokio::net::UnixListener;
 use tokio::sync::mpsc;
-use tokio::task::AbortHandle;
+use tokio::task::{AbortHandle, JoinHandle};
 use tonic::{Code, Status};
 
 use self::outside::Outside;
@@ -60,6 +60,8 @@ pub(crate) struct Session {
     handed_over: AtomicBool,
     /// Ended with the migration: each keeps the session, and so the guest's QMP socket.
     tasks: Mutex<Vec<AbortHandle>>,
+    /// Steps that order something of the guest: preparing, draining, pausing, moving its device state.
+    ordering: Mutex<Vec<JoinHandle<()>>>,
     incoming: tokio::sync::Mutex<mpsc::Receiver<v1::DeviceState>>,
     plan: Mutex<Option<Plan>>,
 }
@@ -235,6 +237,7 @@ fn start(agent: &Arc<Agent>, entry: &Arc<Entry>, start: Start) {
             guest,
             handed_over: AtomicBool::new(handed_over),
             tasks: Mutex::default(),
+            ordering: Mutex::default(),
             incoming: tokio::sync::Mutex::new(incoming),
             plan: Mutex::new(plan),
         });
@@ -283,7 +286,7 @@ pub(crate) fn recover(agent: &Arc<Agent>, found: Recovered) {
     let (id, created) = (&found.created.id, &found.created);
     let socket = created.spec.source_qmp_path.as_ref();
     let claim = agent.registry.reclaim(MigrationRole::Source, id, created.guest_pid, socket);
-    drop(agent.device_state_socket(MigrationRole::Source, &found.created.id));
+    drop(agent.device_state_socket(&found.created.id));
     tracing::warn!(id = found.created.id, handed_over, "taking up a migration that a restart interrupted");
     let spec = v1::MigrationSpec::from(&found.created.spec);
     let given = spec.parameters.unwrap_or_default();
@@ -301,7 +304,8 @@ pub(crate) fn recover(agent: &Arc<Agent>, found: Recovered) {
         fabric: "unknown",
         mode: registration_mode(given.registration_mode).map_or("unknown", RegistrationMode::as_str),
     };
-    let guest = GuestCell::lost(spec.source_qmp_path, &found.created);
+    let dirs = agent.config.guest_dirs.clone();
+    let guest = GuestCell::lost(spec.source_qmp_path, dirs, &found.created);
     start(
         agent,
         &entry,
@@ -369,10 +373,13 @@ impl Session {
             return Err(lost(Status::unavailable("the control stream is lost")));
         }
         self.peer.wait(|said| said.incoming_ready).await.map_err(lost)?;
-        let socket = self.agent.device_state_socket(MigrationRole::Source, &self.entry.id);
+        let guest = self.guest.get().await?;
+        let socket = self.agent.device_state_socket(&self.entry.id);
         let path = socket.path();
-        let listen = |error| Failure::new(Reason::Internal, format!("cannot listen on {path:?}: {error}"));
-        let listener = UnixListener::bind(path).map_err(listen)?;
+        let listener = socket.listen_for(guest.pid()).map_err(|error| {
+            let message = format!("cannot listen for the VMM: {}", causes(&error));
+            Failure::new(Reason::Internal, message)
+        })?;
         let relaying = Arc::clone(&self);
         let relay = tokio::spawn(async move {
             if let Err(error @ RelayError::Vmm(_)) = relaying.relay_device_state(listener).await {
@@ -381,7 +388,7 @@ impl Session {
             }
         });
         self.keep(relay.abort_handle());
-        let paused = self.guest.get().await?.pause_for_switchover(path).await;
+        let paused = guest.pause_for_switchover(path).await;
         let paused = paused.map_err(|error| guest_failure(&error))?;
         let ago = SystemTime::now().duration_since(paused.stop_time).unwrap_or_default();
         Ok(SourceInput::GuestPaused(ago))
@@ -464,6 +471,23 @@ impl Session {
         tasks.push(task);
     }
 
+    /// `task` orders something of the guest: it ends before the guest is resumed.
+    fn keep_ordering(&self, task: JoinHandle<()>) {
+        self.ordering.lock().expect("no panic while it is held").push(task);
+    }
+
+    /// Orders the guest nothing more that is under way.
+    fn stop_ordering(&self) -> impl Future<Output = ()> + Send + use<> {
+        let ordering = std::mem::take(&mut *self.ordering.lock().expect("no panic while it is held"));
+        async move {
+            for task in ordering {
+                task.abort();
+                // It was cancelled, or is done.
+                let _ = task.await;
+            }
+        }
+    }
+
     fn close(&self) {
         self.peer.close();
         for task in self.tasks.lock().expect("no panic while it is held").drain(..) {
@@ -481,9 +505,15 @@ impl Session {
             );
             return;
         }
-        let resumed = self.agent.runtime.block_on(self.resume());
+        let resumed = self.agent.runtime.block_on(async {
+            let stopped = tokio::time::timeout(EXCHANGE_TIMEOUT, self.stop_ordering()).await;
+            if stopped.is_err() {
+                tracing::error!(id, "a step does not end; the guest is resumed all the same");
+            }
+            self.close();
+            self.resume().await
+        });
         tracing::error!(id, ?resumed, "the driver panicked");
-        self.close();
         self.entry.update(|view| {
             view.set_state(v1::MigrationState::Failed);
             let reason = Reason::Internal.as_str().into();
@@ -731,7 +761,7 @@ fn direct_io(disks: &[String]) -> Status {
 pub(crate) fn refused(refusal: &Refusal) -> Status {
     let code = match refusal {
         Refusal::Exists(_) => Code::AlreadyExists,
-        Refusal::Full(_) | Refusal::TooManyKnown(_) => Code::ResourceExhausted,
+        Refusal::Full(_) | Refusal::TooManyKnown(_) | Refusal::TooManyNeverRan(_) => Code::ResourceExhausted,
         Refusal::GuestBusy { .. } | Refusal::SocketBusy { .. } => Code::FailedPrecondition,
     };
     status(code, refusal.reason(), refusal.to_string(), [])
@@ -755,3 +785,6 @@ pub(crate) fn unix_milliseconds() -> u64 {
     let since = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
     u64::try_from(since.as_millis()).unwrap_or(u64::MAX)
 }
+
+#[cfg(test)]
+mod tests;

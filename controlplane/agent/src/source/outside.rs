@@ -22,8 +22,6 @@ pub(crate) struct Outside {
     session: Arc<Session>,
     log: MigrationLog,
     publisher: Publisher,
-    /// Steps that order something of the guest: preparing, pausing, moving its device state.
-    ordering: Vec<JoinHandle<()>>,
     last: Option<SourceSnapshot>,
     claim: Option<Claim>,
     gate: StepGate,
@@ -33,7 +31,7 @@ impl Outside {
     pub(crate) fn new(session: Arc<Session>, log: MigrationLog, publisher: Publisher, claim: Claim) -> Self {
         let socket = session.agent.config.step_socket.as_deref();
         let gate = StepGate::new(socket, MigrationRole::Source, &session.entry.id);
-        Self { session, log, publisher, ordering: Vec::new(), last: None, claim: Some(claim), gate }
+        Self { session, log, publisher, last: None, claim: Some(claim), gate }
     }
 
     /// Runs `work` on the agent's runtime; what it gives goes to the driver.
@@ -50,18 +48,6 @@ impl Outside {
         });
         self.session.keep(task.abort_handle());
         task
-    }
-
-    /// Orders the guest nothing more that is under way.
-    fn stop_ordering(&mut self) -> impl Future<Output = ()> + Send + use<> {
-        let ordering = std::mem::take(&mut self.ordering);
-        async move {
-            for task in ordering {
-                task.abort();
-                // It was cancelled, or is done.
-                let _ = task.await;
-            }
-        }
     }
 
     fn order(&self, order: Order) {
@@ -82,7 +68,7 @@ impl Outside {
         }
         let session = Arc::clone(&self.session);
         let pausing = self.spawn(session.pause());
-        self.ordering.push(pausing);
+        self.session.keep_ordering(pausing);
     }
 
     /// A drain that fails is none: everything is rechecked at the pause.
@@ -101,11 +87,11 @@ impl Outside {
             }
             Ok(SourceEvent::Drained { complete: drained.is_ok() }.into())
         });
-        self.ordering.push(draining);
+        self.session.keep_ordering(draining);
     }
 
     fn resume(&mut self) {
-        let (session, stopped) = (Arc::clone(&self.session), self.stop_ordering());
+        let (session, stopped) = (Arc::clone(&self.session), self.session.stop_ordering());
         self.spawn(async move {
             stopped.await;
             session.resume().await.map(Into::into)
@@ -115,7 +101,7 @@ impl Outside {
     /// A guest that stays is left as it was found: a migration that ended before
     /// its pause has not been resumed, which is what puts its settings back.
     fn restore(&mut self) {
-        let (session, stopped) = (Arc::clone(&self.session), self.stop_ordering());
+        let (session, stopped) = (Arc::clone(&self.session), self.session.stop_ordering());
         let restored = self.session.agent.runtime.block_on(async move {
             stopped.await;
             session.resume().await
@@ -202,7 +188,7 @@ impl SourceOutside for Outside {
                 let preparing = self.spawn(async move {
                     session.prepare().await.map(|parts| SourceInput::Ready(Box::new(parts)))
                 });
-                self.ordering.push(preparing);
+                self.session.keep_ordering(preparing);
             }
             SourceAction::EndRound { round } => self.order(Order::EndRound(v1::EndRound { round })),
             SourceAction::DrainGuest => self.drain(),
@@ -210,7 +196,7 @@ impl SourceOutside for Outside {
             SourceAction::Verify => self.order(Order::Verify(v1::Verify {})),
             SourceAction::MoveDeviceState => {
                 let moving = self.spawn(async move { session.move_device_state().await.map(Into::into) });
-                self.ordering.push(moving);
+                self.session.keep_ordering(moving);
             }
             SourceAction::WriteHandedOver => self.hand_over(),
             SourceAction::SendCommit => self.order(Order::Commit(v1::Commit {})),
