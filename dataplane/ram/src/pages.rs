@@ -3,6 +3,11 @@ use std::fmt;
 use crate::{BlockIndex, BlockRange, Layout};
 
 const WORD_BITS: u64 = u64::BITS as u64;
+const CHUNK_WORDS: usize = 64;
+const CHUNK_PAGES: u64 = CHUNK_WORDS as u64 * WORD_BITS;
+
+/// The bits of 4096 pages.
+type Chunk = [u64; CHUNK_WORDS];
 
 /// Consecutive pages of one block.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -20,11 +25,13 @@ impl PageRun {
     }
 }
 
-/// A set of the pages of one block: one bit a page.
+/// A set of the pages of one block: one bit a page, where there are members. What
+/// it takes, in memory and in time, follows the members and not the block's length.
 #[derive(Clone, PartialEq, Eq)]
 pub struct PageSet {
     pages: u64,
-    words: Vec<u64>,
+    /// `None` where there is no member, and only there.
+    chunks: Vec<Option<Box<Chunk>>>,
 }
 
 impl fmt::Debug for PageSet {
@@ -36,8 +43,8 @@ impl fmt::Debug for PageSet {
 impl PageSet {
     /// The empty set over `pages` pages.
     pub fn new(pages: u64) -> Self {
-        let words = usize::try_from(pages.div_ceil(WORD_BITS)).expect("a page set fits in memory");
-        Self { pages, words: vec![0; words] }
+        let chunks = usize::try_from(pages.div_ceil(CHUNK_PAGES)).expect("a page set fits in memory");
+        Self { pages, chunks: vec![None; chunks] }
     }
 
     /// The set of all of `pages` pages.
@@ -54,12 +61,13 @@ impl PageSet {
 
     /// Number of members.
     pub fn count(&self) -> u64 {
-        self.words.iter().map(|word| u64::from(word.count_ones())).sum()
+        let words = self.chunks.iter().flatten().flat_map(|chunk| chunk.iter());
+        words.map(|word| u64::from(word.count_ones())).sum()
     }
 
     /// Whether there is no member.
     pub fn is_empty(&self) -> bool {
-        self.words.iter().all(|word| *word == 0)
+        self.chunks.iter().all(Option::is_none)
     }
 
     /// Whether `page` is a member.
@@ -68,7 +76,8 @@ impl PageSet {
     /// When `page` is outside the set's pages.
     pub fn contains(&self, page: u64) -> bool {
         assert!(page < self.pages, "page {page} of {}", self.pages);
-        self.words[(page / WORD_BITS) as usize] & (1 << (page % WORD_BITS)) != 0
+        let chunk = self.chunks[(page / CHUNK_PAGES) as usize].as_ref();
+        chunk.is_some_and(|chunk| chunk[word_of(page)] & (1 << (page % WORD_BITS)) != 0)
     }
 
     /// Makes every page of `run` a member.
@@ -76,7 +85,12 @@ impl PageSet {
     /// # Panics
     /// When `run` reaches outside the set's pages.
     pub fn insert_run(&mut self, run: PageRun) {
-        self.for_words(run, |word, mask| *word |= mask);
+        self.check(run);
+        let mut page = run.first;
+        while page < run.end() {
+            let chunk = self.chunks[(page / CHUNK_PAGES) as usize].get_or_insert_with(empty);
+            page = for_words(chunk, page, run.end(), |word, mask| *word |= mask);
+        }
     }
 
     /// Makes no page of `run` a member.
@@ -84,7 +98,16 @@ impl PageSet {
     /// # Panics
     /// When `run` reaches outside the set's pages.
     pub fn remove_run(&mut self, run: PageRun) {
-        self.for_words(run, |word, mask| *word &= !mask);
+        self.check(run);
+        let mut page = run.first;
+        while page < run.end() {
+            let slot = &mut self.chunks[(page / CHUNK_PAGES) as usize];
+            page = match slot {
+                Some(chunk) => for_words(chunk, page, run.end(), |word, mask| *word &= !mask),
+                None => (page / CHUNK_PAGES + 1) * CHUNK_PAGES,
+            };
+            drop_if_empty(slot);
+        }
     }
 
     /// Whether `run` is one that this set can hold: not empty, within its pages.
@@ -95,22 +118,42 @@ impl PageSet {
 
     /// Removes every member.
     pub fn clear(&mut self) {
-        self.words.fill(0);
+        self.chunks.fill(None);
     }
 
     /// Adds the members of `other`, a set over as many pages.
     pub fn union_with(&mut self, other: &PageSet) {
-        self.zip(other, |ours, theirs| *ours |= theirs);
+        for (ours, theirs) in self.zip(other) {
+            match (ours, theirs) {
+                (Some(ours), Some(theirs)) => combine(ours, theirs, |ours, theirs| ours | theirs),
+                (ours @ None, Some(_)) => ours.clone_from(theirs),
+                (_, None) => {}
+            }
+        }
     }
 
     /// Removes the members of `other`, a set over as many pages.
     pub fn subtract(&mut self, other: &PageSet) {
-        self.zip(other, |ours, theirs| *ours &= !theirs);
+        for (slot, theirs) in self.zip(other) {
+            if let (Some(ours), Some(theirs)) = (&mut *slot, theirs) {
+                combine(ours, theirs, |ours, theirs| ours & !theirs);
+                drop_if_empty(slot);
+            }
+        }
     }
 
     /// Keeps only the members that are in `other` too, a set over as many pages.
     pub fn intersect_with(&mut self, other: &PageSet) {
-        self.zip(other, |ours, theirs| *ours &= theirs);
+        for (slot, theirs) in self.zip(other) {
+            match (&mut *slot, theirs) {
+                (Some(ours), Some(theirs)) => {
+                    combine(ours, theirs, |ours, theirs| ours & theirs);
+                    drop_if_empty(slot);
+                }
+                (Some(_), None) => *slot = None,
+                (None, _) => {}
+            }
+        }
     }
 
     /// The longest run of members that starts at or after `from`, if there is one.
@@ -160,43 +203,74 @@ impl PageSet {
 
     /// The first page from `from` on, before `limit`, that is a member or is none.
     fn next_page(&self, from: u64, member: bool, limit: u64) -> Option<u64> {
-        if from >= limit {
-            return None;
-        }
-        let mut index = (from / WORD_BITS) as usize;
-        let mut mask = u64::MAX << (from % WORD_BITS);
-        while index as u64 * WORD_BITS < limit {
-            let word = self.words[index];
-            let candidates = if member { word } else { !word } & mask;
-            if candidates != 0 {
-                let page = index as u64 * WORD_BITS + u64::from(candidates.trailing_zeros());
-                return (page < limit).then_some(page);
+        let mut page = from;
+        while page < limit {
+            let Some(chunk) = &self.chunks[(page / CHUNK_PAGES) as usize] else {
+                if !member {
+                    return Some(page);
+                }
+                page = (page / CHUNK_PAGES + 1) * CHUNK_PAGES;
+                continue;
+            };
+            let mut mask = u64::MAX << (page % WORD_BITS);
+            for word in &chunk[word_of(page)..] {
+                let candidates = if member { *word } else { !*word } & mask;
+                if candidates != 0 {
+                    let found = page / WORD_BITS * WORD_BITS + u64::from(candidates.trailing_zeros());
+                    return (found < limit).then_some(found);
+                }
+                mask = u64::MAX;
+                page = (page / WORD_BITS + 1) * WORD_BITS;
             }
-            mask = u64::MAX;
-            index += 1;
         }
         None
     }
 
-    fn for_words(&mut self, run: PageRun, change: impl Fn(&mut u64, u64)) {
-        let end = run.first.checked_add(run.count).filter(|end| *end <= self.pages);
-        let end = end.unwrap_or_else(|| panic!("{run:?} in a set over {} pages", self.pages));
-        let mut page = run.first;
-        while page < end {
-            let bit = page % WORD_BITS;
-            let bits = (WORD_BITS - bit).min(end - page);
-            let mask = (u64::MAX >> (WORD_BITS - bits)) << bit;
-            change(&mut self.words[(page / WORD_BITS) as usize], mask);
-            page += bits;
-        }
+    fn check(&self, run: PageRun) {
+        let end = run.first.checked_add(run.count);
+        assert!(end.is_some_and(|end| end <= self.pages), "{run:?} in a set over {} pages", self.pages);
     }
 
-    fn zip(&mut self, other: &PageSet, change: impl Fn(&mut u64, u64)) {
+    fn zip<'a>(
+        &'a mut self,
+        other: &'a PageSet,
+    ) -> impl Iterator<Item = (&'a mut Option<Box<Chunk>>, &'a Option<Box<Chunk>>)> {
         assert_eq!(self.pages, other.pages, "sets over the same pages");
-        for (ours, theirs) in self.words.iter_mut().zip(&other.words) {
-            change(ours, *theirs);
-        }
+        self.chunks.iter_mut().zip(&other.chunks)
     }
+}
+
+fn empty() -> Box<Chunk> {
+    Box::new([0; CHUNK_WORDS])
+}
+
+fn drop_if_empty(slot: &mut Option<Box<Chunk>>) {
+    slot.take_if(|chunk| **chunk == [0; CHUNK_WORDS]);
+}
+
+fn combine(ours: &mut Chunk, theirs: &Chunk, change: impl Fn(u64, u64) -> u64) {
+    for (ours, theirs) in ours.iter_mut().zip(theirs) {
+        *ours = change(*ours, *theirs);
+    }
+}
+
+/// Where in its chunk a page's word is.
+fn word_of(page: u64) -> usize {
+    (page % CHUNK_PAGES / WORD_BITS) as usize
+}
+
+/// Changes the bits of the pages from `page` to before `end`, as far as they are
+/// in `chunk`, which holds the first; the page after them.
+fn for_words(chunk: &mut Chunk, mut page: u64, end: u64, change: impl Fn(&mut u64, u64)) -> u64 {
+    let end = end.min((page / CHUNK_PAGES + 1) * CHUNK_PAGES);
+    while page < end {
+        let bit = page % WORD_BITS;
+        let bits = (WORD_BITS - bit).min(end - page);
+        let mask = (u64::MAX >> (WORD_BITS - bits)) << bit;
+        change(&mut chunk[word_of(page)], mask);
+        page += bits;
+    }
+    page
 }
 
 /// A set of a guest's pages: one [`PageSet`] for each block of its layout.
@@ -317,6 +391,26 @@ mod tests {
         assert_eq!(runs(&PageSet::full(130)), [(0, 130)]);
         assert_eq!(runs(&PageSet::new(0)), []);
         assert_eq!(PageSet::full(130).count(), 130);
+    }
+
+    #[test]
+    fn sets_over_many_chunks_are_equal_when_their_members_are() {
+        let pages = 5 * CHUNK_PAGES + 7;
+        let all = [(CHUNK_PAGES - 1, 2), (3 * CHUNK_PAGES, CHUNK_PAGES), (pages - 1, 1)];
+        let mut set = set(pages, &all);
+        assert_eq!(runs(&set), all);
+        assert_eq!(set.next_run_before(2 * CHUNK_PAGES, 3 * CHUNK_PAGES), None);
+        assert_eq!(PageSet::full(pages).next_run(9), Some(PageRun { first: 9, count: pages - 9 }));
+        let mut rest = PageSet::full(pages);
+        rest.subtract(&set);
+        assert_eq!(rest.count() + set.count(), pages);
+        rest.union_with(&set);
+        assert_eq!(rest, PageSet::full(pages));
+        rest.intersect_with(&set);
+        assert_eq!(rest, set);
+        set.remove_run(PageRun { first: 0, count: pages });
+        assert_eq!(set, PageSet::new(pages));
+        assert!(set.is_empty() && set.chunks.iter().all(Option::is_none));
     }
 
     #[test]

@@ -7,8 +7,8 @@ use proptest::prelude::*;
 use proptest::test_runner::TestCaseError;
 use ramferry_ram::{Block, BlockIndex, Layout, PageRun, PageSet, PageSets};
 
-/// Longer than a few words, and no whole number of them.
-const MOST_PAGES: u64 = 300;
+/// Longer than two of the parts that a set is made of, and no whole number of words.
+const MOST_PAGES: u64 = 2 * 4096 + 300;
 
 #[derive(Clone, Debug)]
 enum Change {
