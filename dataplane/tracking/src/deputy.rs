@@ -24,7 +24,7 @@ use rustix::net::{
 };
 
 /// How long a fork may take to close what it inherited.
-const CLOSE_PATIENCE: Duration = Duration::from_secs(5);
+const CLOSE_PATIENCE: Duration = Duration::from_secs(30);
 /// Length of what it tells.
 pub(crate) const REPORT_BYTES: usize = 8;
 

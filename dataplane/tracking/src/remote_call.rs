@@ -47,8 +47,9 @@ use crate::ptrace::{Event, Registers, Resume, TraceError, Tracee};
 
 /// How long a thread has to stop before another is tried.
 const STOP_TIMEOUT: Duration = Duration::from_secs(1);
-/// How long a caller waits for one thread's part.
-pub const PATIENCE: Duration = Duration::from_secs(5);
+/// How long a caller waits for one thread's part. It takes a millisecond; on a host that has many
+/// more threads to run than processors, each of its dozens of turns may come late.
+pub const PATIENCE: Duration = Duration::from_secs(30);
 /// How long the deputy of an agent that was killed may still be busy with a thread.
 const DEPUTY_PATIENCE: Duration = Duration::from_millis(500);
 const DEPUTY_POLL: Duration = Duration::from_millis(5);

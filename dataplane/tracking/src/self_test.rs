@@ -26,7 +26,7 @@ const PAGE_BYTES: usize = 4096;
 const PAGES: u8 = 128;
 const LENGTH_BYTES: usize = PAGES as usize * PAGE_BYTES;
 /// How long the child has for one command.
-const PATIENCE: Duration = Duration::from_secs(5);
+const PATIENCE: Duration = Duration::from_secs(30);
 
 /// Command to the child: write to the page that the next byte names.
 const WRITE: u8 = b'w';
