@@ -10,7 +10,9 @@ use std::time::Duration;
 
 use libfuzzer_sys::fuzz_target;
 use ramferry_agent::fuzzing::Answers;
-use ramferry_engine::{Failure, FixedCosts, Outcome, Parameters, Reason, Source, SourceAction, SourceEvent};
+use ramferry_engine::{
+    Failure, FixedCosts, LateWrites, Outcome, Parameters, Reason, Source, SourceAction, SourceEvent,
+};
 use ramferry_fabric::windows::{RegistrationMode, WindowConfig};
 use ramferry_fabric::{Completion, Link, LinkError, MappedDomain, OpId, PostError, RegionKey, Transfer};
 use ramferry_fuzz::{PAGE, layout, memory, messages, range};
@@ -121,6 +123,7 @@ impl Agent {
             },
             registration_workers: 1,
             destination_presence: self.presence.clone(),
+            late_writes: LateWrites::None,
             fixed_costs: FixedCosts { fence: Duration::ZERO, device_state: Duration::ZERO },
             order: Box::new(move |order| peer.take(order)),
             poller_cpus: None,
@@ -175,6 +178,14 @@ impl Tracker for Still {
     }
 
     fn recheck(&mut self, _: &mut PageSets) -> Result<(), TrackError> {
+        Ok(())
+    }
+
+    fn has_other_writers(&self) -> bool {
+        false
+    }
+
+    fn confirm(&mut self) -> Result<(), TrackError> {
         Ok(())
     }
 }
