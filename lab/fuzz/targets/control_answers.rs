@@ -5,7 +5,7 @@
 use std::collections::VecDeque;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{Sender, channel};
-use std::sync::{Arc, Mutex, OnceLock};
+use std::sync::{Arc, Mutex, OnceLock, Weak};
 use std::time::Duration;
 
 use libfuzzer_sys::fuzz_target;
@@ -62,7 +62,9 @@ impl Peer {
 /// An agent whose guest does whatever it is told, at once.
 struct Agent {
     peer: Arc<Peer>,
-    memory: Arc<Memory>,
+    /// Until the driver has it, which waits for whoever else holds it when it ends.
+    start: Option<Arc<Memory>>,
+    memory: Weak<Memory>,
     presence: PageSets,
     orders: Vec<&'static str>,
     ended: Sender<(Outcome, Vec<&'static str>)>,
@@ -77,7 +79,10 @@ impl SourceOutside for Agent {
                 self.orders.push("pause");
                 SourceEvent::GuestPaused.into()
             }
-            SourceAction::Verify => SourceInput::PeerDigests(self.memory.digests().expect("RAM is there")),
+            SourceAction::Verify => {
+                let memory = self.memory.upgrade().expect("the driver holds it");
+                SourceInput::PeerDigests(memory.digests().expect("RAM is there"))
+            }
             SourceAction::MoveDeviceState => SourceEvent::DeviceStateMoved.into(),
             SourceAction::WriteHandedOver => {
                 self.orders.push("HANDED_OVER");
@@ -108,13 +113,14 @@ impl SourceOutside for Agent {
 }
 
 impl Agent {
-    fn parts(&self) -> SourceParts {
+    fn parts(&mut self) -> SourceParts {
         let peer = Arc::clone(&self.peer);
+        let memory = self.start.take().expect("it is prepared once");
         SourceParts {
             links: vec![Box::new(Echo(Vec::new()))],
-            domain: Arc::new(MappedDomain::new(Arc::clone(&self.memory)).expect("presence is known")),
+            domain: Arc::new(MappedDomain::new(Arc::clone(&memory)).expect("presence is known")),
             tracker: Box::new(Still),
-            memory: Arc::clone(&self.memory),
+            memory,
             // So few bytes that windows come and go.
             windows: WindowConfig {
                 window_bytes: 2 * PAGE,
@@ -219,7 +225,8 @@ fuzz_target!(|data: &[u8]| {
     let agent_peer = Arc::clone(&peer);
     let (_, thread) = spawn_source(Source::new(parameters).expect("parameters"), |handle| {
         let _ = agent_peer.source.set(handle);
-        Agent { peer: agent_peer, memory, presence, orders: Vec::new(), ended }
+        let weak = Arc::downgrade(&memory);
+        Agent { peer: agent_peer, start: Some(memory), memory: weak, presence, orders: Vec::new(), ended }
     });
     thread.join().expect("no answer makes the driver panic");
     let (outcome, orders) = outcome.recv().expect("the engine ends");
