@@ -37,6 +37,12 @@ pub struct Options {
     /// Address of the tcp fabric.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub data_listen: Option<String>,
+    /// Address of the verbs fabric, "auto", or "off".
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub rdma_listen: Option<String>,
+    /// The only RDMA device to be used.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub rdma_device: Option<String>,
     /// Address of the Prometheus endpoint, or "off".
     #[serde(skip_serializing_if = "Option::is_none")]
     pub metrics_listen: Option<String>,
@@ -88,6 +94,8 @@ pub struct Options {
 const KEYS: &[&str] = &[
     "listen",
     "data_listen",
+    "rdma_listen",
+    "rdma_device",
     "metrics_listen",
     "state_dir",
     "run_dir",
@@ -113,6 +121,10 @@ pub struct Config {
     /// Address of the tcp fabric. Its bytes are not encrypted; a session's
     /// token is what admits a connection.
     pub data_listen: SocketAddr,
+    /// Where guests arrive over verbs.
+    pub rdma_listen: RdmaListen,
+    /// The only RDMA device to be used; `None` leaves the choice to routing.
+    pub rdma_device: Option<String>,
     /// Address of the Prometheus endpoint; `None` is off.
     pub metrics_listen: Option<SocketAddr>,
     /// Where the journal is kept. Must survive a reboot.
@@ -135,6 +147,18 @@ pub struct Config {
     pub registration_workers: usize,
     /// A hook for tests: where whoever holds migrations before their steps listens.
     pub step_socket: Option<PathBuf>,
+}
+
+/// Where guests arrive over verbs.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum RdmaListen {
+    /// At the address of `data_listen`, where an RDMA device has it; at any
+    /// device's, where `data_listen` is any address.
+    Auto,
+    /// Nowhere.
+    Off,
+    /// At this address, which an RDMA device must have.
+    At(SocketAddr),
 }
 
 /// Files of mutual TLS.
@@ -182,10 +206,20 @@ impl Config {
             "off" => None,
             text => Some(address("metrics_listen", text)?),
         };
+        let rdma_listen = match options.rdma_listen.as_deref().unwrap_or("auto") {
+            "auto" => RdmaListen::Auto,
+            "off" => RdmaListen::Off,
+            text => RdmaListen::At(address("rdma_listen", text)?),
+        };
+        let rdma_address = match rdma_listen {
+            RdmaListen::At(address) => Some(address),
+            RdmaListen::Auto | RdmaListen::Off => None,
+        };
         let tls = tls(options)?;
         let served = [
             ("listen", Some(listen)),
             ("data_listen", Some(data_listen)),
+            ("rdma_listen", rdma_address),
             ("metrics_listen", metrics_listen),
         ];
         let exposed =
@@ -200,6 +234,8 @@ impl Config {
         Ok(Self {
             listen,
             data_listen,
+            rdma_listen,
+            rdma_device: options.rdma_device.clone(),
             metrics_listen,
             state_dir: directory("state_dir", options.state_dir.as_deref(), "/var/lib/ramferry")?,
             run_dir: directory("run_dir", options.run_dir.as_deref(), "/run/ramferry")?,

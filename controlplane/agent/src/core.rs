@@ -7,12 +7,12 @@ use std::path::Path;
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
-use ramferry_fabric::{shm, tcp};
 use thiserror::Error;
 use tokio::runtime::Handle;
 
 use crate::config::Config;
 use crate::destination::DestinationSession;
+use crate::fabrics::Fabrics;
 use crate::journal::{Journal, Recovered};
 use crate::metrics::Metrics;
 use crate::migrations::Registry;
@@ -34,8 +34,7 @@ pub(crate) struct Agent {
     pub(crate) sessions: Mutex<HashMap<String, Arc<DestinationSession>>>,
     /// Held while it is recorded that a migration never ran here.
     pub(crate) recording_never_ran: tokio::sync::Mutex<()>,
-    pub(crate) tcp: tcp::Listener,
-    pub(crate) shm: shm::Listener,
+    pub(crate) fabrics: Fabrics,
     pub(crate) boot_id: String,
     pub(crate) runtime: Handle,
     /// What moving device state cost last, if it was ever done.
@@ -55,6 +54,15 @@ pub enum CoreError {
         /// Why.
         #[source]
         source: ramferry_fabric::LinkError,
+    },
+    /// An RDMA address is configured, and this build cannot use it.
+    #[error(
+        "rdma_listen is {address}, and this agent was built without verbs: leave it out, or build with the \
+         cargo feature \"verbs\""
+    )]
+    VerbsAbsent {
+        /// The address.
+        address: std::net::SocketAddr,
     },
     /// The kernel does not tell its boot id.
     #[error("cannot read /proc/sys/kernel/random/boot_id; is /proc mounted?")]
@@ -110,11 +118,7 @@ impl Agent {
     ) -> Result<Arc<Self>, CoreError> {
         make_run_dir(&config.run_dir)?;
         sockets::sweep(&config.run_dir);
-        let shm_path = config.run_dir.join(sockets::shm_name(std::process::id()));
-        let shm = shm::Listener::bind(&shm_path)
-            .map_err(|source| CoreError::Listen { address: shm_path.display().to_string(), source })?;
-        let tcp = tcp::Listener::bind(config.data_listen)
-            .map_err(|source| CoreError::Listen { address: config.data_listen.to_string(), source })?;
+        let fabrics = Fabrics::open(&config)?;
         let boot_id =
             std::fs::read_to_string("/proc/sys/kernel/random/boot_id").map_err(CoreError::BootId)?;
         let registry = Registry::new(config.max_migrations);
@@ -125,8 +129,7 @@ impl Agent {
             registry,
             sessions: Mutex::default(),
             recording_never_ran: tokio::sync::Mutex::default(),
-            tcp,
-            shm,
+            fabrics,
             boot_id: boot_id.trim().to_owned(),
             runtime: Handle::current(),
             device_state_costs: Mutex::default(),

@@ -7,7 +7,7 @@ use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::Duration;
 
 use ramferry_engine::{Destination, DestinationEvent, Failure, Reason};
-use ramferry_fabric::{Admission, FabricKind, MappedDomain, SessionToken};
+use ramferry_fabric::{FabricKind, SessionToken};
 use ramferry_guest::GuestError;
 use ramferry_mover::{DestinationHandle, DestinationInput, DestinationParts, PeerAnswer, spawn_destination};
 use ramferry_proto::v1;
@@ -25,6 +25,7 @@ use self::outside::Outside;
 use crate::MigrationRole;
 use crate::core::Agent;
 use crate::device_stream::{self, Incoming};
+use crate::fabrics::Admitted;
 use crate::guest_cell::GuestCell;
 use crate::journal::{Durability, MigrationLog, Record, Recovered};
 use crate::migrations::{Claim, Entry};
@@ -418,19 +419,12 @@ impl DestinationSession {
     fn build(self: &Arc<Self>, plan: Plan) -> Result<DestinationParts, Failure> {
         let ram = |error: ramferry_ram::RamError| Failure::new(Reason::GuestFailed, causes(&error));
         let memory = Arc::new(Memory::new(plan.layout, plan.files, Access::ReadWrite).map_err(ram)?);
-        let domain = match plan.fabric {
-            FabricKind::Shm => MappedDomain::reached_by_peer(Arc::clone(&memory)),
-            _ => MappedDomain::new(Arc::clone(&memory)),
-        };
-        let domain = Arc::new(domain.map_err(ram)?);
         let token = self.token.clone().expect("a session that is prepared has a token");
-        let admission: Admission = match plan.fabric {
-            FabricKind::Shm => self.agent.shm.admit(token, Arc::clone(&domain), plan.streams),
-            _ => self.agent.tcp.admit(token, Arc::clone(&domain), plan.streams),
-        };
+        let Admitted { domain, links } =
+            self.agent.fabrics.admit(plan.fabric, token, &memory, plan.streams)?;
         let answering = Arc::clone(self);
         Ok(DestinationParts {
-            links: Box::new(move || admission.failure()),
+            links,
             domain,
             memory,
             registration_workers: self.agent.config.registration_workers,

@@ -7,22 +7,22 @@ use ramferry_proto::v1::node_service_server::{NodeService, NodeServiceServer};
 use rustix::process::Resource;
 use tonic::{Code, Request, Response, Status};
 
-use crate::config::Config;
+use crate::core::Agent;
 use crate::metrics::Metrics;
 use crate::server::MESSAGE_LIMIT_BYTES;
 use crate::status::status;
 
 /// Tells of this host.
-#[derive(Clone, Debug)]
+#[derive(Clone)]
 pub(crate) struct Node {
-    config: Arc<Config>,
+    agent: Arc<Agent>,
     metrics: Metrics,
 }
 
 impl Node {
-    /// The service of an agent with this configuration.
-    pub(crate) fn service(config: &Config, metrics: &Metrics) -> NodeServiceServer<Self> {
-        let node = Self { config: Arc::new(config.clone()), metrics: metrics.clone() };
+    /// The service of an agent.
+    pub(crate) fn service(agent: &Arc<Agent>, metrics: &Metrics) -> NodeServiceServer<Self> {
+        let node = Self { agent: Arc::clone(agent), metrics: metrics.clone() };
         NodeServiceServer::new(node)
             .max_decoding_message_size(MESSAGE_LIMIT_BYTES)
             .max_encoding_message_size(MESSAGE_LIMIT_BYTES)
@@ -45,11 +45,11 @@ impl NodeService for Node {
             hostname: text(system.nodename()),
             kernel_release: text(system.release()),
             boot_id: boot_id().await?,
-            fabrics: fabrics(&self.config),
+            fabrics: self.agent.fabrics.info(),
             trackers,
             limits: limits(),
             migrations_active: self.metrics.migrations_active(),
-            migrations_max: self.config.max_migrations,
+            migrations_max: self.agent.config.max_migrations,
         }))
     }
 
@@ -71,19 +71,6 @@ async fn boot_id() -> Result<String, Status> {
         .await
         .map_err(|error| crate::status::internal("BOOT_ID_UNREADABLE", &error))?;
     Ok(id.trim().to_owned())
-}
-
-fn fabrics(config: &Config) -> Vec<v1::FabricInfo> {
-    let info = |kind: v1::FabricKind, available, detail: String| v1::FabricInfo {
-        kind: kind.into(),
-        available,
-        detail,
-    };
-    vec![
-        info(v1::FabricKind::Verbs, false, "this build of the agent has no verbs".to_owned()),
-        info(v1::FabricKind::Shm, true, format!("unix socket in {}", config.run_dir.display())),
-        info(v1::FabricKind::Tcp, true, config.data_listen.to_string()),
-    ]
 }
 
 fn trackers() -> Vec<v1::TrackerInfo> {

@@ -41,7 +41,7 @@ pub async fn run_until(
     let bound = server.bound();
 
     let core = Agent::start(config.clone(), journal, recovered, metrics.clone())?;
-    let services = services(&core, &config, &metrics);
+    let services = services(&core, &metrics);
 
     info!(
         version = env!("CARGO_PKG_VERSION"),
@@ -63,14 +63,14 @@ pub async fn run_until(
     Ok(())
 }
 
-fn services(agent: &Arc<Agent>, config: &Config, metrics: &Metrics) -> Services {
+fn services(agent: &Arc<Agent>, metrics: &Metrics) -> Services {
     let migrations = MigrationServiceServer::new(Migrations { agent: Arc::clone(agent) })
         .max_decoding_message_size(MESSAGE_LIMIT_BYTES)
         .max_encoding_message_size(MESSAGE_LIMIT_BYTES);
     let peers = PeerServiceServer::new(Peers { agent: Arc::clone(agent) })
         .max_decoding_message_size(MESSAGE_LIMIT_BYTES)
         .max_encoding_message_size(MESSAGE_LIMIT_BYTES);
-    Services::new().with(Node::service(config, metrics)).with(migrations).with(peers)
+    Services::new().with(Node::service(agent, metrics)).with(migrations).with(peers)
 }
 
 async fn open_journal(directory: PathBuf) -> Result<(Journal, Vec<Recovered>), AgentError> {

@@ -11,7 +11,7 @@ use std::time::{Duration, SystemTime};
 use bytes::Bytes;
 use ramferry_engine::{Failure, FixedCosts, LateWrites, Reason, Source, SourceEvent};
 use ramferry_fabric::windows::{RegistrationMode, WindowConfig};
-use ramferry_fabric::{FabricKind, Link, MappedDomain, SessionToken, shm, tcp};
+use ramferry_fabric::{FabricKind, SessionToken};
 use ramferry_guest::{Guest, GuestError, GuestInfo, Side};
 use ramferry_mover::{SourceHandle, SourceInput, SourceParts, spawn_source};
 use ramferry_proto::v1;
@@ -35,6 +35,7 @@ pub(crate) use self::view::{duration as duration_on_the_wire, state as state_on_
 use crate::MigrationRole;
 use crate::core::{Agent, EXCHANGE_TIMEOUT, PROTOCOL_VERSION};
 use crate::device_stream::{self, RelayError};
+use crate::fabrics::{Agreed, Connected};
 use crate::guest_cell::GuestCell;
 use crate::journal::{Created, MigrationLog, Record, Recovered, SpecRecord};
 use crate::migrations::{Claim, Entry, Refusal};
@@ -72,16 +73,6 @@ struct Plan {
     info: GuestInfo,
     files: Vec<RamFile>,
     agreed: Agreed,
-}
-
-/// What source and destination agreed on.
-#[derive(Clone)]
-struct Agreed {
-    token: SessionToken,
-    fabric: FabricKind,
-    fabric_reason: String,
-    address: String,
-    streams: u32,
 }
 
 /// Makes every check of a migration and changes nothing.
@@ -331,12 +322,13 @@ impl Session {
             fence: FENCE_ESTIMATE,
             device_state: self.agent.device_state_cost(info.private_bytes),
         };
+        let agent = Arc::clone(&self.agent);
         let build = move || -> Result<SourceParts, Failure> {
             let tracked = tracked_files(&info, &files);
             let ram = |error: ramferry_ram::RamError| Failure::new(Reason::GuestFailed, causes(&error));
             let memory = Arc::new(Memory::new(info.layout.clone(), files, Access::Read).map_err(ram)?);
-            let domain = Arc::new(MappedDomain::new(Arc::clone(&memory)).map_err(ram)?);
-            let links = connect(&agreed, &domain, &request.destination_agent)?;
+            let Connected { domain, links } =
+                agent.fabrics.connect(&agreed, &memory, &request.destination_agent)?;
             let tracker = ramferry_tracking::arm(None, info.pid, &tracked)
                 .map_err(|error| Failure::new(Reason::TrackerFailed, causes(&error)))?;
             Ok(SourceParts {
@@ -526,41 +518,6 @@ impl Session {
     }
 }
 
-fn connect(agreed: &Agreed, domain: &Arc<MappedDomain>, agent: &str) -> Result<Vec<Box<dyn Link>>, Failure> {
-    let lost = |error: &dyn std::error::Error| Failure::new(Reason::LinkLost, causes(error));
-    (0..agreed.streams)
-        .map(|_| match agreed.fabric {
-            FabricKind::Shm => {
-                shm::connect(agreed.address.as_ref(), &agreed.token, Arc::clone(domain), EXCHANGE_TIMEOUT)
-                    .map_err(|error| lost(&error))
-            }
-            FabricKind::Tcp => {
-                let address = data_address(&agreed.address, agent).map_err(|error| lost(&error))?;
-                tcp::connect(address, &agreed.token, Arc::clone(domain), EXCHANGE_TIMEOUT)
-                    .map_err(|error| lost(&error))
-            }
-            FabricKind::Verbs => Err(Failure::new(
-                Reason::PeerRefused,
-                "the destination chose verbs, which this agent was not built with",
-            )),
-        })
-        .collect()
-}
-
-/// Where the destination's data port is: an unspecified address is its agent's.
-fn data_address(address: &str, agent: &str) -> std::io::Result<std::net::SocketAddr> {
-    use std::net::ToSocketAddrs as _;
-    let invalid = |what: String| std::io::Error::new(std::io::ErrorKind::InvalidInput, what);
-    let mut parsed: std::net::SocketAddr = address
-        .parse()
-        .map_err(|_| invalid(format!("the destination's data address {address:?} is not one")))?;
-    if parsed.ip().is_unspecified() {
-        let resolved = agent.to_socket_addrs()?.next();
-        parsed.set_ip(resolved.ok_or_else(|| invalid(format!("{agent:?} has no address")))?.ip());
-    }
-    Ok(parsed)
-}
-
 async fn inspect(
     agent: &Agent,
     request: &Request,
@@ -582,6 +539,7 @@ async fn negotiate(
     validate_only: bool,
 ) -> Result<v1::NegotiateSessionResponse, Status> {
     let channel = peer::channel(&request.destination_agent, agent.config.tls.as_ref())?;
+    let (offered, verbs_unavailable) = agent.fabrics.offer();
     let call = v1::NegotiateSessionRequest {
         protocol_version: PROTOCOL_VERSION,
         migration_id: id.to_owned(),
@@ -591,7 +549,8 @@ async fn negotiate(
         vmm_version: info.vmm.clone(),
         boot_id: agent.boot_id.clone(),
         fabric: request.fabric.map_or(v1::FabricKind::Unspecified, fabric_on_the_wire).into(),
-        fabrics: vec![v1::FabricKind::Shm.into(), v1::FabricKind::Tcp.into()],
+        fabrics: offered.into_iter().map(|kind| fabric_on_the_wire(kind).into()).collect(),
+        verbs_unavailable,
         streams: request.streams,
         registration_mode: request.spec.parameters.unwrap_or_default().registration_mode,
         pin_budget_bytes: request.pin_budget_bytes.unwrap_or_default(),

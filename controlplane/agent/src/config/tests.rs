@@ -22,6 +22,8 @@ fn keys_are_the_fields_of_options() {
         config: path(),
         listen: text(),
         data_listen: text(),
+        rdma_listen: text(),
+        rdma_device: text(),
         metrics_listen: text(),
         state_dir: path(),
         run_dir: path(),
@@ -89,12 +91,13 @@ fn unknown_key_in_the_file_is_named() {
 
 #[test]
 fn anything_but_loopback_needs_tls_then_guest_dirs() {
-    let exposed: [fn(&mut Options); 3] = [
+    let exposed: [fn(&mut Options); 4] = [
         |options| options.listen = Some("0.0.0.0:7050".into()),
         |options| options.data_listen = Some("[::]:7051".into()),
+        |options| options.rdma_listen = Some("192.0.2.1:7052".into()),
         |options| options.metrics_listen = Some("192.0.2.1:9750".into()),
     ];
-    for (expose, name) in exposed.iter().zip(["listen", "data_listen", "metrics_listen"]) {
+    for (expose, name) in exposed.iter().zip(["listen", "data_listen", "rdma_listen", "metrics_listen"]) {
         let mut options = Options::default();
         expose(&mut options);
         let ConfigError::NotLoopback { key, .. } = error_of(&options) else { panic!("{name}") };
@@ -120,9 +123,10 @@ fn incomplete_tls_names_what_is_missing() {
 
 #[test]
 fn bad_values_name_their_key() {
-    let cases: [(&str, Options); 11] = [
+    let cases: [(&str, Options); 12] = [
         ("listen", Options { listen: Some("localhost:7050".into()), ..Options::default() }),
         ("data_listen", Options { data_listen: Some("7051".into()), ..Options::default() }),
+        ("rdma_listen", Options { rdma_listen: Some("rxe0".into()), ..Options::default() }),
         ("metrics_listen", Options { metrics_listen: Some("no".into()), ..Options::default() }),
         ("state_dir", Options { state_dir: Some("state".into()), ..Options::default() }),
         ("run_dir", Options { run_dir: Some("".into()), ..Options::default() }),

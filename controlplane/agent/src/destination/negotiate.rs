@@ -18,7 +18,7 @@ use crate::inspect::inspect;
 use crate::journal::{Created, SpecRecord, is_migration_id};
 use crate::migrations::Entry;
 use crate::publish::Publisher;
-use crate::request::{MAX_STREAMS, fabric, fabric_on_the_wire, registration_mode};
+use crate::request::{MAX_STREAMS, fabric_on_the_wire, registration_mode};
 use crate::source::{DEFAULT_STREAMS, refused, unix_milliseconds};
 use crate::status::{Violation, causes, internal, invalid_argument, precondition, status};
 
@@ -48,7 +48,7 @@ pub(crate) async fn negotiate(
         return Err(invalid_argument("streams", "OUT_OF_RANGE", message));
     }
     let layout = layout(&request.blocks)?;
-    let (chosen, reason) = choose(agent, &request)?;
+    let (chosen, reason) = agent.fabrics.choose(&request, request.boot_id == agent.boot_id)?;
     let mode = registration_mode(request.registration_mode)?;
     let mut claim = if request.validate_only {
         None
@@ -64,7 +64,7 @@ pub(crate) async fn negotiate(
         session_token: Vec::new(),
         fabric: fabric_on_the_wire(chosen).into(),
         fabric_reason: reason.clone(),
-        fabric_address: address(agent, chosen),
+        fabric_address: agent.fabrics.address(chosen),
         streams: if request.streams == 0 { DEFAULT_STREAMS } else { request.streams },
         vmm_version: format!("{} ({})", info.vmm, info.machine),
         agent_version: env!("CARGO_PKG_VERSION").into(),
@@ -112,40 +112,6 @@ pub(crate) fn layout(blocks: &[v1::MemoryBlock]) -> Result<Layout, Status> {
     };
     Layout::new(blocks.iter().map(block).collect())
         .map_err(|error| invalid_argument("blocks", "LAYOUT_INVALID", error.to_string()))
-}
-
-/// The fabric, and why.
-fn choose(agent: &Agent, request: &v1::NegotiateSessionRequest) -> Result<(FabricKind, String), Status> {
-    let offers = |kind: FabricKind| request.fabrics.contains(&i32::from(fabric_on_the_wire(kind)));
-    let same_host = request.boot_id == agent.boot_id;
-    let unavailable = |message: &str| Err(precondition("FABRIC_UNAVAILABLE", message, [], []));
-    match fabric(request.fabric)? {
-        Some(FabricKind::Verbs) => {
-            unavailable("fabric verbs was asked for, and this agent has none; ask for tcp, or for auto")
-        }
-        Some(FabricKind::Shm) if !same_host => unavailable(
-            "fabric shm was asked for, and the agents are on different hosts; ask for tcp, or for auto",
-        ),
-        Some(kind) if !offers(kind) => {
-            unavailable("the source's agent does not have the fabric that was asked for; ask for auto")
-        }
-        Some(kind) => Ok((kind, "asked for".into())),
-        None if same_host && offers(FabricKind::Shm) => {
-            Ok((FabricKind::Shm, "both agents are on one host".into()))
-        }
-        None if offers(FabricKind::Tcp) => Ok((
-            FabricKind::Tcp,
-            "the agents are on different hosts, and verbs is not available on both".into(),
-        )),
-        None => unavailable("source and destination have no fabric in common; upgrade the older agent"),
-    }
-}
-
-fn address(agent: &Agent, chosen: FabricKind) -> String {
-    match chosen {
-        FabricKind::Shm => agent.shm.path().display().to_string(),
-        FabricKind::Tcp | FabricKind::Verbs => agent.tcp.local_addr().to_string(),
-    }
 }
 
 fn check_guests(

@@ -33,6 +33,13 @@ pub(crate) struct AgentArgs {
     /// Address of the tcp fabric [default: 127.0.0.1:7051].
     #[arg(long, value_name = "ADDR:PORT")]
     pub(crate) data_listen: Option<String>,
+    /// Address of the verbs fabric, which an RDMA device must have; auto: that of the tcp fabric, where it
+    /// is one; or off [default: auto].
+    #[arg(long, value_name = "ADDR:PORT|auto|off")]
+    pub(crate) rdma_listen: Option<String>,
+    /// The only RDMA device to be used [default: the one by which the peer is reached].
+    #[arg(long, value_name = "NAME")]
+    pub(crate) rdma_device: Option<String>,
     /// Address of the Prometheus endpoint, or off [default: 127.0.0.1:9750].
     #[arg(long, value_name = "ADDR:PORT|off")]
     pub(crate) metrics_listen: Option<String>,
@@ -88,6 +95,8 @@ impl AgentArgs {
             config: self.config,
             listen: self.listen,
             data_listen: self.data_listen,
+            rdma_listen: self.rdma_listen,
+            rdma_device: self.rdma_device,
             metrics_listen: self.metrics_listen,
             state_dir: self.state_dir,
             run_dir: self.run_dir,

@@ -1,0 +1,140 @@
+//! RDMA: the agent's listener and its devices.
+
+use std::net::{IpAddr, SocketAddr};
+use std::sync::Arc;
+
+use ramferry_engine::Failure;
+use ramferry_fabric::SessionToken;
+use ramferry_ram::Memory;
+use ramferry_verbs::{DeviceInfo, Listener};
+
+use super::{Admitted, Agreed, Connected, lost, open_links};
+use crate::config::{Config, RdmaListen};
+use crate::core::{CoreError, EXCHANGE_TIMEOUT};
+use crate::status::causes;
+
+#[derive(Debug)]
+pub(super) struct Verbs {
+    /// For guests that arrive; or why none can over verbs.
+    listener: Result<Listener, String>,
+    /// The only device to be used, where one was named.
+    device: Option<String>,
+}
+
+impl Verbs {
+    /// An address that was asked for must be had. One that is looked for may be missing.
+    pub(super) fn open(config: &Config) -> Result<Self, CoreError> {
+        let device = config.rdma_device.clone();
+        let bind = |address| Listener::bind(address, device.as_deref());
+        let listener =
+            match config.rdma_listen {
+                RdmaListen::Off => Err("rdma_listen is off".into()),
+                RdmaListen::At(address) => Ok(bind(address)
+                    .map_err(|source| CoreError::Listen { address: address.to_string(), source })?),
+                RdmaListen::Auto => listen_address(config.data_listen.ip(), device.as_deref())
+                    .and_then(|address| bind(address).map_err(|error| causes(&error))),
+            };
+        match &listener {
+            Ok(listener) => {
+                tracing::info!(address = %listener.local_addr(), device = listener.device(), "verbs listens");
+            }
+            Err(why) => tracing::info!(why, "guests cannot arrive over verbs"),
+        }
+        Ok(Self { listener, device })
+    }
+
+    /// The device by which this host's guests may leave.
+    pub(super) fn reaches_peers(&self) -> Result<String, String> {
+        let active = active(self.device.as_deref())?;
+        Ok(active.into_iter().map(|device| device.name).collect::<Vec<_>>().join(", "))
+    }
+
+    /// The device by which guests may arrive, while its port is active.
+    pub(super) fn is_reached_by_peers(&self) -> Result<String, String> {
+        let listener = self.listener.as_ref().map_err(Clone::clone)?;
+        active(Some(listener.device()))?;
+        Ok(listener.device().to_owned())
+    }
+
+    pub(super) fn describe(&self) -> Result<String, String> {
+        self.is_reached_by_peers().map(|device| format!("{device} at {}", self.address()))
+    }
+
+    pub(super) fn address(&self) -> String {
+        self.listener.as_ref().map(|listener| listener.local_addr().to_string()).unwrap_or_default()
+    }
+
+    pub(super) fn admit(
+        &self,
+        token: SessionToken,
+        memory: Arc<Memory>,
+        links: u32,
+    ) -> Result<Admitted, Failure> {
+        let listener = self
+            .listener
+            .as_ref()
+            .map_err(|why| Failure::new(ramferry_engine::Reason::LinkLost, why.clone()))?;
+        let domain = listener.domain(memory).map_err(|error| lost(&error))?;
+        let admission = listener.admit(token, Arc::clone(&domain), links);
+        Ok(Admitted { domain, links: Box::new(move || admission.failure()) })
+    }
+
+    pub(super) fn connect(
+        &self,
+        address: SocketAddr,
+        agreed: &Agreed,
+        memory: &Arc<Memory>,
+    ) -> Result<Connected, Failure> {
+        let device = self.device.as_deref();
+        let domain = ramferry_verbs::domain_towards(address, device, Arc::clone(memory), EXCHANGE_TIMEOUT)
+            .map_err(|error| lost(&error))?;
+        let connect =
+            || ramferry_verbs::connect(address, &agreed.token, Arc::clone(&domain), EXCHANGE_TIMEOUT);
+        let links = open_links(agreed.streams, connect)?;
+        Ok(Connected { links, domain })
+    }
+}
+
+/// The devices with an active port; of the one that is named, if one is.
+fn active(device: Option<&str>) -> Result<Vec<DeviceInfo>, String> {
+    let all = ramferry_verbs::devices().map_err(|error| causes(&error))?;
+    if all.is_empty() {
+        return Err("there is no RDMA device".into());
+    }
+    let named: Vec<_> =
+        all.into_iter().filter(|info| device.is_none_or(|device| device == info.name)).collect();
+    if named.is_empty() {
+        return Err(format!("there is no RDMA device {}", device.unwrap_or_default()));
+    }
+    let names: Vec<_> = named.iter().map(|info| info.name.clone()).collect();
+    let active: Vec<_> = named.into_iter().filter(|info| info.active).collect();
+    if active.is_empty() {
+        return Err(format!("no port of {} is active: is its link up?", names.join(", ")));
+    }
+    Ok(active)
+}
+
+/// Where to listen when no address was given: the data address, where that is a
+/// device's; any device's, where the data address is any.
+fn listen_address(data: IpAddr, device: Option<&str>) -> Result<SocketAddr, String> {
+    let active = active(device)?;
+    let mut addresses = active.iter().flat_map(|info| info.addresses.iter().copied());
+    let found = if data.is_unspecified() {
+        addresses.next()
+    } else if data.is_loopback() {
+        return Err(
+            "data_listen is a loopback address: set rdma_listen to the address of an RDMA device".into()
+        );
+    } else {
+        addresses.find(|address| *address == data)
+    };
+    let names: Vec<_> = active.iter().map(|info| info.name.clone()).collect();
+    let names = names.join(", ");
+    match found {
+        Some(address) => Ok(SocketAddr::new(address, 0)),
+        None if data.is_unspecified() => {
+            Err(format!("{names} has no IP address: give its interface one, or set rdma_listen"))
+        }
+        None => Err(format!("{data} is no address of {names}: set rdma_listen to one that is")),
+    }
+}
