@@ -16,6 +16,7 @@
 //! # }
 //! ```
 
+mod authority;
 mod binaries;
 mod debian;
 mod held_disk;
@@ -24,6 +25,7 @@ mod proof;
 mod qemu;
 mod scratch;
 
+pub use authority::{Authority, Credentials};
 pub use binaries::{QemuVersion, qemu_binary};
 pub use debian::DebianGuest;
 pub use held_disk::{HeldDisk, Releaser};

@@ -11,7 +11,7 @@ use anyhow::{Context as _, Result, ensure};
 use ramferry_ram::{Access, Block, BlockIndex, BlockRange, Layout, Mapping, Memory, PageSets, RamFile};
 use ramferry_tracking::{TrackedFile, Tracker, TrackerKind};
 
-use crate::report::Report;
+use crate::measuring::report::Report;
 
 const PAGE_BYTES: u64 = 4096;
 const GIB: u64 = 1 << 30;

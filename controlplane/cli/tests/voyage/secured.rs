@@ -1,55 +1,16 @@
 //! Two agents and a caller that know one another by certificate only.
 
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::process::Output;
 
-use rcgen::{BasicConstraints, CertificateParams, CertifiedIssuer, IsCa, KeyPair, SanType};
+use ramferry_lab::Authority;
 
 use crate::harness::{Agent, assert_proves_itself, boot, proof, quiet, ramferry};
 use crate::secrets::everything_of;
 
-/// An authority whose certificates are files.
-pub(crate) struct Authority {
-    issuer: CertifiedIssuer<'static, KeyPair>,
-    directory: tempfile::TempDir,
-}
-
-impl Authority {
-    pub(crate) fn new() -> Authority {
-        let mut parameters = CertificateParams::default();
-        parameters.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
-        let issuer = CertifiedIssuer::self_signed(parameters, KeyPair::generate().unwrap()).unwrap();
-        let directory = tempfile::tempdir().unwrap();
-        std::fs::write(directory.path().join("ca.pem"), issuer.pem()).unwrap();
-        Authority { issuer, directory }
-    }
-
-    /// Options that show a certificate with these roles.
-    fn options(&self, name: &str, roles: &[&str]) -> Vec<String> {
-        self.options_at("127.0.0.1", name, roles)
-    }
-
-    /// The same, for an agent at another address.
-    pub(crate) fn options_at(&self, address: &str, name: &str, roles: &[&str]) -> Vec<String> {
-        let mut parameters = CertificateParams::new(vec![address.to_owned()]).unwrap();
-        for role in roles {
-            let uri = format!("ramferry:role:{role}").try_into().unwrap();
-            parameters.subject_alt_names.push(SanType::URI(uri));
-        }
-        let key = KeyPair::generate().unwrap();
-        let certificate = parameters.signed_by(&key, &self.issuer).unwrap();
-        let (certificate_path, key_path) =
-            (self.path(&format!("{name}.pem")), self.path(&format!("{name}.key")));
-        std::fs::write(&certificate_path, certificate.pem()).unwrap();
-        std::fs::write(&key_path, key.serialize_pem()).unwrap();
-        let files =
-            [("--tls-cert", certificate_path), ("--tls-key", key_path), ("--tls-ca", self.path("ca.pem"))];
-        files.into_iter().flat_map(|(option, path)| [option.to_owned(), path.display().to_string()]).collect()
-    }
-
-    fn path(&self, name: &str) -> PathBuf {
-        self.directory.path().join(name)
-    }
+/// Options that show a certificate with these roles.
+fn options(authority: &Authority, name: &str, roles: &[&str]) -> Vec<String> {
+    authority.issue("127.0.0.1", name, roles).unwrap().options()
 }
 
 fn agent(options: &[String]) -> Agent {
@@ -91,20 +52,20 @@ fn migrate(source: &Agent, destination: &Agent, guests: [&Path; 2], options: &[S
 
 #[test]
 fn agents_and_caller_with_certificates_migrate_and_others_are_refused() {
-    let authority = Authority::new();
-    let source = agent(&authority.options("source", &["peer"]));
-    let destination = agent(&authority.options("destination", &["peer"]));
+    let authority = Authority::new().unwrap();
+    let source = agent(&options(&authority, "source", &["peer"]));
+    let destination = agent(&options(&authority, "destination", &["peer"]));
     let guest = boot(proof(quiet()));
     let receiver = guest.destination().start().unwrap();
     let (from, to) = (guest.qmp_path(), receiver.qmp_path());
 
     // A peer's certificate gives no right to order a migration, and none at all gives none.
-    let refused = migrate(&source, &destination, [&from, &to], &authority.options("impostor", &["peer"]));
+    let refused = migrate(&source, &destination, [&from, &to], &options(&authority, "impostor", &["peer"]));
     assert_eq!(refused.status.code(), Some(5), "{refused:?}");
     let refused = migrate(&source, &destination, [&from, &to], &[]);
     assert!(!refused.status.success(), "{refused:?}");
 
-    let orchestrator = authority.options("orchestrator", &["orchestrator"]);
+    let orchestrator = options(&authority, "orchestrator", &["orchestrator"]);
     let moved = migrate(&source, &destination, [&from, &to], &orchestrator);
     assert!(moved.status.success(), "{moved:?}");
     assert_proves_itself(&receiver);
@@ -113,12 +74,12 @@ fn agents_and_caller_with_certificates_migrate_and_others_are_refused() {
 
 #[test]
 fn agent_without_the_role_of_a_peer_cannot_reach_a_destination() {
-    let authority = Authority::new();
-    let source = agent(&authority.options("source", &["orchestrator"]));
-    let destination = agent(&authority.options("destination", &["peer"]));
+    let authority = Authority::new().unwrap();
+    let source = agent(&options(&authority, "source", &["orchestrator"]));
+    let destination = agent(&options(&authority, "destination", &["peer"]));
     let guest = boot(proof(quiet()));
     let receiver = guest.destination().start().unwrap();
-    let orchestrator = authority.options("orchestrator", &["orchestrator"]);
+    let orchestrator = options(&authority, "orchestrator", &["orchestrator"]);
     let refused = migrate(&source, &destination, [&guest.qmp_path(), &receiver.qmp_path()], &orchestrator);
     assert_eq!(refused.status.code(), Some(5), "{refused:?}");
     assert!(String::from_utf8_lossy(&refused.stdout).contains("peer"), "{refused:?}");
