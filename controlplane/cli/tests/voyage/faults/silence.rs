@@ -7,8 +7,8 @@ use ramferry_lab::{Qemu, skipped};
 
 use super::stage::{runs, small_guest};
 use super::steps::{Held, Step, Steps};
+use crate::authority::Authority;
 use crate::harness::{Agent, PATIENCE, Site, assert_proves_itself, assert_runs_untraced};
-use crate::secured::Authority;
 
 /// The source notices within 6 s (a keepalive after 2 s, unanswered for 4 s); a
 /// busy machine may add as much.
