@@ -1,4 +1,4 @@
-//! Guests that prove themselves, and fixtures that run them under a real QEMU.
+//! A VM with a real RDMA stack, guests that prove themselves, and fixtures that run them under a real QEMU.
 //!
 //! A test boots a guest, moves it, and then asks it whether anything was lost:
 //!
@@ -21,9 +21,11 @@ mod binaries;
 mod debian;
 mod held_disk;
 mod hugepages;
+pub mod inside;
 mod proof;
 mod qemu;
 mod scratch;
+pub mod vm;
 
 pub use authority::{Authority, Credentials};
 pub use binaries::{QemuVersion, qemu_binary};

@@ -1,6 +1,6 @@
 //! A QEMU that runs one guest, and goes away with everything it made.
 
-mod keeper;
+pub(crate) mod keeper;
 pub(crate) mod memory;
 mod monitor;
 pub(crate) mod serial;

@@ -6,7 +6,7 @@ mod view;
 
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
-use std::time::{Duration, SystemTime};
+use std::time::{Duration, Instant, SystemTime};
 
 use bytes::Bytes;
 use ramferry_engine::{Failure, FixedCosts, LateWrites, Reason, Source, SourceEvent};
@@ -65,6 +65,10 @@ pub(crate) struct Session {
     ordering: Mutex<Vec<JoinHandle<()>>>,
     incoming: tokio::sync::Mutex<mpsc::Receiver<v1::DeviceState>>,
     plan: Mutex<Option<Plan>>,
+    /// When the migration was asked for.
+    called: Instant,
+    /// When its driver started, from which that counts.
+    started: Instant,
 }
 
 /// What [`Session::prepare`] works from.
@@ -115,6 +119,7 @@ pub(crate) async fn create(
     request_id: &str,
     request: Request,
 ) -> Result<Arc<Entry>, Status> {
+    let called = Instant::now();
     let mut claim = agent.registry.claim(MigrationRole::Source, id).map_err(|refusal| refused(&refusal))?;
     let (guest, info, files) = inspect(agent, &request, Some(&mut claim)).await?;
     claim.claim_guest(info.pid).map_err(|refusal| refused(&refusal))?;
@@ -173,6 +178,7 @@ pub(crate) async fn create(
             plan: Some(plan),
             log,
             claim,
+            called,
         },
     );
     Ok(entry)
@@ -210,10 +216,11 @@ struct Start {
     plan: Option<Plan>,
     log: MigrationLog,
     claim: Claim,
+    called: Instant,
 }
 
 fn start(agent: &Arc<Agent>, entry: &Arc<Entry>, start: Start) {
-    let Start { engine, parameters, setup, guest, handed_over, plan, log, claim } = start;
+    let Start { engine, parameters, setup, guest, handed_over, plan, log, claim, called } = start;
     let publisher =
         Publisher::new(&agent.metrics, MigrationRole::Source, &entry.id, setup.mode, setup.fabric);
     let (queue, incoming) = device_stream::queue();
@@ -231,6 +238,8 @@ fn start(agent: &Arc<Agent>, entry: &Arc<Entry>, start: Start) {
             ordering: Mutex::default(),
             incoming: tokio::sync::Mutex::new(incoming),
             plan: Mutex::new(plan),
+            called,
+            started: Instant::now(),
         });
         session.keep(tokio::spawn(watch_guest(Arc::clone(&session))).abort_handle());
         driven = Some(Arc::clone(&session));
@@ -300,7 +309,17 @@ pub(crate) fn recover(agent: &Arc<Agent>, found: Recovered) {
     start(
         agent,
         &entry,
-        Start { engine, parameters, setup, guest, handed_over, plan: None, log: found.log, claim },
+        Start {
+            engine,
+            parameters,
+            setup,
+            guest,
+            handed_over,
+            plan: None,
+            log: found.log,
+            claim,
+            called: Instant::now(),
+        },
     );
 }
 

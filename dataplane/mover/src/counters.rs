@@ -1,6 +1,6 @@
-use std::sync::Mutex;
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
-use std::time::Duration;
+use std::sync::{Mutex, OnceLock};
+use std::time::{Duration, Instant};
 
 /// Registrations that are kept for the next publication; more are only counted.
 const REGISTRATIONS_KEPT: usize = 1 << 16;
@@ -8,6 +8,7 @@ const REGISTRATIONS_KEPT: usize = 1 << 16;
 /// What one migration's threads did so far, on one side.
 #[derive(Debug, Default)]
 pub(crate) struct Counters {
+    first_write: OnceLock<Instant>,
     data_bytes: AtomicU64,
     data_pages: AtomicU64,
     zero_bytes: AtomicU64,
@@ -61,6 +62,8 @@ impl Stall {
 /// What was counted up to one moment. Everything only grows.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Counted {
+    /// When the first write was posted.
+    pub first_write: Option<Instant>,
     /// Bytes sent as data.
     pub data_bytes: u64,
     /// Pages sent as data.
@@ -94,6 +97,7 @@ impl Counters {
     pub(crate) fn read(&self) -> Counted {
         let nanoseconds = |counter: &AtomicU64| Duration::from_nanos(counter.load(Relaxed));
         Counted {
+            first_write: self.first_write.get().copied(),
             data_bytes: self.data_bytes.load(Relaxed),
             data_pages: self.data_pages.load(Relaxed),
             zero_bytes: self.zero_bytes.load(Relaxed),
@@ -108,6 +112,10 @@ impl Counters {
             poller_busy: nanoseconds(&self.busy_nanoseconds),
             poller_idle: nanoseconds(&self.idle_nanoseconds),
         }
+    }
+
+    pub(crate) fn note_first_write(&self) {
+        self.first_write.get_or_init(Instant::now);
     }
 
     pub(crate) fn add_data(&self, bytes: u64, pages: u64) {

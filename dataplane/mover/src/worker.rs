@@ -176,6 +176,7 @@ impl Worker {
                     length: u32::try_from(length).expect("at most TRANSFER_BYTES"),
                 };
                 self.post(|link| link.post_write(transfer))?;
+                self.copy.counters.note_first_write();
                 self.count_operation(id);
                 self.copy.pacer.spend(Instant::now(), length);
                 offset += length;

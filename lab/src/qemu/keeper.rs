@@ -18,7 +18,7 @@ struct Order {
 ///
 /// The kernel ties a child to the *thread* that made it, and a test's thread may
 /// end before its guest: so one thread, which never ends, makes them all.
-pub(super) fn spawn(command: Command) -> Result<Child> {
+pub(crate) fn spawn(command: Command) -> Result<Child> {
     static KEEPER: OnceLock<Sender<Order>> = OnceLock::new();
     let keeper = KEEPER.get_or_init(|| {
         let (orders, received) = mpsc::channel::<Order>();
@@ -41,7 +41,7 @@ pub(super) fn spawn(command: Command) -> Result<Child> {
 }
 
 /// A command for `program` that dies with the thread that starts it.
-pub(super) fn command(program: &Path) -> Command {
+pub(crate) fn command(program: &Path) -> Command {
     let setpriv = Path::new("/usr/bin/setpriv");
     if !setpriv.exists() {
         return Command::new(program);

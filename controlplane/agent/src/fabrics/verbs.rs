@@ -1,9 +1,9 @@
 //! RDMA: the agent's listener and its devices.
 
 use std::net::{IpAddr, SocketAddr};
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, MutexGuard};
 
-use ramferry_engine::Failure;
+use ramferry_engine::{Failure, Reason};
 use ramferry_fabric::SessionToken;
 use ramferry_ram::Memory;
 use ramferry_verbs::{DeviceInfo, Listener};
@@ -15,32 +15,57 @@ use crate::status::causes;
 
 #[derive(Debug)]
 pub(super) struct Verbs {
-    /// For guests that arrive; or why none can over verbs.
-    listener: Result<Listener, String>,
+    listen: RdmaListen,
+    /// Of the tcp fabric.
+    data: IpAddr,
     /// The only device to be used, where one was named.
     device: Option<String>,
+    /// For guests that arrive, once there is a device for them.
+    listener: Mutex<Option<Arc<Listener>>>,
 }
 
 impl Verbs {
-    /// An address that was asked for must be had. One that is looked for may be missing.
+    /// An address that was asked for must be had. One that is looked for may come later.
     pub(super) fn open(config: &Config) -> Result<Self, CoreError> {
-        let device = config.rdma_device.clone();
-        let bind = |address| Listener::bind(address, device.as_deref());
-        let listener =
-            match config.rdma_listen {
-                RdmaListen::Off => Err("rdma_listen is off".into()),
-                RdmaListen::At(address) => Ok(bind(address)
-                    .map_err(|source| CoreError::Listen { address: address.to_string(), source })?),
-                RdmaListen::Auto => listen_address(config.data_listen.ip(), device.as_deref())
-                    .and_then(|address| bind(address).map_err(|error| causes(&error))),
-            };
-        match &listener {
+        let verbs = Self {
+            listen: config.rdma_listen,
+            data: config.data_listen.ip(),
+            device: config.rdma_device.clone(),
+            listener: Mutex::default(),
+        };
+        if let RdmaListen::At(address) = config.rdma_listen {
+            let listener = Listener::bind(address, verbs.device.as_deref())
+                .map_err(|source| CoreError::Listen { address: address.to_string(), source })?;
+            *verbs.held() = Some(Arc::new(listener));
+        }
+        match verbs.listener() {
             Ok(listener) => {
                 tracing::info!(address = %listener.local_addr(), device = listener.device(), "verbs listens");
             }
             Err(why) => tracing::info!(why, "guests cannot arrive over verbs"),
         }
-        Ok(Self { listener, device })
+        Ok(verbs)
+    }
+
+    /// The listener that is there, or another where its device came late or back.
+    fn listener(&self) -> Result<Arc<Listener>, String> {
+        let mut held = self.held();
+        if let Some(listener) = held.as_ref().filter(|listener| listener.failure().is_none()) {
+            return Ok(Arc::clone(listener));
+        }
+        *held = None;
+        let device = self.device.as_deref();
+        let address = match self.listen {
+            RdmaListen::Off => return Err("rdma_listen is off".into()),
+            RdmaListen::At(address) => address,
+            RdmaListen::Auto => listen_address(self.data, device)?,
+        };
+        let listener = Listener::bind(address, device).map_err(|error| causes(&error))?;
+        Ok(Arc::clone(held.insert(Arc::new(listener))))
+    }
+
+    fn held(&self) -> MutexGuard<'_, Option<Arc<Listener>>> {
+        self.listener.lock().expect("no panic while it is held")
     }
 
     /// The device by which this host's guests may leave.
@@ -51,7 +76,7 @@ impl Verbs {
 
     /// The device by which guests may arrive, while its port is active.
     pub(super) fn is_reached_by_peers(&self) -> Result<String, String> {
-        let listener = self.listener.as_ref().map_err(Clone::clone)?;
+        let listener = self.listener()?;
         active(Some(listener.device()))?;
         Ok(listener.device().to_owned())
     }
@@ -61,7 +86,7 @@ impl Verbs {
     }
 
     pub(super) fn address(&self) -> String {
-        self.listener.as_ref().map(|listener| listener.local_addr().to_string()).unwrap_or_default()
+        self.listener().map(|listener| listener.local_addr().to_string()).unwrap_or_default()
     }
 
     pub(super) fn admit(
@@ -70,10 +95,7 @@ impl Verbs {
         memory: Arc<Memory>,
         links: u32,
     ) -> Result<Admitted, Failure> {
-        let listener = self
-            .listener
-            .as_ref()
-            .map_err(|why| Failure::new(ramferry_engine::Reason::LinkLost, why.clone()))?;
+        let listener = self.listener().map_err(|why| Failure::new(Reason::LinkLost, why))?;
         let domain = listener.domain(memory).map_err(|error| lost(&error))?;
         let admission = listener.admit(token, Arc::clone(&domain), links);
         Ok(Admitted { domain, links: Box::new(move || admission.failure()) })

@@ -223,7 +223,7 @@ impl SourceOutside for Outside {
 
     fn publish(&mut self, snapshot: &SourceSnapshot) {
         self.session.entry.update(|view| {
-            view::fill(view, snapshot);
+            view::fill(view, snapshot, self.session.called, self.session.started);
             // The state becomes final with `finish`, together with its error.
             if !snapshot.state.is_final() {
                 view.set_state(view::state(snapshot.state));

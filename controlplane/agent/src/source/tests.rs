@@ -117,6 +117,8 @@ async fn after_a_panic_nothing_is_ordered_of_a_guest_that_was_resumed() {
         ordering: Mutex::default(),
         incoming: tokio::sync::Mutex::new(incoming),
         plan: Mutex::new(None),
+        called: std::time::Instant::now(),
+        started: std::time::Instant::now(),
     };
     let ends = Ends(Arc::clone(&happened));
     session.keep_ordering(tokio::spawn(async move {

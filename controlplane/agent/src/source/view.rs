@@ -1,6 +1,6 @@
 //! A migration as the API shows it, from what its driver knows.
 
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use ramferry_engine::{LateWrites, State};
 use ramferry_mover::SourceSnapshot;
@@ -19,8 +19,8 @@ pub(crate) fn state(state: State) -> v1::MigrationState {
     }
 }
 
-/// Fills `view` in from `snapshot`, but for its state.
-pub(crate) fn fill(view: &mut v1::Migration, snapshot: &SourceSnapshot) {
+/// Fills `view` in from `snapshot`, but for its state. The migration was `called` for, then its driver `started`.
+pub(crate) fn fill(view: &mut v1::Migration, snapshot: &SourceSnapshot, called: Instant, started: Instant) {
     view.verified = snapshot.verified;
     if let Some(tracker) = snapshot.tracker {
         tracker.as_str().clone_into(&mut view.tracker);
@@ -29,10 +29,11 @@ pub(crate) fn fill(view: &mut v1::Migration, snapshot: &SourceSnapshot) {
     if snapshot.late_writes == LateWrites::Undrainable && view.recheck_reason.is_empty() {
         "writes of another process".clone_into(&mut view.recheck_reason);
     }
-    view.progress = Some(progress(snapshot));
+    view.progress = Some(progress(snapshot, called, started));
 }
 
-fn progress(snapshot: &SourceSnapshot) -> v1::MigrationProgress {
+fn progress(snapshot: &SourceSnapshot, called: Instant, started: Instant) -> v1::MigrationProgress {
+    let since_call = |since_start: Duration| duration(since_start + started.duration_since(called));
     let engine = &snapshot.progress;
     let counted = &snapshot.counted;
     let done_of_round = (counted.data_bytes + counted.zero_bytes)
@@ -57,8 +58,9 @@ fn progress(snapshot: &SourceSnapshot) -> v1::MigrationProgress {
         pinned_bytes: snapshot.pinned_bytes,
         pinned_peak_bytes: snapshot.pinned_peak_bytes,
         expected_downtime: engine.expected_downtime.map(duration),
-        setup_time: engine.setup_time.map(duration),
-        total_time: engine.total_time.map(duration),
+        setup_time: engine.setup_time.map(since_call),
+        first_write_time: counted.first_write.map(|at| duration(at.duration_since(called))),
+        total_time: engine.total_time.map(since_call),
         downtime: engine.downtime.map(duration),
         downtime_parts: parts
             .into_iter()

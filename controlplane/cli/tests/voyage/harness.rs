@@ -11,7 +11,7 @@ use ramferry_lab::{Fill, Qemu, QemuBuilder, RamBlock, Workload};
 use ramferry_proto::v1;
 use ramferry_proto::v1::migration_service_client::MigrationServiceClient;
 use tempfile::TempDir;
-use tonic::transport::Channel;
+use tonic::transport::{Channel, ClientTlsConfig};
 use tonic::{Code, Status};
 
 pub(crate) const MIB: u64 = 1 << 20;
@@ -38,7 +38,7 @@ pub(crate) struct Site {
 }
 
 impl Site {
-    fn here() -> Site {
+    pub(crate) fn here() -> Site {
         Site { enter: Vec::new(), address: "127.0.0.1".into() }
     }
 
@@ -59,6 +59,8 @@ pub(crate) struct Agent {
     arguments: Vec<String>,
     pub(crate) grpc: SocketAddr,
     pub(crate) metrics: SocketAddr,
+    /// What its callers show; nothing where it serves loopback only.
+    pub(crate) caller: Option<ClientTlsConfig>,
     lines: Receiver<String>,
 }
 
@@ -92,7 +94,9 @@ impl Agent {
         self.kill();
         let directory = std::mem::replace(&mut self.directory, tempfile::tempdir().unwrap());
         let arguments: Vec<&str> = self.arguments.iter().map(String::as_str).collect();
-        *self = Agent::start_in(directory, self.site.clone(), self.grpc.port(), &arguments);
+        let (caller, site) = (self.caller.take(), self.site.clone());
+        *self = Agent::start_in(directory, site, self.grpc.port(), &arguments);
+        self.caller = caller;
     }
 
     /// Where it makes its sockets.
@@ -137,7 +141,8 @@ impl Agent {
             };
             if let Some((grpc, metrics)) = bound(&line) {
                 let arguments = arguments.iter().map(|&argument| argument.to_owned()).collect();
-                return Agent { child, directory, site, arguments, grpc, metrics, lines };
+                let caller = None;
+                return Agent { child, directory, site, arguments, grpc, metrics, caller, lines };
             }
             seen.push(line);
         }
@@ -184,7 +189,11 @@ impl Agent {
     }
 
     pub(crate) async fn client(&self) -> MigrationServiceClient<Channel> {
-        let endpoint = Channel::from_shared(format!("http://{}", self.grpc)).unwrap();
+        let scheme = if self.caller.is_some() { "https" } else { "http" };
+        let mut endpoint = Channel::from_shared(format!("{scheme}://{}", self.grpc)).unwrap();
+        if let Some(caller) = &self.caller {
+            endpoint = endpoint.tls_config(caller.clone()).unwrap();
+        }
         MigrationServiceClient::new(endpoint.connect().await.unwrap())
     }
 

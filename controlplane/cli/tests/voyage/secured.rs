@@ -3,15 +3,9 @@
 use std::path::Path;
 use std::process::Output;
 
-use ramferry_lab::Authority;
-
+use crate::authority::Authority;
 use crate::harness::{Agent, assert_proves_itself, boot, proof, quiet, ramferry};
 use crate::secrets::everything_of;
-
-/// Options that show a certificate with these roles.
-fn options(authority: &Authority, name: &str, roles: &[&str]) -> Vec<String> {
-    authority.issue("127.0.0.1", name, roles).unwrap().options()
-}
 
 fn agent(options: &[String]) -> Agent {
     let talkative = ["--log-filter", "trace"];
@@ -52,20 +46,20 @@ fn migrate(source: &Agent, destination: &Agent, guests: [&Path; 2], options: &[S
 
 #[test]
 fn agents_and_caller_with_certificates_migrate_and_others_are_refused() {
-    let authority = Authority::new().unwrap();
-    let source = agent(&options(&authority, "source", &["peer"]));
-    let destination = agent(&options(&authority, "destination", &["peer"]));
+    let authority = Authority::new();
+    let source = agent(&authority.options("source", &["peer"]));
+    let destination = agent(&authority.options("destination", &["peer"]));
     let guest = boot(proof(quiet()));
     let receiver = guest.destination().start().unwrap();
     let (from, to) = (guest.qmp_path(), receiver.qmp_path());
 
     // A peer's certificate gives no right to order a migration, and none at all gives none.
-    let refused = migrate(&source, &destination, [&from, &to], &options(&authority, "impostor", &["peer"]));
+    let refused = migrate(&source, &destination, [&from, &to], &authority.options("impostor", &["peer"]));
     assert_eq!(refused.status.code(), Some(5), "{refused:?}");
     let refused = migrate(&source, &destination, [&from, &to], &[]);
     assert!(!refused.status.success(), "{refused:?}");
 
-    let orchestrator = options(&authority, "orchestrator", &["orchestrator"]);
+    let orchestrator = authority.options("orchestrator", &["orchestrator"]);
     let moved = migrate(&source, &destination, [&from, &to], &orchestrator);
     assert!(moved.status.success(), "{moved:?}");
     assert_proves_itself(&receiver);
@@ -74,12 +68,12 @@ fn agents_and_caller_with_certificates_migrate_and_others_are_refused() {
 
 #[test]
 fn agent_without_the_role_of_a_peer_cannot_reach_a_destination() {
-    let authority = Authority::new().unwrap();
-    let source = agent(&options(&authority, "source", &["orchestrator"]));
-    let destination = agent(&options(&authority, "destination", &["peer"]));
+    let authority = Authority::new();
+    let source = agent(&authority.options("source", &["orchestrator"]));
+    let destination = agent(&authority.options("destination", &["peer"]));
     let guest = boot(proof(quiet()));
     let receiver = guest.destination().start().unwrap();
-    let orchestrator = options(&authority, "orchestrator", &["orchestrator"]);
+    let orchestrator = authority.options("orchestrator", &["orchestrator"]);
     let refused = migrate(&source, &destination, [&guest.qmp_path(), &receiver.qmp_path()], &orchestrator);
     assert_eq!(refused.status.code(), Some(5), "{refused:?}");
     assert!(String::from_utf8_lossy(&refused.stdout).contains("peer"), "{refused:?}");

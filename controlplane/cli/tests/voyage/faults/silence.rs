@@ -3,10 +3,11 @@
 use std::process::{Command, Output};
 use std::time::{Duration, Instant};
 
-use ramferry_lab::{Authority, Qemu, skipped};
+use ramferry_lab::{Qemu, skipped};
 
 use super::stage::{runs, small_guest};
 use super::steps::{Held, Step, Steps};
+use crate::authority::Authority;
 use crate::harness::{Agent, PATIENCE, Site, assert_proves_itself, assert_runs_untraced};
 
 /// The source notices within 6 s (a keepalive after 2 s, unanswered for 4 s); a
@@ -84,17 +85,17 @@ struct Hosts {
 
 impl Hosts {
     fn new(network: Network) -> Hosts {
-        let (authority, steps) = (Authority::new().unwrap(), Steps::listen());
+        let (authority, steps) = (Authority::new(), Steps::listen());
         let socket = steps.path().display().to_string();
         let guests = format!("{},/dev/shm", std::env::temp_dir().display());
         let sites = network.sites();
         let agents = [("source", 0), ("destination", 1)].map(|(name, end)| {
-            let mut options = authority.issue(&sites[end].address, name, &["peer"]).unwrap().options();
+            let mut options = authority.options_at(&sites[end].address, name, &["peer"]);
             options.extend(["--step-socket", &socket, "--guest-dirs", &guests].map(str::to_owned));
             let options: Vec<&str> = options.iter().map(String::as_str).collect();
             Agent::start_at(sites[end].clone(), &options)
         });
-        let caller = authority.issue("127.0.0.1", "orchestrator", &["orchestrator"]).unwrap().options();
+        let caller = authority.options_at("127.0.0.1", "orchestrator", &["orchestrator"]);
         let guest = small_guest();
         let receiver = guest.destination().start().unwrap();
         Hosts { sites, agents, caller, steps, guest, receiver, network, _authority: authority }

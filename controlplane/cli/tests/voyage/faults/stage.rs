@@ -70,10 +70,14 @@ pub(crate) fn endless(fabric: v1::FabricKind) -> v1::MigrationParameters {
 
 impl Stage {
     pub(crate) async fn set() -> Stage {
+        let agent = |socket: &str| Agent::start_with(&["--step-socket", socket]);
+        Stage::set_with(|socket| Pair { source: agent(socket), destination: agent(socket) }).await
+    }
+
+    /// A stage of agents that are started with this step socket.
+    pub(crate) async fn set_with(agents: impl FnOnce(&str) -> Pair) -> Stage {
         let steps = Steps::listen();
-        let socket = steps.path().display().to_string();
-        let agent = || Agent::start_with(&["--step-socket", &socket]);
-        let pair = Pair { source: agent(), destination: agent() };
+        let pair = agents(&steps.path().display().to_string());
         let proxy = Proxy::to(pair.destination.grpc).await;
         let guest = small_guest();
         let receiver = guest.destination().start().unwrap();

@@ -1,0 +1,122 @@
+//! What is struck, and when.
+
+use std::time::Instant;
+
+use ramferry_proto::v1::FabricKind;
+
+use super::stage::{Course, Fault, Stage};
+use crate::authority::Authority;
+use crate::rdma::{DESTINATION, pair, system};
+
+/// Where the way of RAM is cut: in each phase, and in each part of the switchover.
+const CUTS: &[&str] = &[
+    "source copy 1",
+    "source fence 1",
+    "source copy 2",
+    "source pause_guest 2",
+    "source harvest last 2",
+    "source copy last 3",
+    "source fence last 3",
+    "source verify 3",
+    "source move_device_state 3",
+    "source send_commit 3",
+];
+
+/// Where a process is killed.
+const KILLS: &[&str] =
+    &["source copy 1", "source copy 2", "source copy last 3", "source fence last 3", "source send_commit 3"];
+
+struct Strike {
+    stage: Stage,
+    /// Its files are read as long as agents start.
+    _authority: Authority,
+}
+
+async fn held_at(step: &str) -> (Strike, super::steps::Held) {
+    let authority = Authority::new();
+    let stage = Stage::set_with(|socket| pair(&authority, &["--step-socket", socket])).await;
+    stage.begin(FabricKind::Verbs).await;
+    let held = stage.hold(Course::Straight, |seen| seen.to_string() == step).await;
+    (Strike { stage, _authority: authority }, held)
+}
+
+async fn kill_at(fault: Fault, step: &str) {
+    let started = Instant::now();
+    let (Strike { mut stage, _authority }, held) = held_at(step).await;
+    stage.strike(fault, held).await;
+    stage.assert_one_runs(Some(fault), FabricKind::Verbs).await;
+    eprintln!("ok: {fault:?} before {step} in {:?}", started.elapsed());
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn source_agent_killed_leaves_one_guest_running_and_a_retry_succeeds() {
+    for step in KILLS {
+        kill_at(Fault::SourceAgentKilled, step).await;
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn destination_agent_killed_leaves_one_guest_running_and_a_retry_succeeds() {
+    for step in KILLS {
+        kill_at(Fault::DestinationAgentKilled, step).await;
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn vmm_killed_never_leaves_two_guests_running() {
+    for fault in [Fault::SourceVmmKilled, Fault::DestinationVmmKilled] {
+        for step in ["source copy 1", "source copy last 3"] {
+            kill_at(fault, step).await;
+        }
+    }
+}
+
+/// Takes the destination's interface down while `step` is held, and up again when
+/// the migration has ended.
+async fn cut_at(step: &str) {
+    let started = Instant::now();
+    let (Strike { stage, _authority }, held) = held_at(step).await;
+    system("ip", &["link", "set", DESTINATION.interface, "down"]);
+    let down = Down;
+    drop(held);
+    stage.steps.open();
+    let moved = stage.agree().await;
+    let error = stage.pair.source.wait_end(&stage.id).await.error;
+    drop(down);
+    if let Some(error) = &error {
+        assert_eq!(error.reason, "LINK_LOST", "{}", error.message);
+    }
+    eprintln!("ok: link down before {step}: moved {moved}, {error:?}, {:?}", started.elapsed());
+    stage.assert_one_runs(None, FabricKind::Verbs).await;
+}
+
+/// The destination's interface is down; up again when this is dropped.
+struct Down;
+
+impl Drop for Down {
+    fn drop(&mut self) {
+        system("ip", &["link", "set", DESTINATION.interface, "up"]);
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn link_taken_down_in_any_phase_leaves_one_guest_running_and_a_retry_succeeds() {
+    for step in CUTS {
+        cut_at(step).await;
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn device_removed_while_it_copies_fails_the_migration_and_a_retry_succeeds_once_it_is_back() {
+    let (Strike { stage, _authority }, held) = held_at("source copy 2").await;
+    system("rdma", &["link", "delete", DESTINATION.device]);
+    drop(held);
+    stage.steps.open();
+    let moved = stage.agree().await;
+    let error = stage.pair.source.wait_end(&stage.id).await.error;
+    let back = ["link", "add", DESTINATION.device, "type", "rxe", "netdev", DESTINATION.interface];
+    system("rdma", &back);
+    assert!(!moved);
+    assert_eq!(error.unwrap().reason, "LINK_LOST");
+    stage.assert_one_runs(None, FabricKind::Verbs).await;
+}
