@@ -163,10 +163,9 @@ fn by_us(hosts: &Hosts, contestant: Contestant, from: &Qemu, to: &Qemu) -> Resul
     let voyage = migrate((&hosts.source, &hosts.destination), (from, to), parameters, LOOK_INTERVAL)?;
     Ok(Outcome {
         called: voyage.called,
-        // The agent counts from where it answers the call.
-        ended: voyage.called + Duration::from_secs_f64(voyage.call_seconds + voyage.total_seconds()?),
+        ended: voyage.called + Duration::from_secs_f64(voyage.total_seconds()?),
         transferred_bytes: voyage.transferred_bytes(),
-        setup_seconds: voyage.call_seconds + voyage.setup_seconds()?,
+        setup_seconds: voyage.setup_seconds()?,
         copy_seconds: voyage.copy_seconds()?,
         agents: [voyage.source, voyage.destination],
     })
@@ -186,7 +185,8 @@ fn by_qemu(fabric: &str, pin_all: bool, from: &Qemu, to: &Qemu) -> Result<Outcom
         parameters: json!({ "max-bandwidth": 1_u64 << 40, "downtime-limit": MAX_DOWNTIME.as_millis() as u64 }),
     };
     let moved = own::migrate(from, to, &way)?;
-    let ended = wait_event(to, |event| event["event"] == "MIGRATION" && event["data"]["status"] == "completed")?;
+    let ended =
+        wait_event(to, |event| event["event"] == "MIGRATION" && event["data"]["status"] == "completed")?;
     let setup_seconds = moved.seconds("setup-time")?;
     Ok(Outcome {
         called: moved.called,

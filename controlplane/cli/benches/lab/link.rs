@@ -32,7 +32,8 @@ pub(crate) fn measure_perftest(report: &mut Report, bytes: u64, queue_pairs: usi
     let directory = tempfile::tempdir()?;
     let output = directory.path().join("report.json");
     let iterations = bytes / MESSAGE_BYTES / queue_pairs as u64;
-    let server = Server(perftest(DESTINATION, iterations, queue_pairs).spawn().context("cannot run ib_write_bw")?);
+    let server =
+        Server(perftest(DESTINATION, iterations, queue_pairs).spawn().context("cannot run ib_write_bw")?);
     let mut client = perftest(SOURCE, iterations, queue_pairs);
     client.args(["--out_json", "--out_json_file"]).arg(&output).arg(DESTINATION.address);
     let deadline = Instant::now() + PATIENCE;
@@ -63,7 +64,14 @@ fn perftest(host: Host, iterations: u64, queue_pairs: usize) -> Command {
     let mut command = Command::new("timeout");
     command
         .args([&PATIENCE.as_secs().to_string(), "ib_write_bw", "-R", "-F", "-d", host.rdma])
-        .args(["-s", &MESSAGE_BYTES.to_string(), "-n", &iterations.to_string(), "-q", &queue_pairs.to_string()])
+        .args([
+            "-s",
+            &MESSAGE_BYTES.to_string(),
+            "-n",
+            &iterations.to_string(),
+            "-q",
+            &queue_pairs.to_string(),
+        ])
         .stdin(Stdio::null())
         .stdout(Stdio::null())
         .stderr(Stdio::null());

@@ -27,7 +27,10 @@ fn main() -> Result<()> {
     // Cargo says that this is a benchmark, not what to do.
     let arguments: Vec<String> = std::env::args().skip(1).filter(|argument| argument != "--bench").collect();
     let (runs, parts) = measuring::asked(&arguments, &PARTS, DEFAULT_RUNS)?;
-    ensure!(std::env::var_os("RAMFERRY_LAB").is_some(), "this runs in the lab's VM: `make lab-bench` boots it");
+    ensure!(
+        std::env::var_os("RAMFERRY_LAB").is_some(),
+        "this runs in the lab's VM: `make lab-bench` boots it"
+    );
     let hosts = Hosts::start()?;
     let mut report = Report::default();
     let mut failures = Vec::new();

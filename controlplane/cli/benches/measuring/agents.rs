@@ -3,7 +3,7 @@
 
 use std::io::{BufRead, BufReader};
 use std::process::{Child, Command, Stdio};
-use std::time::{Duration, Instant, SystemTime};
+use std::time::{Duration, SystemTime};
 
 use anyhow::{Context as _, Result, ensure};
 use ramferry_lab::{Credentials, Qemu};
@@ -35,9 +35,8 @@ struct Process(Child);
 #[derive(Debug)]
 pub(crate) struct Voyage {
     pub(crate) progress: v1::MigrationProgress,
-    /// When the call was made, and how long it took: the rest of the migration follows its answer.
+    /// When the call was made.
     pub(crate) called: SystemTime,
-    pub(crate) call_seconds: f64,
     pub(crate) source: Cost,
     pub(crate) destination: Cost,
 }
@@ -139,7 +138,7 @@ pub(crate) fn migrate(
         parameters: Some(parameters),
     };
     let processes = [source.process(), destination.process()];
-    let ((progress, called, call_seconds), costs) = watch(&processes, interval, || {
+    let ((progress, called), costs) = watch(&processes, interval, || {
         source.runtime.block_on(async {
             tokio::time::timeout(PATIENCE, order_and_follow(source.client.clone(), spec))
                 .await
@@ -147,19 +146,19 @@ pub(crate) fn migrate(
         })
     })?;
     let [source, destination] = costs[..] else { unreachable!("two processes were watched") };
-    Ok(Voyage { progress, called, call_seconds, source, destination })
+    Ok(Voyage { progress, called, source, destination })
 }
 
 async fn order_and_follow(
     mut client: MigrationServiceClient<Channel>,
     spec: v1::MigrationSpec,
-) -> Result<(v1::MigrationProgress, SystemTime, f64)> {
-    let (called, started) = (SystemTime::now(), Instant::now());
+) -> Result<(v1::MigrationProgress, SystemTime)> {
+    let called = SystemTime::now();
     let request = v1::CreateMigrationRequest { spec: Some(spec), ..Default::default() };
     let answer = client.create_migration(request).await.context("the migration was refused")?.into_inner();
-    let call_seconds = started.elapsed().as_secs_f64();
     let id = answer.migration.context("an answer without a migration")?.id;
-    let mut stream = client.watch_migration(v1::WatchMigrationRequest { id, interval: None }).await?.into_inner();
+    let mut stream =
+        client.watch_migration(v1::WatchMigrationRequest { id, interval: None }).await?.into_inner();
     let mut last = None;
     while let Some(answer) = stream.message().await? {
         last = answer.migration;
@@ -171,7 +170,7 @@ async fn order_and_follow(
         migration.state(),
         migration.error
     );
-    Ok((migration.progress.context("a migration without progress")?, called, call_seconds))
+    Ok((migration.progress.context("a migration without progress")?, called))
 }
 
 async fn connect(grpc: &str, caller: Option<&Credentials>) -> Result<MigrationServiceClient<Channel>> {
@@ -181,7 +180,8 @@ async fn connect(grpc: &str, caller: Option<&Credentials>) -> Result<MigrationSe
         let (certificate, key) = (std::fs::read(&caller.certificate)?, std::fs::read(&caller.key)?);
         let authority = Certificate::from_pem(std::fs::read(&caller.authority)?);
         let identity = Identity::from_pem(certificate, key);
-        endpoint = endpoint.tls_config(ClientTlsConfig::new().ca_certificate(authority).identity(identity))?;
+        endpoint =
+            endpoint.tls_config(ClientTlsConfig::new().ca_certificate(authority).identity(identity))?;
     }
     let channel = endpoint.connect().await.with_context(|| format!("cannot reach the agent at {grpc}"))?;
     Ok(MigrationServiceClient::new(channel))

@@ -59,7 +59,11 @@ pub(crate) fn watch<T>(
 /// Processor time of the whole machine since its boot, interrupts included.
 pub(crate) fn machine_cpu_seconds() -> Result<f64> {
     let stat = std::fs::read_to_string("/proc/stat")?;
-    let fields = stat.lines().next().and_then(|line| line.strip_prefix("cpu ")).context("no line of all processors")?;
+    let fields = stat
+        .lines()
+        .next()
+        .and_then(|line| line.strip_prefix("cpu "))
+        .context("no line of all processors")?;
     let ticks = fields.split_whitespace().map(str::parse::<u64>).collect::<Result<Vec<_>, _>>()?;
     // user, nice, system, idle, iowait, irq, softirq of proc_stat(5); what follows is another's or counted already.
     let busy = ticks.iter().take(7).enumerate().filter(|(field, _)| !matches!(field, 3 | 4));
@@ -83,7 +87,8 @@ fn cpu_seconds(process: u32) -> Result<f64> {
 fn memory(process: u32) -> Result<Memory> {
     let status = read(process, "status")?;
     let bytes = |key: &str| -> Result<u64> {
-        let line = status.lines().find_map(|line| line.strip_prefix(key)).with_context(|| format!("no {key}"))?;
+        let line =
+            status.lines().find_map(|line| line.strip_prefix(key)).with_context(|| format!("no {key}"))?;
         Ok(line.trim().trim_end_matches(" kB").parse::<u64>()? << 10)
     };
     Ok(Memory { anonymous_bytes: bytes("RssAnon:")?, pinned_bytes: bytes("VmPin:")? })

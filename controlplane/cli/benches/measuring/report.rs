@@ -149,7 +149,8 @@ impl Report {
                 let cells: Vec<Option<String>> = keys.iter().map(cell).collect();
                 if cells.iter().any(Option::is_some) {
                     let cells = keys.iter().zip(cells);
-                    let cells = cells.map(|(key, cell)| format!("{:>1$}", cell.unwrap_or_default(), key.len() + 2));
+                    let cells =
+                        cells.map(|(key, cell)| format!("{:>1$}", cell.unwrap_or_default(), key.len() + 2));
                     println!("{:<40}{}", row.name, cells.collect::<String>());
                 }
             }
