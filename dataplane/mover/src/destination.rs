@@ -296,9 +296,9 @@ impl Driver {
     }
 
     fn set_up(&mut self, parts: DestinationParts) {
-        match parts.memory.presence() {
+        match parts.memory.first_presence() {
             Ok(presence) => {
-                (parts.answer)(PeerAnswer::Presence(presence));
+                (parts.answer)(PeerAnswer::Presence(Arc::unwrap_or_clone(presence)));
             }
             Err(error) => return self.fail(Reason::GuestFailed, error.to_string()),
         }

@@ -82,7 +82,7 @@ pub struct SourceParts {
     pub links: Vec<Box<dyn Link>>,
     /// Where windows are registered.
     pub domain: Arc<dyn Domain>,
-    /// Armed before anything of `memory` was read.
+    /// Armed before anything of `memory` was read or registered.
     pub tracker: Box<dyn Tracker>,
     /// The guest's RAM.
     pub memory: Arc<Memory>,
@@ -377,8 +377,8 @@ impl Driver {
     }
 
     fn set_up(&mut self, parts: SourceParts) -> Result<SourceEvent, MoverError> {
-        let present = parts.memory.presence()?;
-        let mut pages = present.clone();
+        let present = parts.memory.first_presence()?;
+        let mut pages = PageSets::clone(&present);
         pages.union_with(&parts.destination_presence);
         let mut holes = parts.destination_presence.clone();
         holes.subtract(&present);

@@ -4,7 +4,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError, RwLock, Weak};
 use std::time::{Duration, Instant};
 
-use ramferry_ram::{Access, BlockIndex, BlockRange, Memory, PageRun, PageSets, RamError};
+use ramferry_ram::{Access, BlockIndex, BlockRange, Memory, PageRun, RamError};
 
 use super::{Domain, Region, RegisterError, Rights};
 use crate::shm::PeerMemory;
@@ -24,8 +24,6 @@ const DEREGISTER_WAIT: Duration = Duration::from_secs(3);
 /// A range that overlaps a region is refused.
 pub struct MappedDomain {
     memory: Arc<Memory>,
-    /// What was ever touched when the session began.
-    presence: PageSets,
     /// Whether this process' mapping is the one that bytes are read from or written to.
     reached_here: bool,
     state: RwLock<State>,
@@ -99,7 +97,6 @@ impl MappedDomain {
 
     fn reached(memory: Arc<Memory>, reached_here: bool) -> Result<Self, RamError> {
         Ok(Self {
-            presence: memory.presence()?,
             memory,
             reached_here,
             state: RwLock::default(),
@@ -200,8 +197,10 @@ impl MappedDomain {
 
     fn pin(&self, range: BlockRange, rights: Rights) -> Result<(), RegisterError> {
         let mapping = self.memory.mapping(range.block);
-        let present = self.presence.block(range.block);
-        let page_bytes = self.presence.page_bytes(range.block);
+        // Not before something is registered: a source arms its tracker first.
+        let presence = self.memory.first_presence()?;
+        let present = presence.block(range.block);
+        let page_bytes = presence.page_bytes(range.block);
         let (mut page, end) = (range.offset / page_bytes, (range.offset + range.length) / page_bytes);
         while page < end {
             let run = present.next_run_before(page, end).unwrap_or(PageRun { first: end, count: 0 });
