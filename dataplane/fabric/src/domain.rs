@@ -9,7 +9,7 @@ use thiserror::Error;
 use crate::RegionKey;
 
 pub use mapped::MappedDomain;
-pub(crate) use mapped::{Mirror, Need, RegionUse, encloses};
+pub(crate) use mapped::{Mirror, RegionUse};
 
 /// What the peer may do with a region.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -57,8 +57,9 @@ pub trait Domain: Send + Sync {
     /// unpins it.
     ///
     /// # Errors
-    /// [`RegisterError::InUse`] when operations did not end in time: the key is
-    /// dead, the memory still pinned, and the call may be made again.
+    /// [`RegisterError::InUse`] when operations did not end in time: no operation
+    /// of this side begins in the region any more, the memory is still pinned, and
+    /// the call may be made again.
     fn deregister(&self, key: RegionKey) -> Result<(), RegisterError>;
 
     /// Bytes pinned now.
@@ -114,6 +115,20 @@ pub enum RegisterError {
     /// The kernel gave no randomness for a key.
     #[error("the kernel gives no randomness for a key")]
     Random(#[source] getrandom::Error),
+    /// The limit of locked memory is reached.
+    #[error(
+        "cannot pin {needed_bytes} bytes: RLIMIT_MEMLOCK is {limit_bytes} bytes, of which {pinned_bytes} are pinned. \
+         Raise it for the agent (systemd: LimitMEMLOCK=infinity; container: --ulimit memlock=-1:-1; shell: \
+         ulimit -l unlimited), give it CAP_IPC_LOCK, or set a lower pin budget"
+    )]
+    PinLimit {
+        /// What was to be pinned.
+        needed_bytes: u64,
+        /// What this process has pinned already.
+        pinned_bytes: u64,
+        /// The limit.
+        limit_bytes: u64,
+    },
     /// The fabric's own reason.
     #[error("cannot {what}")]
     System {

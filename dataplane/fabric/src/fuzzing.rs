@@ -3,7 +3,8 @@
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
 
-use crate::session::{self, Connection, HELLO_BYTES};
+use crate::hello::{self, HELLO_BYTES};
+use crate::session::Connection;
 use crate::{FabricKind, Link, LinkError, MappedDomain, SessionToken, tcp};
 
 /// Serves a connected stream as the tcp fabric does, until it ends. Beside the
@@ -25,5 +26,5 @@ pub fn tcp_link(socket: OwnedFd, domain: Arc<MappedDomain>) -> Box<dyn Link> {
 /// The token of a hello to the tcp fabric, if it is one.
 pub fn hello(bytes: &[u8]) -> Option<SessionToken> {
     let hello: &[u8; HELLO_BYTES] = bytes.get(..HELLO_BYTES)?.try_into().ok()?;
-    session::decode_hello(hello, FabricKind::Tcp).ok()
+    hello::decode_hello(hello, FabricKind::Tcp).ok()
 }

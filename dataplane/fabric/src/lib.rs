@@ -28,9 +28,11 @@ pub mod faulty;
 #[cfg(feature = "fuzzing")]
 #[doc(hidden)]
 pub mod fuzzing;
+pub mod hello;
 #[cfg(feature = "limits")]
 pub mod limits;
 mod link;
+pub mod regions;
 mod session;
 pub mod shm;
 pub mod tcp;
@@ -39,8 +41,8 @@ pub mod windows;
 
 pub use domain::{Domain, MappedDomain, Region, RegisterError, Rights};
 pub use link::{
-    AccessFault, Completion, FabricKind, InvalidOperation, Link, LinkError, MAX_TRANSFER_BYTES, OpError,
-    OpId, Place, PostError, RegionKey, Transfer,
+    AccessFault, Completion, FabricKind, HardwareFault, InvalidOperation, Link, LinkError,
+    MAX_TRANSFER_BYTES, OpError, OpId, Place, PostError, RegionKey, Transfer,
 };
 pub use session::Admission;
 pub use token::SessionToken;

@@ -287,7 +287,92 @@ pub enum LinkError {
         #[source]
         source: Errno,
     },
+    /// This host has no device for the fabric.
+    #[error("this host has no RDMA device that is ready: run `rdma link`; for soft-RoCE, `rdma link add`")]
+    NoDevice,
+    /// No device of the fabric leads to an address.
+    #[error(
+        "no RDMA device of this host leads to {address}: give an address of an RDMA interface (`rdma link`)"
+    )]
+    NotReached {
+        /// The address.
+        address: String,
+    },
+    /// Another device than the one asked for leads to an address.
+    #[error(
+        "RDMA device {asked} does not lead to {address}, {found} does: correct the address or the device"
+    )]
+    OtherDevice {
+        /// The device that was asked for.
+        asked: String,
+        /// The address.
+        address: String,
+        /// The device that leads there.
+        found: String,
+    },
+    /// The fabric's hardware gave up.
+    #[error("RDMA device {device}: {fault}")]
+    Hardware {
+        /// The device.
+        device: String,
+        /// What it says.
+        #[source]
+        fault: HardwareFault,
+    },
     /// What a fabric outside this crate says.
     #[error("{0}")]
     Fabric(String),
+}
+
+/// Why a fabric's hardware carries nothing more over a link.
+#[derive(Clone, Copy, Debug, Error, PartialEq, Eq, Hash)]
+#[non_exhaustive]
+pub enum HardwareFault {
+    /// The peer acknowledges nothing, however often it is sent.
+    #[error(
+        "the peer acknowledges nothing: its host or the path to it is gone; check cable, switch (MTU, PFC) and \
+         firewall (RoCE: UDP port 4791)"
+    )]
+    PathLost,
+    /// The peer was not ready for a message.
+    #[error("the peer was not ready for a message in time: its agent hangs, or is of another version")]
+    ReceiverNotReady,
+    /// This side's memory may not be used as an operation did.
+    #[error("this side's memory was refused to an operation; report it with the agent's log")]
+    LocalProtection,
+    /// An operation was malformed at this side.
+    #[error("an operation was malformed; report it with the agent's log")]
+    LocalOperation,
+    /// The peer's device found an operation malformed.
+    #[error("the peer's device found an operation malformed: are both agents of one version?")]
+    RemoteInvalid,
+    /// The peer's device failed at an operation.
+    #[error("the peer's device failed at an operation: see the kernel's log of the peer's host")]
+    RemoteOperation,
+    /// An answer of the peer's device was not understood.
+    #[error("an answer of the peer's device was not understood: see the kernel's log of both hosts")]
+    BadResponse,
+    /// The queue pair broke.
+    #[error("the queue pair broke: see the kernel's log")]
+    QueuePair,
+    /// A completion queue broke.
+    #[error("a completion queue broke: see the kernel's log")]
+    CompletionQueue,
+    /// The port went down.
+    #[error("the port went down: check the link (`rdma link`, `ip link`)")]
+    PortDown,
+    /// The device failed.
+    #[error("the device failed: see the kernel's log")]
+    DeviceFailed,
+    /// The device was removed.
+    #[error("the device was removed, or its driver restarted")]
+    DeviceRemoved,
+    /// A status that this version does not know.
+    #[error("it ended an operation with status {status}, vendor's code {vendor:#x}: see the kernel's log")]
+    Status {
+        /// The status, as in `enum ibv_wc_status`.
+        status: u32,
+        /// The vendor's own code.
+        vendor: u32,
+    },
 }

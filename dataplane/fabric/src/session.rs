@@ -2,7 +2,7 @@
 //! those who presented one that is admitted.
 
 mod acceptor;
-mod hello;
+mod greeting;
 
 use std::fmt;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
@@ -17,9 +17,7 @@ use rustix::net::Shutdown;
 use crate::{FabricKind, LinkError, MappedDomain, SessionToken};
 
 pub(crate) use acceptor::Acceptor;
-#[cfg(feature = "fuzzing")]
-pub(crate) use hello::{HELLO_BYTES, decode_hello};
-pub(crate) use hello::{greet, wait_readable};
+pub(crate) use greeting::{greet, wait_readable};
 
 /// How one fabric serves its connections.
 #[derive(Clone, Copy)]

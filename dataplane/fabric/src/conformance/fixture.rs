@@ -25,8 +25,16 @@ pub trait Fixture {
 
     /// Which fabric it is.
     fn kind(&self) -> FabricKind;
-    /// The registered memory of one side of a session.
+    /// Whether this host has what the fabric needs; says so where it has not.
+    fn is_available(&self) -> bool {
+        true
+    }
+    /// The registered memory of the side that connects.
     fn domain(&self, memory: Arc<Memory>) -> Arc<Self::Domain>;
+    /// The registered memory of the side that is connected to, where that is made in another way.
+    fn destination_domain(&self, memory: Arc<Memory>) -> Arc<Self::Domain> {
+        self.domain(memory)
+    }
     /// Admits `token` to `domain`, over at most `links` links.
     fn admit(&self, token: SessionToken, domain: Arc<Self::Domain>, links: u32) -> Self::Destination;
     /// Connects to a session.
@@ -140,7 +148,7 @@ impl<'f, F: Fixture> Pair<'f, F> {
     pub fn between(fixture: &'f F, source: TestMemory, destination: TestMemory) -> Self {
         let token = SessionToken::random().expect("randomness");
         let source_domain = fixture.domain(Arc::clone(&source.memory));
-        let destination_domain = fixture.domain(Arc::clone(&destination.memory));
+        let destination_domain = fixture.destination_domain(Arc::clone(&destination.memory));
         let session = Some(fixture.admit(token.clone(), Arc::clone(&destination_domain), 2));
         Self { fixture, token, source, destination, source_domain, destination_domain, session }
     }

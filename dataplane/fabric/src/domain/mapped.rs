@@ -1,20 +1,16 @@
-use std::collections::{BTreeMap, HashMap};
 use std::fmt;
-use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError, RwLock, Weak};
+use std::sync::{Arc, Mutex, PoisonError, RwLock, Weak};
 use std::time::{Duration, Instant};
 
-use ramferry_ram::{Access, BlockIndex, BlockRange, Memory, PageRun, PageSets, RamError};
+use ramferry_ram::{Access, BlockRange, Memory, PageRun, PageSets, RamError};
 
 use super::{Domain, Region, RegisterError, Rights};
+use crate::regions::{self, DEREGISTER_WAIT, Need, RegionTable};
 use crate::shm::PeerMemory;
 use crate::{AccessFault, LinkError, RegionKey};
 
-/// How long an operation under way in a region may go on after the region was
-/// taken back.
-const GRACE: Duration = Duration::from_secs(1);
-/// How long `deregister` waits for such operations; longer than they may go on.
-const DEREGISTER_WAIT: Duration = Duration::from_secs(3);
+/// An operation under way in a region of a [`MappedDomain`].
+pub(crate) type RegionUse = regions::RegionUse<()>;
 
 /// Registered memory of a session whose fabric moves bytes by the CPU, so that
 /// nothing has to be locked: what registering a region does is to allocate the
@@ -23,25 +19,15 @@ const DEREGISTER_WAIT: Duration = Duration::from_secs(3);
 ///
 /// A range that overlaps a region is refused.
 pub struct MappedDomain {
-    memory: Arc<Memory>,
+    table: RegionTable<()>,
     /// What was ever touched when the session began.
     presence: PageSets,
     /// Whether this process' mapping is the one that bytes are read from or written to.
     reached_here: bool,
-    state: RwLock<State>,
-    pinned_bytes: AtomicU64,
+    /// Held while a key goes in and out of use, so that they are the same as the table.
+    mirrors: RwLock<Vec<Arc<dyn Mirror>>>,
     /// The peer's RAM, while a link over shm has it mapped.
     peer_memory: Mutex<Weak<PeerMemory>>,
-}
-
-#[derive(Default)]
-struct State {
-    live: HashMap<RegionKey, Arc<Entry>>,
-    /// Keys that are dead, of memory that is pinned still.
-    leaving: HashMap<RegionKey, Arc<Entry>>,
-    /// First byte to first byte after, of everything pinned or about to be.
-    reserved: BTreeMap<(BlockIndex, u64), u64>,
-    mirrors: Vec<Arc<dyn Mirror>>,
 }
 
 /// A copy of the table of live regions that operations are checked against
@@ -53,31 +39,6 @@ pub(crate) trait Mirror: Send + Sync {
     fn retract(&self, key: RegionKey);
     /// Whether operations are under way in a region that was retracted.
     fn in_use(&self, key: RegionKey) -> bool;
-}
-
-#[derive(Debug)]
-struct Entry {
-    range: BlockRange,
-    rights: Rights,
-    uses: Mutex<u32>,
-    idle: Condvar,
-    revoked: OnceLock<Instant>,
-}
-
-/// What an operation does with a region.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Need {
-    RemoteWrite,
-    RemoteRead,
-    LocalRead,
-    LocalWrite,
-}
-
-/// An operation under way in a region: the region stays pinned while this lives.
-#[derive(Debug)]
-pub(crate) struct RegionUse {
-    entry: Arc<Entry>,
-    range: BlockRange,
 }
 
 impl MappedDomain {
@@ -100,17 +61,16 @@ impl MappedDomain {
     fn reached(memory: Arc<Memory>, reached_here: bool) -> Result<Self, RamError> {
         Ok(Self {
             presence: memory.presence()?,
-            memory,
+            table: RegionTable::new(memory),
             reached_here,
-            state: RwLock::default(),
-            pinned_bytes: AtomicU64::new(0),
+            mirrors: RwLock::default(),
             peer_memory: Mutex::default(),
         })
     }
 
     /// The memory.
     pub fn memory(&self) -> &Arc<Memory> {
-        &self.memory
+        self.table.memory()
     }
 
     /// Begins an operation on `length` bytes at `offset` of the region's block.
@@ -121,39 +81,23 @@ impl MappedDomain {
         offset: u64,
         length: u32,
     ) -> Result<RegionUse, AccessFault> {
-        let state = self.read_state();
-        let entry = state.live.get(&key).ok_or(AccessFault::UnknownKey)?;
-        let range = BlockRange { block: entry.range.block, offset, length: u64::from(length) };
-        if !encloses(entry.range, range) {
-            return Err(AccessFault::OutOfBounds);
-        }
-        let allowed = match need {
-            Need::RemoteWrite => entry.rights.remote_write,
-            Need::RemoteRead => entry.rights.remote_read,
-            Need::LocalRead => true,
-            Need::LocalWrite => self.is_writable(entry.range.block),
-        };
-        if !allowed {
-            return Err(AccessFault::Rights);
-        }
-        *entry.lock_uses() += 1;
-        Ok(RegionUse { entry: Arc::clone(entry), range })
+        self.table.begin(key, need, offset, length)
     }
 
     /// Keeps `mirror` the same as the table of live regions, until it is detached.
     pub(crate) fn attach(&self, mirror: Arc<dyn Mirror>) -> Result<(), RegisterError> {
-        let mut state = self.write_state();
-        for (key, entry) in &state.live {
-            if !mirror.publish(Region { key: *key, range: entry.range }, entry.rights) {
+        let mut mirrors = self.write_mirrors();
+        for (region, rights) in self.table.live() {
+            if !mirror.publish(region, rights) {
                 return Err(RegisterError::TooManyRegions);
             }
         }
-        state.mirrors.push(mirror);
+        mirrors.push(mirror);
         Ok(())
     }
 
     pub(crate) fn detach(&self, mirror: &Arc<dyn Mirror>) {
-        self.write_state().mirrors.retain(|other| !Arc::ptr_eq(other, mirror));
+        self.write_mirrors().retain(|other| !Arc::ptr_eq(other, mirror));
     }
 
     /// Makes the peer's RAM, given what other links of the session have mapped.
@@ -167,39 +111,8 @@ impl MappedDomain {
         Ok(memory)
     }
 
-    fn is_writable(&self, block: BlockIndex) -> bool {
-        self.memory.mapping(block).access() == Access::ReadWrite
-    }
-
-    fn check(&self, range: BlockRange, rights: Rights) -> Result<(), RegisterError> {
-        let layout = self.memory.layout();
-        let Some(block) = layout.block(range.block).filter(|_| range.length > 0 && layout.contains(range))
-        else {
-            return Err(RegisterError::Range { range });
-        };
-        let page_bytes = block.page_bytes;
-        if !range.offset.is_multiple_of(page_bytes) || !range.length.is_multiple_of(page_bytes) {
-            return Err(RegisterError::Misaligned { range, page_bytes });
-        }
-        if rights.remote_write && !self.is_writable(range.block) {
-            return Err(RegisterError::ReadOnly);
-        }
-        Ok(())
-    }
-
-    fn reserve(&self, range: BlockRange) -> Result<(), RegisterError> {
-        let end = range.offset + range.length;
-        let mut state = self.write_state();
-        let before = state.reserved.range(..(range.block, end)).next_back();
-        if before.is_some_and(|((block, _), other_end)| *block == range.block && *other_end > range.offset) {
-            return Err(RegisterError::Overlap { range });
-        }
-        state.reserved.insert((range.block, range.offset), end);
-        Ok(())
-    }
-
     fn pin(&self, range: BlockRange, rights: Rights) -> Result<(), RegisterError> {
-        let mapping = self.memory.mapping(range.block);
+        let mapping = self.memory().mapping(range.block);
         let present = self.presence.block(range.block);
         let page_bytes = self.presence.page_bytes(range.block);
         let (mut page, end) = (range.offset / page_bytes, (range.offset + range.length) / page_bytes);
@@ -214,59 +127,15 @@ impl MappedDomain {
             }
             page = run.end();
         }
-        self.pinned_bytes.fetch_add(range.length, Ordering::Relaxed);
         Ok(())
     }
 
-    fn unpin(&self, range: BlockRange) {
-        self.pinned_bytes.fetch_sub(range.length, Ordering::Relaxed);
-    }
-
-    fn publish(&self, range: BlockRange, rights: Rights) -> Result<Region, RegisterError> {
-        let mut state = self.write_state();
-        let key = loop {
-            let key = RegionKey(getrandom::u64().map_err(RegisterError::Random)?);
-            if key.0 != 0 && !state.live.contains_key(&key) && !state.leaving.contains_key(&key) {
-                break key;
-            }
-        };
-        let region = Region { key, range };
-        let full = state.mirrors.iter().position(|mirror| !mirror.publish(region, rights));
-        if let Some(full) = full {
-            state.mirrors[..full].iter().for_each(|mirror| mirror.retract(key));
-            return Err(RegisterError::TooManyRegions);
-        }
-        let entry =
-            Entry { range, rights, uses: Mutex::new(0), idle: Condvar::new(), revoked: OnceLock::new() };
-        state.live.insert(key, Arc::new(entry));
-        Ok(region)
-    }
-
-    /// Takes the key out of use. The entry stays in `leaving` until it is unpinned.
-    fn revoke(&self, key: RegionKey) -> Result<Arc<Entry>, RegisterError> {
-        let mut state = self.write_state();
-        if let Some(entry) = state.live.remove(&key) {
-            state.mirrors.iter().for_each(|mirror| mirror.retract(key));
-            let _ = entry.revoked.set(Instant::now());
-            state.leaving.insert(key, entry);
-        }
-        state.leaving.get(&key).cloned().ok_or(RegisterError::UnknownKey)
-    }
-
-    fn wait_until_idle(&self, key: RegionKey, entry: &Entry) -> Result<(), RegisterError> {
-        let start = Instant::now();
-        let in_use = || Err(RegisterError::InUse { waited: start.elapsed() });
-        let mut uses = entry.lock_uses();
-        while *uses > 0 {
-            let Some(left) = DEREGISTER_WAIT.checked_sub(start.elapsed()) else { return in_use() };
-            uses = entry.idle.wait_timeout(uses, left).unwrap_or_else(PoisonError::into_inner).0;
-        }
-        drop(uses);
-        // Operations of mirrors tell nobody when they end.
+    /// Waits for the operations of mirrors, which tell nobody when they end.
+    fn wait_for_mirrors(&self, key: RegionKey, start: Instant) -> Result<(), RegisterError> {
         let mut nap = Duration::from_micros(20);
-        while self.read_state().mirrors.iter().any(|mirror| mirror.in_use(key)) {
+        while self.read_mirrors().iter().any(|mirror| mirror.in_use(key)) {
             if start.elapsed() > DEREGISTER_WAIT {
-                return in_use();
+                return Err(RegisterError::InUse { waited: start.elapsed() });
             }
             std::thread::sleep(nap);
             nap = (nap * 2).min(Duration::from_millis(5));
@@ -274,89 +143,54 @@ impl MappedDomain {
         Ok(())
     }
 
-    fn unreserve(&self, range: BlockRange) {
-        self.write_state().reserved.remove(&(range.block, range.offset));
+    fn read_mirrors(&self) -> std::sync::RwLockReadGuard<'_, Vec<Arc<dyn Mirror>>> {
+        self.mirrors.read().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn read_state(&self) -> std::sync::RwLockReadGuard<'_, State> {
-        self.state.read().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    fn write_state(&self) -> std::sync::RwLockWriteGuard<'_, State> {
-        self.state.write().unwrap_or_else(PoisonError::into_inner)
+    fn write_mirrors(&self) -> std::sync::RwLockWriteGuard<'_, Vec<Arc<dyn Mirror>>> {
+        self.mirrors.write().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
 impl Domain for MappedDomain {
     fn register(&self, range: BlockRange, rights: Rights) -> Result<Region, RegisterError> {
-        self.check(range, rights)?;
-        self.reserve(range)?;
-        let registered = self
-            .pin(range, rights)
-            .and_then(|()| self.publish(range, rights).inspect_err(|_| self.unpin(range)));
-        if registered.is_err() {
-            self.unreserve(range);
+        let reservation = self.table.reserve(range, rights)?;
+        self.pin(range, rights)?;
+        let mirrors = self.write_mirrors();
+        let key = loop {
+            let key = RegionKey(getrandom::u64().map_err(RegisterError::Random)?);
+            if key.0 != 0 && !self.table.has(key) {
+                break key;
+            }
+        };
+        let region = Region { key, range };
+        if let Some(full) = mirrors.iter().position(|mirror| !mirror.publish(region, rights)) {
+            mirrors[..full].iter().for_each(|mirror| mirror.retract(key));
+            return Err(RegisterError::TooManyRegions);
         }
-        registered
+        Ok(reservation.publish(key, ()))
     }
 
     fn deregister(&self, key: RegionKey) -> Result<(), RegisterError> {
-        let entry = self.revoke(key)?;
-        self.wait_until_idle(key, &entry)?;
-        // Of two calls at once for one key, one unpins.
-        if self.write_state().leaving.remove(&key).is_none() {
-            return Err(RegisterError::UnknownKey);
-        }
-        self.unpin(entry.range);
-        self.unreserve(entry.range);
-        Ok(())
+        let start = Instant::now();
+        let entry = {
+            let mirrors = self.write_mirrors();
+            let entry = self.table.revoke(key)?;
+            mirrors.iter().for_each(|mirror| mirror.retract(key));
+            entry
+        };
+        entry.wait_until_idle(DEREGISTER_WAIT)?;
+        self.wait_for_mirrors(key, start)?;
+        self.table.release(key)
     }
 
     fn pinned_bytes(&self) -> u64 {
-        self.pinned_bytes.load(Ordering::Relaxed)
+        self.table.registered_bytes()
     }
 }
 
 impl fmt::Debug for MappedDomain {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("MappedDomain").field("pinned_bytes", &self.pinned_bytes()).finish_non_exhaustive()
-    }
-}
-
-impl Entry {
-    fn lock_uses(&self) -> MutexGuard<'_, u32> {
-        self.uses.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-}
-
-impl RegionUse {
-    /// The operation's bytes.
-    pub(crate) fn range(&self) -> BlockRange {
-        self.range
-    }
-
-    /// Whether the region was taken back so long ago that the operation must end.
-    pub(crate) fn must_end(&self) -> bool {
-        self.entry.revoked.get().is_some_and(|since| since.elapsed() > GRACE)
-    }
-}
-
-impl Drop for RegionUse {
-    fn drop(&mut self) {
-        let mut uses = self.entry.lock_uses();
-        *uses -= 1;
-        if *uses == 0 {
-            self.entry.idle.notify_all();
-        }
-    }
-}
-
-/// Whether `inner` lies within `outer`.
-pub(crate) fn encloses(outer: BlockRange, inner: BlockRange) -> bool {
-    match (outer.checked_end(), inner.checked_end()) {
-        (Some(outer_end), Some(inner_end)) => {
-            outer.block == inner.block && outer.offset <= inner.offset && inner_end <= outer_end
-        }
-        _ => false,
     }
 }

@@ -7,8 +7,8 @@ use rustix::event::{EventfdFlags, PollFd, PollFlags, eventfd, poll};
 use rustix::io::Errno;
 use rustix::net::{RecvFlags, SendFlags, SocketFlags};
 
-use super::hello::{self, HELLO_BYTES, HelloError, Verdict};
 use super::{Admission, Service, Session, Sessions, timespec};
+use crate::hello::{self, HELLO_BYTES, HelloError, Verdict};
 use crate::{LinkError, MappedDomain, SessionToken};
 
 /// Connections that have not presented a token yet, at most. One more ends the

@@ -12,7 +12,8 @@ use rustix::net::{SendFlags, Shutdown};
 use super::copy::copy;
 use super::table::Table;
 use super::{GOODBYE, PeerMemory, failed};
-use crate::domain::{Need, RegionUse};
+use crate::domain::RegionUse;
+use crate::regions::Need;
 use crate::session::timespec;
 use crate::{
     AccessFault, Completion, InvalidOperation, Link, LinkError, MAX_TRANSFER_BYTES, MappedDomain, OpError,

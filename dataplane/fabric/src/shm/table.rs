@@ -13,7 +13,8 @@ use rustix::fs::{MemfdFlags, SealFlags};
 use rustix::io::Errno;
 use rustix::mm::{MapFlags, ProtFlags};
 
-use crate::domain::{Mirror, Need, encloses};
+use crate::domain::Mirror;
+use crate::regions::{Need, encloses};
 use crate::{AccessFault, Region, RegionKey, Rights};
 
 /// Regions of 64 MiB for 4 TiB; only the pages of slots in use take memory.

@@ -11,7 +11,8 @@ use rustix::net::{RecvFlags, Shutdown};
 use super::raw::{self, MAX_PARTS, Part};
 use super::receiver::after;
 use super::wire::{Cause, Frame, HEADER_BYTES, Header};
-use crate::domain::{Need, RegionUse};
+use crate::domain::RegionUse;
+use crate::regions::Need;
 use crate::session::timespec;
 use crate::{
     Completion, InvalidOperation, Link, LinkError, MAX_TRANSFER_BYTES, MappedDomain, OpError, OpId,

@@ -14,7 +14,8 @@ use rustix::net::{RecvFlags, Shutdown};
 
 use super::raw::{self, Part};
 use super::wire::{Cause, Frame, HEADER_BYTES, Header};
-use crate::domain::{Need, RegionUse};
+use crate::domain::RegionUse;
+use crate::regions::Need;
 use crate::session::Connection;
 use crate::{AccessFault, LinkError, RegionKey};
 

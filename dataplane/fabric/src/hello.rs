@@ -1,11 +1,6 @@
-use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
-use std::time::{Duration, Instant};
+//! The first words on every data connection: who connects presents the
+//! session's token, and is told whether it is admitted.
 
-use rustix::event::{PollFd, PollFlags, poll};
-use rustix::io::Errno;
-use rustix::net::{RecvFlags, SendFlags};
-
-use super::remaining;
 use crate::{FabricKind, LinkError, SessionToken};
 
 /// First bytes of every connection, in both directions.
@@ -13,28 +8,33 @@ const MAGIC: [u8; 8] = *b"ramferry";
 /// Version of everything that is said on a data connection.
 const VERSION: u16 = 1;
 
-/// Magic, version, fabric, 5 zero bytes, token.
-pub(crate) const HELLO_BYTES: usize = 48;
-/// Magic, version, verdict, 5 zero bytes.
-const REPLY_BYTES: usize = 16;
+/// Length of a hello: magic, version, fabric, 5 zero bytes, token.
+pub const HELLO_BYTES: usize = 48;
+/// Length of its answer: magic, version, verdict, 5 zero bytes.
+pub const REPLY_BYTES: usize = 16;
 
 const _: () = assert!(HELLO_BYTES == MAGIC.len() + size_of::<u16>() + 1 + 5 + SessionToken::BYTES);
 const _: () = assert!(REPLY_BYTES == MAGIC.len() + size_of::<u16>() + 1 + 5);
 
 /// What a hello is answered with.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Verdict {
+pub enum Verdict {
+    /// The link is the session's.
     Welcome,
+    /// No session has the token.
     UnknownSession,
+    /// The session has its links already.
     TooManyLinks,
+    /// The versions differ.
     Version,
 }
 
 /// Why bytes are not a hello that can be answered with a welcome.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum HelloError {
+pub enum HelloError {
     /// Of something else altogether; not to be answered.
     Foreign,
+    /// Another version's; to be told so.
     Version,
 }
 
@@ -46,7 +46,8 @@ fn fabric_code(kind: FabricKind) -> u8 {
     }
 }
 
-pub(super) fn encode_hello(kind: FabricKind, token: &SessionToken) -> [u8; HELLO_BYTES] {
+/// What who connects says first.
+pub fn encode_hello(kind: FabricKind, token: &SessionToken) -> [u8; HELLO_BYTES] {
     let mut hello = [0; HELLO_BYTES];
     hello[..8].copy_from_slice(&MAGIC);
     hello[8..10].copy_from_slice(&VERSION.to_le_bytes());
@@ -55,7 +56,11 @@ pub(super) fn encode_hello(kind: FabricKind, token: &SessionToken) -> [u8; HELLO
     hello
 }
 
-pub(crate) fn decode_hello(hello: &[u8; HELLO_BYTES], kind: FabricKind) -> Result<SessionToken, HelloError> {
+/// The token that who connects presents to a listener of `kind`.
+///
+/// # Errors
+/// When the bytes are not a hello of this version and fabric.
+pub fn decode_hello(hello: &[u8; HELLO_BYTES], kind: FabricKind) -> Result<SessionToken, HelloError> {
     if hello[..8] != MAGIC || hello[10] != fabric_code(kind) {
         return Err(HelloError::Foreign);
     }
@@ -67,7 +72,8 @@ pub(crate) fn decode_hello(hello: &[u8; HELLO_BYTES], kind: FabricKind) -> Resul
     Ok(SessionToken::from_bytes(token))
 }
 
-pub(super) fn encode_reply(verdict: Verdict) -> [u8; REPLY_BYTES] {
+/// What a hello is answered with.
+pub fn encode_reply(verdict: Verdict) -> [u8; REPLY_BYTES] {
     let mut reply = [0; REPLY_BYTES];
     reply[..8].copy_from_slice(&MAGIC);
     reply[8..10].copy_from_slice(&VERSION.to_le_bytes());
@@ -80,7 +86,11 @@ pub(super) fn encode_reply(verdict: Verdict) -> [u8; REPLY_BYTES] {
     reply
 }
 
-fn judge_reply(reply: &[u8; REPLY_BYTES]) -> Result<(), LinkError> {
+/// What an answer to a hello means.
+///
+/// # Errors
+/// Unless it is a welcome.
+pub fn judge_reply(reply: &[u8; REPLY_BYTES]) -> Result<(), LinkError> {
     if reply[..8] != MAGIC {
         return Err(LinkError::PeerProtocol("what listens there is not a ramferry agent"));
     }
@@ -91,47 +101,6 @@ fn judge_reply(reply: &[u8; REPLY_BYTES]) -> Result<(), LinkError> {
         2 => Err(LinkError::TooManyLinks),
         0 | 3 => Err(LinkError::Version { ours: VERSION, theirs }),
         _ => Err(LinkError::PeerProtocol("unknown verdict in the reply to the hello")),
-    }
-}
-
-/// Presents `token` on a connected, non-blocking socket and reads the verdict.
-pub(crate) fn greet(
-    socket: &OwnedFd,
-    kind: FabricKind,
-    token: &SessionToken,
-    deadline: Instant,
-    timeout: Duration,
-) -> Result<(), LinkError> {
-    // A fresh socket takes so few bytes whole.
-    let sent = rustix::net::send(socket, &encode_hello(kind, token), SendFlags::NOSIGNAL);
-    if sent.map_err(LinkError::Lost)? != HELLO_BYTES {
-        return Err(LinkError::Lost(Errno::AGAIN));
-    }
-    let mut reply = [0; REPLY_BYTES];
-    let mut filled = 0;
-    while filled < REPLY_BYTES {
-        match rustix::net::recv(socket, &mut reply[filled..], RecvFlags::DONTWAIT) {
-            Ok((_, 0)) => return Err(LinkError::PeerClosed),
-            Ok((_, received)) => filled += received,
-            Err(Errno::INTR) => {}
-            Err(Errno::AGAIN) => wait_readable(socket.as_fd(), deadline, timeout)?,
-            Err(errno) => return Err(LinkError::Lost(errno)),
-        }
-    }
-    judge_reply(&reply)
-}
-
-/// Waits until `socket` has something to read, or its end.
-pub(crate) fn wait_readable(
-    socket: BorrowedFd<'_>,
-    deadline: Instant,
-    timeout: Duration,
-) -> Result<(), LinkError> {
-    let mut fds = [PollFd::from_borrowed_fd(socket, PollFlags::IN)];
-    match poll(&mut fds, Some(&remaining(deadline))) {
-        Ok(0) => Err(LinkError::TimedOut { what: "the peer's answer to the hello", after: timeout }),
-        Ok(_) | Err(Errno::INTR) => Ok(()),
-        Err(errno) => Err(LinkError::Lost(errno)),
     }
 }
 
