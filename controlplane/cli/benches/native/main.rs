@@ -22,11 +22,6 @@ const PARTS: [&str; 4] = ["tracking", "still", "sizes", "downtime"];
 fn main() -> Result<()> {
     // Cargo says that this is a benchmark, not what to do.
     let arguments: Vec<String> = std::env::args().skip(1).filter(|argument| argument != "--bench").collect();
-    if let [role, path] = arguments.as_slice()
-        && role == tracking::WRITER
-    {
-        return tracking::write_on_command(Path::new(path));
-    }
     let runs = std::env::var("BENCH_RUNS").map_or(Ok(DEFAULT_RUNS), |runs| {
         runs.parse().with_context(|| format!("BENCH_RUNS is a number, not {runs:?}"))
     })?;
