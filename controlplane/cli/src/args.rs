@@ -6,10 +6,12 @@ use clap::{Args, Parser, Subcommand};
 use clap_complete::Shell;
 
 use self::agent::AgentArgs;
-use self::connection::ConnectionArgs;
+use self::bench::BenchArgs;
+use self::connection::OutputFormat;
 use self::migration::{CheckArgs, DeleteArgs, IdArgs, ListArgs, MigrateArgs, SetArgs, WatchArgs};
 
 pub(crate) mod agent;
+pub(crate) mod bench;
 pub(crate) mod connection;
 pub(crate) mod migration;
 pub(crate) mod names;
@@ -70,6 +72,8 @@ pub(crate) enum Command {
     Switchover(IdArgs),
     /// Make an agent forget a migration that has ended.
     Delete(DeleteArgs),
+    /// Measure what migrations are made of on this host, or between two, beside what it can do.
+    Bench(BenchArgs),
     /// Print the completions of a shell.
     #[command(after_help = "Example:\n  ramferry completions bash > /etc/bash_completion.d/ramferry")]
     Completions {
@@ -90,17 +94,19 @@ pub(crate) struct ManArgs {
 
 impl Command {
     /// How the caller wants to be answered, and so how errors are told.
-    pub(crate) fn connection(&self) -> Option<&ConnectionArgs> {
-        match self {
-            Self::Migrate(args) => Some(&args.connection),
-            Self::Check(args) => Some(&args.connection),
-            Self::List(args) => Some(&args.connection),
-            Self::Get(args) | Self::Cancel(args) | Self::Switchover(args) => Some(&args.connection),
-            Self::Watch(args) => Some(&args.connection),
-            Self::Set(args) => Some(&args.connection),
-            Self::Delete(args) => Some(&args.connection),
-            Self::Agent(_) | Self::Completions { .. } | Self::Man(_) => None,
-        }
+    pub(crate) fn output(&self) -> Option<OutputFormat> {
+        let connection = match self {
+            Self::Migrate(args) => &args.connection,
+            Self::Check(args) => &args.connection,
+            Self::List(args) => &args.connection,
+            Self::Get(args) | Self::Cancel(args) | Self::Switchover(args) => &args.connection,
+            Self::Watch(args) => &args.connection,
+            Self::Set(args) => &args.connection,
+            Self::Delete(args) => &args.connection,
+            Self::Bench(args) => return args.output(),
+            Self::Agent(_) | Self::Completions { .. } | Self::Man(_) => return None,
+        };
+        Some(connection.output)
     }
 }
 
@@ -145,6 +151,42 @@ mod tests {
     fn key_without_certificate_is_refused() {
         let error = parse("ramferry list --tls-key k").expect_err("half of an identity").to_string();
         assert!(error.contains("--tls-cert") && error.contains("--tls-ca"), "{error}");
+    }
+
+    #[test]
+    fn bench_takes_what_its_help_promises() {
+        for line in [
+            "ramferry bench fabric",
+            "ramferry bench fabric --fabric shm --sizes 4KiB,16MiB --links 1,2,64 --runs 5 --duration 1s \
+             --memory 1GiB --timeout 10m --output json --quiet",
+            "ramferry bench fabric --listen 10.0.0.2:7060 --memory 1GiB --timeout 10m",
+            "ramferry bench fabric --connect node-2:7060 --fabric tcp",
+            "ramferry bench registration --fabric shm --sizes 4KiB,1GiB --threads 1,2 --runs 1 --memory 2GiB",
+            "ramferry bench scan --memory 2GiB --runs 5 --output json",
+        ] {
+            assert!(parse(line).is_ok(), "{line}");
+        }
+    }
+
+    #[test]
+    fn bench_refuses_what_it_cannot_measure() {
+        for (line, expected) in [
+            ("ramferry bench fabric --sizes 32MiB", "at most 16 MiB"),
+            ("ramferry bench fabric --sizes 0KiB", "zero bytes"),
+            ("ramferry bench fabric --links 65", "1..=64"),
+            ("ramferry bench fabric --runs 0", "1..=100"),
+            ("ramferry bench fabric --duration 2m", "at most 60s"),
+            ("ramferry bench fabric --listen 10.0.0.2:7060 --connect a:1", "cannot be used with"),
+            ("ramferry bench fabric --listen 10.0.0.2:7060 --sizes 4KiB", "cannot be used with"),
+            ("ramferry bench fabric --listen node-2:7060", "invalid socket address"),
+            ("ramferry bench fabric --connect 10.0.0.2", "no port"),
+            ("ramferry bench registration --sizes 5000B", "whole pages"),
+            ("ramferry bench scan --fabric tcp", "unexpected argument"),
+            ("ramferry bench", "Usage"),
+        ] {
+            let error = parse(line).expect_err(line).to_string();
+            assert!(error.contains(expected), "{line}: {error}");
+        }
     }
 
     #[test]

@@ -7,6 +7,7 @@ use crate::exit::Exit;
 use crate::failure::Failure;
 
 mod agent;
+mod bench;
 mod check;
 mod documents;
 mod list;
@@ -27,13 +28,14 @@ pub(crate) fn run(command: Command) -> Result<Exit, Failure> {
         Command::Set(args) => block_on(one::set(args)),
         Command::Switchover(args) => block_on(one::switchover(args)),
         Command::Delete(args) => block_on(one::delete(args)),
+        Command::Bench(args) => bench::run(args),
         Command::Completions { shell } => documents::completions(shell),
         Command::Man(args) => documents::man(&args),
     }
 }
 
 /// A client needs one thread.
-fn block_on(command: impl Future<Output = Result<Exit, Failure>>) -> Result<Exit, Failure> {
+fn block_on<T>(command: impl Future<Output = Result<T, Failure>>) -> Result<T, Failure> {
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()
         .build()

@@ -9,6 +9,7 @@ use ramferry_agent::AgentError;
 use tonic::Status;
 
 use crate::args::names::AgentAddress;
+use crate::bench::BenchError;
 use crate::exit::Exit;
 use crate::output::printable;
 use crate::refusal::{ErrorObject, Refusal, code_name};
@@ -44,6 +45,15 @@ pub(crate) enum Failure {
     /// The agent of `ramferry agent` ended with an error.
     #[error("{}", chain(.0.as_ref()))]
     Agent(Box<AgentError>),
+    /// `ramferry bench` could not measure.
+    #[error("{}", chain(.0.as_ref()))]
+    Bench(Box<BenchError>),
+}
+
+impl From<BenchError> for Failure {
+    fn from(error: BenchError) -> Self {
+        Self::Bench(Box::new(error))
+    }
 }
 
 impl Failure {
@@ -61,9 +71,12 @@ impl Failure {
         match self {
             Self::Unreachable { .. } | Self::Silent { .. } | Self::StreamEnded { .. } => true,
             Self::Refused(refusal) => refusal.is_passing(),
-            Self::Incomplete(_) | Self::File { .. } | Self::Tls(_) | Self::System { .. } | Self::Agent(_) => {
-                false
-            }
+            Self::Incomplete(_)
+            | Self::File { .. }
+            | Self::Tls(_)
+            | Self::System { .. }
+            | Self::Agent(_)
+            | Self::Bench(_) => false,
         }
     }
 
@@ -80,6 +93,12 @@ impl Failure {
             Self::File { .. } | Self::Tls(_) => Exit::Usage,
             Self::Agent(error) if matches!(**error, AgentError::Config(_)) => Exit::Usage,
             Self::Incomplete(_) | Self::System { .. } | Self::Agent(_) => Exit::Failed,
+            Self::Bench(error) => match **error {
+                BenchError::Share { .. } => Exit::Usage,
+                BenchError::Unreachable { .. } => Exit::Unreachable,
+                BenchError::Refused(_) => Exit::Refused,
+                _ => Exit::Failed,
+            },
         }
     }
 
@@ -131,6 +150,16 @@ impl Failure {
             Self::Refused(_) | Self::Incomplete(_) => (Code::Internal, "ANSWER_INCOMPLETE"),
             Self::System { .. } => (Code::Internal, "SYSTEM"),
             Self::Agent(_) => (Code::Internal, "AGENT_FAILED"),
+            Self::Bench(error) => match **error {
+                BenchError::Share { .. } => (Code::InvalidArgument, "BENCH_MEMORY"),
+                BenchError::Memory { .. } => (Code::ResourceExhausted, "BENCH_MEMORY"),
+                BenchError::Unreachable { .. } => (Code::Unavailable, "BENCH_UNREACHABLE"),
+                BenchError::Refused(_) => (Code::FailedPrecondition, "BENCH_REFUSED"),
+                BenchError::TimedOut(_) | BenchError::NobodyCame(_) => {
+                    (Code::DeadlineExceeded, "BENCH_TIMEOUT")
+                }
+                _ => (Code::Internal, "BENCH_FAILED"),
+            },
         }
     }
 }
@@ -174,7 +203,7 @@ fn deepest(error: &(dyn Error + 'static)) -> String {
 }
 
 /// An error's message and those of its causes, each once.
-fn chain(error: &(dyn Error + 'static)) -> String {
+pub(crate) fn chain(error: &(dyn Error + 'static)) -> String {
     let mut text = error.to_string();
     let mut cause = error.source();
     while let Some(error) = cause {

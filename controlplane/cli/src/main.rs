@@ -13,6 +13,7 @@ use crate::refusal::ErrorObject;
 
 mod args;
 mod backoff;
+mod bench;
 mod client;
 mod commands;
 mod exit;
@@ -29,7 +30,7 @@ struct ErrorAnswer {
 
 fn main() -> ExitCode {
     let command = Cli::parse().command;
-    let is_json = command.connection().is_some_and(|connection| connection.output == OutputFormat::Json);
+    let is_json = command.output() == Some(OutputFormat::Json);
     match commands::run(command) {
         Ok(exit) => exit.into(),
         Err(failure) => {

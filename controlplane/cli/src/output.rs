@@ -7,6 +7,7 @@ use serde::Serialize;
 
 use crate::failure::Failure;
 
+pub(crate) mod bench;
 pub(crate) mod report;
 pub(crate) mod summary;
 pub(crate) mod table;

@@ -1,8 +1,13 @@
-//! What this host can do: the limits that a fabric is measured beside.
+//! What this host, or the network between two, can do: the limits that a fabric
+//! is measured beside.
 //!
-//! Both move the bytes that `pages` name from one guest's memory to another's of
-//! the same layout, in pieces of `piece_bytes`, and give the time that took.
+//! [`memcpy`] and [`sockets`] move the bytes that `pages` name from one guest's
+//! memory to another's of the same layout, in pieces of `piece_bytes`, and give
+//! the time that took. [`Sender`] and [`serve`] are the two ends of one plain
+//! connection, on one host or two.
 #![allow(unsafe_code, reason = "sends and receives guest RAM, of which there are no slices")]
+
+mod plain;
 
 use std::io::{self, Read as _, Write as _};
 use std::net::{IpAddr, TcpListener, TcpStream};
@@ -11,6 +16,8 @@ use std::time::{Duration, Instant};
 
 use ramferry_ram::{BlockRange, Memory, PageSets, RamError};
 use thiserror::Error;
+
+pub use plain::{Sender, serve};
 
 /// As the tcp fabric asks for.
 const SOCKET_BUFFER_BYTES: usize = 4 << 20;
@@ -25,6 +32,9 @@ pub enum LimitError {
     /// The sockets do not work.
     #[error("the sockets of the measurement failed: {0}")]
     Socket(#[from] io::Error),
+    /// Somebody else connected, or is listening.
+    #[error("the peer of the measurement is not the one that was expected")]
+    Stranger,
 }
 
 /// Copies by `memcpy`, in one thread.
@@ -100,33 +110,39 @@ fn pieces(pages: &PageSets, piece_bytes: u64) -> Vec<BlockRange> {
 }
 
 fn send(mut socket: TcpStream, from: &Memory, pieces: &[BlockRange]) -> Result<(), LimitError> {
-    for piece in pieces {
-        let mut rest = *piece;
-        while rest.length > 0 {
-            let span = from.span(rest)?;
-            // SAFETY: the kernel reads the span's bytes, which are mapped while it is borrowed.
-            let sent = unsafe { libc::send(socket.as_raw_fd(), span.as_ptr().cast(), span.len(), 0) };
-            rest = behind(rest, sent)?;
-        }
-    }
+    pieces.iter().try_for_each(|piece| send_range(&socket, from, *piece))?;
     socket.read_exact(&mut [0])?;
     Ok(())
 }
 
-fn receive(mut socket: TcpStream, to: &Memory, pieces: &[BlockRange]) -> Result<(), LimitError> {
-    for piece in pieces {
-        let mut rest = *piece;
-        while rest.length > 0 {
-            let span = to.span(rest)?;
-            let start = span.as_mut_ptr()?;
-            // SAFETY: the kernel writes the span's bytes, which are mapped writable while it is
-            // borrowed (`as_mut_ptr` checked that), and of which no reference is ever made.
-            let received =
-                unsafe { libc::recv(socket.as_raw_fd(), start.cast(), span.len(), libc::MSG_WAITALL) };
-            rest = behind(rest, received)?;
-        }
+fn send_range(socket: &TcpStream, from: &Memory, range: BlockRange) -> Result<(), LimitError> {
+    let mut rest = range;
+    while rest.length > 0 {
+        let span = from.span(rest)?;
+        let (start, length) = (span.as_ptr().cast(), span.len());
+        // SAFETY: the kernel reads the span's bytes, which are mapped while it is borrowed.
+        let sent = unsafe { libc::send(socket.as_raw_fd(), start, length, libc::MSG_NOSIGNAL) };
+        rest = behind(rest, sent)?;
     }
+    Ok(())
+}
+
+fn receive(mut socket: TcpStream, to: &Memory, pieces: &[BlockRange]) -> Result<(), LimitError> {
+    pieces.iter().try_for_each(|piece| receive_range(&socket, to, *piece))?;
     socket.write_all(&[1])?;
+    Ok(())
+}
+
+fn receive_range(socket: &TcpStream, to: &Memory, range: BlockRange) -> Result<(), LimitError> {
+    let mut rest = range;
+    while rest.length > 0 {
+        let span = to.span(rest)?;
+        let start = span.as_mut_ptr()?;
+        // SAFETY: the kernel writes the span's bytes, which are mapped writable while it is
+        // borrowed (`as_mut_ptr` checked that), and of which no reference is ever made.
+        let received = unsafe { libc::recv(socket.as_raw_fd(), start.cast(), span.len(), libc::MSG_WAITALL) };
+        rest = behind(rest, received)?;
+    }
     Ok(())
 }
 
@@ -147,9 +163,9 @@ mod tests {
     use ramferry_ram::{Access, Block, BlockIndex, Layout, PageRun, RamFile};
     use rustix::fs::MemfdFlags;
 
-    const PAGES: u64 = 600;
+    pub(super) const PAGES: u64 = 600;
 
-    fn memory() -> Memory {
+    pub(super) fn memory() -> Memory {
         let descriptor = rustix::fs::memfd_create("limits", MemfdFlags::CLOEXEC).unwrap();
         rustix::fs::ftruncate(&descriptor, PAGES * 4096).unwrap();
         let file = RamFile::from_fd(descriptor, Access::ReadWrite).unwrap();

@@ -32,6 +32,8 @@ use crate::session::{self, Acceptor, Service};
 use crate::{FabricKind, Link, LinkError, MappedDomain, SessionToken};
 
 pub use crate::session::Admission;
+#[cfg(feature = "limits")]
+pub(crate) use socket::send_buffer_bytes;
 
 /// Accepts the links of all sessions of an agent. Sessions that were admitted
 /// keep their links when it is dropped.

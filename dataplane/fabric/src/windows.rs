@@ -348,6 +348,11 @@ impl Windows {
         Acquire::NotYet
     }
 
+    /// Whether [`Windows::acquire`] would find `offset` of `block` ready.
+    pub fn is_ready(&self, block: BlockIndex, offset: u64) -> bool {
+        self.table.is_ready(block, offset)
+    }
+
     /// An operation in `id` that [`Windows::acquire`] counted has completed.
     ///
     /// # Panics

@@ -10,6 +10,7 @@ use ramferry_fabric::windows::{Acquire, Window, WindowAction, WindowId, Windows}
 use ramferry_fabric::{Domain, RegionKey, RegisterError, Rights};
 use ramferry_ram::{BlockIndex, BlockRange, Memory, PageRun, PageSets};
 
+use crate::batch::batches;
 use crate::counters::Counters;
 use crate::pacer::Pacer;
 use crate::pool::Pool;
@@ -72,7 +73,8 @@ pub(crate) struct Copy {
     pool: Pool,
     failed: Box<dyn Fn(MoverError) + Send + Sync>,
     plan: Mutex<Plan>,
-    changed: Condvar,
+    /// The awaited position is.
+    ready: Condvar,
     /// Pages whose bytes at the destination may differ from zero.
     destination_holds: Mutex<PageSets>,
 }
@@ -82,6 +84,8 @@ struct Plan {
     registrations: HashMap<WindowId, Registration>,
     todo: PageSets,
     cursor: (BlockIndex, u64),
+    /// The position that copying threads wait for, if they do: it is the same for all.
+    awaited: Option<(BlockIndex, u64)>,
 }
 
 /// A window's way through registration on both sides.
@@ -133,8 +137,9 @@ impl Copy {
                 registrations: HashMap::new(),
                 todo,
                 cursor: (BlockIndex(0), 0),
+                awaited: None,
             }),
-            changed: Condvar::new(),
+            ready: Condvar::new(),
             destination_holds: Mutex::new(destination_presence),
         })
     }
@@ -147,6 +152,7 @@ impl Copy {
             plan.windows.begin_round(&pages);
             plan.todo = pages;
             plan.cursor = (BlockIndex(0), 0);
+            plan.awaited = None;
             plan.advance(&mut follow);
         }
         self.carry_out(follow);
@@ -180,10 +186,9 @@ impl Copy {
         self.carry_out(follow);
     }
 
-    /// Sleeps until a window's state changes, at most `timeout`.
+    /// Sleeps until what is to be copied next is registered, at most `timeout`.
     pub(crate) fn wait_for_windows(&self, timeout: Duration) {
-        let plan = self.plan();
-        drop(self.changed.wait_timeout(plan, timeout));
+        drop(self.ready.wait_timeout_while(self.plan(), timeout, |plan| plan.awaited.is_some()));
     }
 
     /// Notes what became of the pages of a chunk; the runs returned are zero
@@ -213,13 +218,10 @@ impl Copy {
         }
     }
 
-    pub(crate) fn remote_registered(self: &Arc<Self>, windows: Vec<(WindowId, Result<RegionKey, String>)>) {
-        for (id, result) in windows {
-            match result {
-                Ok(key) => self.settle_registration(id, |registration| registration.remote = Some(key)),
-                Err(message) => self.registration_failed(id, MoverError::RemoteRegistration { message }),
-            }
-        }
+    pub(crate) fn remote_registered(&self, windows: Vec<(WindowId, Result<RegionKey, String>)>) {
+        let named = |message| MoverError::RemoteRegistration { message };
+        let results = windows.into_iter().map(|(id, result)| (id, result.map_err(named)));
+        self.settle_registrations(results, |registration, key| registration.remote = Some(key));
     }
 
     pub(crate) fn remote_released(self: &Arc<Self>, windows: &[WindowId]) {
@@ -246,9 +248,9 @@ impl Copy {
 
     fn carry_out(self: &Arc<Self>, follow: Follow) {
         if !follow.register.is_empty() {
-            for window in &follow.register {
-                let (copy, window) = (Arc::clone(self), window.clone());
-                self.pool.run(move || copy.register(&window));
+            for batch in batches(&follow.register) {
+                let (copy, batch) = (Arc::clone(self), batch.to_vec());
+                self.pool.run(move || copy.register(&batch));
             }
             (self.order)(PeerOrder::RegisterWindows(follow.register));
         }
@@ -262,16 +264,16 @@ impl Copy {
         }
     }
 
-    fn register(self: &Arc<Self>, window: &Window) {
-        let started = Instant::now();
-        let nothing_remote = Rights { remote_write: false, remote_read: false };
-        match self.domain.register(window.range, nothing_remote) {
-            Ok(region) => {
-                self.counters.add_registration(window.range.length, started.elapsed());
-                self.settle_registration(window.id, |registration| registration.local = Some(region.key));
-            }
-            Err(error) => self.registration_failed(window.id, MoverError::Registration(error)),
-        }
+    fn register(&self, windows: &[Window]) {
+        let register = |window: &Window| {
+            let started = Instant::now();
+            let region =
+                self.domain.register(window.range, Rights::LOCAL).map_err(MoverError::Registration)?;
+            self.counters.add_registration(window.range.length, started.elapsed());
+            Ok(region.key)
+        };
+        let results: Vec<_> = windows.iter().map(|window| (window.id, register(window))).collect();
+        self.settle_registrations(results, |registration, key| registration.local = Some(key));
     }
 
     fn deregister(self: &Arc<Self>, id: WindowId, local: Option<RegionKey>) {
@@ -282,35 +284,29 @@ impl Copy {
         }
     }
 
-    fn settle_registration(&self, id: WindowId, settle: impl FnOnce(&mut Registration)) {
+    /// Takes note of what one side made of windows, and wakes the copying threads if it is what they wait for.
+    fn settle_registrations(
+        &self,
+        results: impl IntoIterator<Item = (WindowId, Result<RegionKey, MoverError>)>,
+        settle: impl Fn(&mut Registration, RegionKey),
+    ) {
+        let mut failures = Vec::new();
         let mut plan = self.plan();
-        let Some(registration) = plan.registrations.get_mut(&id) else {
-            return;
-        };
-        if registration.releasing.is_some() {
-            return;
-        }
-        settle(registration);
-        if registration.local.is_some() && registration.remote.is_some() {
-            plan.windows.registered(id);
-            self.changed.notify_all();
-        }
-    }
-
-    fn registration_failed(&self, id: WindowId, error: MoverError) {
-        {
-            let mut plan = self.plan();
-            // A destination may say so of a window that is ready; that one stays as it is.
-            let pending = |entry: &Registration| {
-                entry.releasing.is_none() && (entry.local.is_none() || entry.remote.is_none())
-            };
-            if plan.registrations.get(&id).is_some_and(pending) {
-                plan.registrations.remove(&id);
-                plan.windows.failed(id);
+        for (id, result) in results {
+            match result {
+                Ok(key) => plan.registered(id, |registration| settle(registration, key)),
+                Err(error) => {
+                    plan.failed(id);
+                    failures.push(error);
+                }
             }
         }
-        (self.failed)(error);
-        self.changed.notify_all();
+        if plan.awaited.is_some_and(|(block, offset)| plan.windows.is_ready(block, offset)) {
+            plan.awaited = None;
+            self.ready.notify_all();
+        }
+        drop(plan);
+        failures.into_iter().for_each(&self.failed);
     }
 
     /// A side has released a window; a peer may say so more than once, or unasked.
@@ -330,7 +326,6 @@ impl Copy {
             }
         }
         self.carry_out(follow);
-        self.changed.notify_all();
     }
 }
 
@@ -340,9 +335,11 @@ impl Plan {
             return Next::Done;
         };
         let page_bytes = self.todo.page_bytes(block);
-        let acquired = self.windows.acquire(block, run.first * page_bytes);
+        let position = (block, run.first * page_bytes);
+        let acquired = self.windows.acquire(position.0, position.1);
         self.advance(follow);
         let Acquire::Ready { id, bytes } = acquired else {
+            self.awaited = Some(position);
             return Next::Wait;
         };
         let registration = &self.registrations[&id];
@@ -372,6 +369,29 @@ impl Plan {
             self.cursor = (block, page);
         }
         None
+    }
+
+    /// One side has registered a window.
+    fn registered(&mut self, id: WindowId, settle: impl FnOnce(&mut Registration)) {
+        let Some(registration) = self.registrations.get_mut(&id).filter(|entry| entry.releasing.is_none())
+        else {
+            return;
+        };
+        settle(registration);
+        if registration.local.is_some() && registration.remote.is_some() {
+            self.windows.registered(id);
+        }
+    }
+
+    /// One side could not register a window. A destination may say so of one that is ready; that one stays as it is.
+    fn failed(&mut self, id: WindowId) {
+        let pending = |entry: &Registration| {
+            entry.releasing.is_none() && (entry.local.is_none() || entry.remote.is_none())
+        };
+        if self.registrations.get(&id).is_some_and(pending) {
+            self.registrations.remove(&id);
+            self.windows.failed(id);
+        }
     }
 
     fn advance(&mut self, follow: &mut Follow) {

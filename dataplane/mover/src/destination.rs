@@ -13,6 +13,7 @@ use ramferry_fabric::windows::{Window, WindowId};
 use ramferry_fabric::{Domain, LinkError, RegionKey, Rights};
 use ramferry_ram::{BlockIndex, BlockRange, Digest, Memory, PageRun, PageSet, PageSets};
 
+use crate::batch::batches;
 use crate::counters::Counters;
 use crate::pool::Pool;
 use crate::{Counted, MoverError, Registered, Step, wait_until_gone};
@@ -296,9 +297,9 @@ impl Driver {
     }
 
     fn set_up(&mut self, parts: DestinationParts) {
-        match parts.memory.presence() {
+        match parts.memory.first_presence() {
             Ok(presence) => {
-                (parts.answer)(PeerAnswer::Presence(presence));
+                (parts.answer)(PeerAnswer::Presence(Arc::unwrap_or_clone(presence)));
             }
             Err(error) => return self.fail(Reason::GuestFailed, error.to_string()),
         }
@@ -322,25 +323,13 @@ impl Driver {
         let Some(plane) = &self.plane else {
             return;
         };
-        let layout = plane.shared.memory.layout();
-        let mut refused = None;
-        {
-            let mut regions = plane.shared.regions();
-            for window in windows {
-                if !layout.contains(window.range) || window.range.length == 0 {
-                    refused = Some(format!("window {:?} is outside the guest's RAM", window.range));
-                } else if regions.len() >= MAX_WINDOWS {
-                    refused = Some(format!("more than {MAX_WINDOWS} windows"));
-                } else if regions.insert(window.id, None).is_some() {
-                    refused = Some(format!("window {} was registered already", window.id.0));
-                } else {
-                    let (shared, place) = (Arc::clone(&plane.shared), place.cloned());
-                    plane.pool.run(move || {
-                        shared.register(&window);
-                        drop(place);
-                    });
-                }
-            }
+        let (admitted, refused) = plane.shared.admit(windows);
+        for batch in batches(&admitted) {
+            let (shared, batch, place) = (Arc::clone(&plane.shared), batch.to_vec(), place.cloned());
+            plane.pool.run(move || {
+                shared.register(&batch);
+                drop(place);
+            });
         }
         if let Some(why) = refused {
             self.fail(Reason::PeerRefused, format!("the source's order was refused: {why}"));
@@ -424,7 +413,33 @@ impl Shared {
         self.regions.lock().expect("no panic while it is held")
     }
 
-    fn register(&self, window: &Window) {
+    /// Takes note of windows that are to be registered: those that may be, and why one may not.
+    fn admit(&self, windows: Vec<Window>) -> (Vec<Window>, Option<String>) {
+        let mut refused = None;
+        let mut regions = self.regions();
+        let mut may_be_registered = |window: &Window| {
+            let why = if !self.memory.layout().contains(window.range) || window.range.length == 0 {
+                format!("window {:?} is outside the guest's RAM", window.range)
+            } else if regions.len() >= MAX_WINDOWS {
+                format!("more than {MAX_WINDOWS} windows")
+            } else if regions.insert(window.id, None).is_some() {
+                format!("window {} was registered already", window.id.0)
+            } else {
+                return true;
+            };
+            refused = Some(why);
+            false
+        };
+        let admitted = windows.into_iter().filter(&mut may_be_registered).collect();
+        (admitted, refused)
+    }
+
+    fn register(&self, windows: &[Window]) {
+        let registered = windows.iter().map(|window| self.register_one(window)).collect();
+        (self.answer)(PeerAnswer::WindowsRegistered(registered));
+    }
+
+    fn register_one(&self, window: &Window) -> RegisteredWindow {
         let started = Instant::now();
         let rights = Rights { remote_write: true, remote_read: false };
         let key = self.domain.register(window.range, rights).map(|region| region.key);
@@ -438,8 +453,7 @@ impl Shared {
                 self.regions().remove(&window.id);
             }
         }
-        let key = key.map_err(|error| error.to_string());
-        (self.answer)(PeerAnswer::WindowsRegistered(vec![RegisteredWindow { id: window.id, key, elapsed }]));
+        RegisteredWindow { id: window.id, key: key.map_err(|error| error.to_string()), elapsed }
     }
 
     fn release(&self, ids: Vec<WindowId>) {

@@ -6,6 +6,7 @@
 //! What is not memory (the guest, the journal, the peer's control stream) is
 //! left to whoever implements [`SourceOutside`] and [`DestinationOutside`].
 
+mod batch;
 mod copy;
 mod counters;
 mod destination;

@@ -1,8 +1,10 @@
 //! The source's driver: one thread that feeds the engine and carries out its
 //! actions on memory.
 
+mod jobs;
+mod plane;
+
 use std::collections::VecDeque;
-use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
 use std::thread::{self, JoinHandle};
@@ -11,15 +13,17 @@ use std::time::{Duration, Instant};
 use ramferry_engine::{
     Failure, FixedCosts, LateWrites, Progress, Reason, Source, SourceAction, SourceEvent, State,
 };
-use ramferry_fabric::windows::{WindowConfig, WindowId, Windows};
+use ramferry_fabric::windows::{WindowConfig, WindowId};
 use ramferry_fabric::{Domain, Link, RegionKey};
 use ramferry_ram::{Digest, Memory, PageSets};
 use ramferry_tracking::{Tracker, TrackerKind};
 
-use crate::copy::{Copy, Pass, SendOrder};
-use crate::recheck::{Notes, Recheck};
-use crate::worker::{Job, Worker};
-use crate::{Counted, MoverError, Registered, Step, wait_until_gone};
+use self::jobs::{JobKind, RunningJob};
+use self::plane::Plane;
+use crate::copy::SendOrder;
+use crate::recheck::Recheck;
+use crate::worker::Job;
+use crate::{Counted, MoverError, Registered, Step};
 
 /// Between two publications of progress.
 const PUBLISH_INTERVAL: Duration = Duration::from_millis(100);
@@ -82,7 +86,7 @@ pub struct SourceParts {
     pub links: Vec<Box<dyn Link>>,
     /// Where windows are registered.
     pub domain: Arc<dyn Domain>,
-    /// Armed before anything of `memory` was read.
+    /// Armed before anything of `memory` was read or registered.
     pub tracker: Box<dyn Tracker>,
     /// The guest's RAM.
     pub memory: Arc<Memory>,
@@ -202,41 +206,6 @@ struct Driver {
     events: VecDeque<(Duration, SourceEvent)>,
     feeding: bool,
     finished: bool,
-}
-
-/// Everything that [`SourceAction::Release`] takes down, in this order.
-struct Plane {
-    workers: Vec<(Sender<Job>, JoinHandle<()>)>,
-    copy: Arc<Copy>,
-    tracker: Box<dyn Tracker>,
-    memory: Arc<Memory>,
-    /// Pages that were holes at the source when the tracker was armed.
-    holes: Option<PageSets>,
-    /// Those of them that were never sent since.
-    unsent_holes: PageSets,
-}
-
-struct RunningJob {
-    started: Instant,
-    waiting: usize,
-    kind: JobKind,
-    failed: bool,
-}
-
-enum JobKind {
-    Copy { pass: Arc<Pass>, before: Counted },
-    Recheck(Arc<Recheck>),
-    Fence,
-}
-
-impl RunningJob {
-    fn stop(&self) {
-        match &self.kind {
-            JobKind::Copy { pass, .. } => pass.stop(),
-            JobKind::Recheck(recheck) => recheck.stop(),
-            JobKind::Fence => {}
-        }
-    }
 }
 
 impl Driver {
@@ -376,70 +345,6 @@ impl Driver {
         }
     }
 
-    fn set_up(&mut self, parts: SourceParts) -> Result<SourceEvent, MoverError> {
-        let present = parts.memory.presence()?;
-        let mut pages = present.clone();
-        pages.union_with(&parts.destination_presence);
-        let mut holes = parts.destination_presence.clone();
-        holes.subtract(&present);
-        self.sizes = (parts.memory.layout().total_bytes(), present.bytes());
-        self.tracker_kind = Some(parts.tracker.kind());
-
-        let handle = self.handle.clone();
-        let copy = Copy::new(
-            Arc::clone(&parts.memory),
-            parts.domain,
-            Windows::new(parts.windows, parts.memory.layout())?,
-            parts.destination_presence,
-            parts.order,
-            parts.registration_workers,
-            Box::new(move |error| handle.send(SourceInput::MemoryFailed(error))),
-        );
-        let cpus = parts.poller_cpus.unwrap_or_default();
-        let workers = parts.links.into_iter().enumerate().map(|(index, link)| {
-            let cpu = (!cpus.is_empty()).then(|| cpus[index % cpus.len()]);
-            self.spawn_worker(index, Worker::new(link, Arc::clone(&copy)), cpu)
-        });
-        let workers = workers.collect::<Result<_, _>>()?;
-        let others_write = parts.tracker.has_other_writers();
-        self.plane = Some(Plane {
-            workers,
-            copy,
-            tracker: parts.tracker,
-            memory: parts.memory,
-            unsent_holes: holes.clone(),
-            holes: Some(holes),
-        });
-        self.expect_late_writes(parts.late_writes);
-        if others_write {
-            self.expect_late_writes(LateWrites::Undrainable);
-        }
-        Ok(SourceEvent::Prepared { pages, fixed: parts.fixed_costs })
-    }
-
-    fn spawn_worker(
-        &self,
-        index: usize,
-        worker: Worker,
-        cpu: Option<usize>,
-    ) -> Result<(Sender<Job>, JoinHandle<()>), MoverError> {
-        let (jobs, queue) = channel();
-        let handle = self.handle.clone();
-        let builder = thread::Builder::new().name(format!("copy-{index}"));
-        let body = move || {
-            let work = || {
-                if let Some(cpu) = cpu {
-                    pin_to(cpu);
-                }
-                worker.run(&queue, |result| handle.send(SourceInput::JobDone(result)));
-            };
-            if catch_unwind(AssertUnwindSafe(work)).is_err() {
-                handle.send(SourceInput::MemoryFailed(MoverError::ThreadEnded));
-            }
-        };
-        Ok((jobs, builder.spawn(body).map_err(MoverError::Thread)?))
-    }
-
     fn harvest(&mut self) {
         let paused = self.engine.state() == State::SwitchingOver;
         let Some(plane) = &mut self.plane else {
@@ -461,16 +366,6 @@ impl Driver {
             }
             Err(error) => self.fail(&error.into()),
         }
-    }
-
-    /// Before the engine hears of the pages that may be filled late: each is noted when it is sent.
-    fn expect_late_writes(&mut self, late: LateWrites) {
-        let Some(plane) = self.plane.as_ref().filter(|_| late > self.late_writes) else {
-            return;
-        };
-        plane.copy.notes.get_or_init(|| Notes::new(plane.memory.layout()));
-        self.late_writes = late;
-        self.feed(SourceEvent::LateWrites(late));
     }
 
     fn recheck(&mut self, mut pages: PageSets) {
@@ -512,85 +407,6 @@ impl Driver {
         self.start_job(JobKind::Copy { pass: Arc::clone(&pass), before }, || Job::Copy(Arc::clone(&pass)));
     }
 
-    fn start_job(&mut self, kind: JobKind, job: impl Fn() -> Job) {
-        let Some(plane) = &self.plane else {
-            return;
-        };
-        assert!(self.job.is_none(), "the engine orders one job at a time");
-        self.job =
-            Some(RunningJob { started: Instant::now(), waiting: plane.workers.len(), kind, failed: false });
-        for (jobs, _) in &plane.workers {
-            if jobs.send(job()).is_err() {
-                self.handle.send(SourceInput::JobDone(Err(MoverError::ThreadEnded)));
-            }
-        }
-    }
-
-    fn job_done(&mut self, result: &Result<(), MoverError>) {
-        let Some(job) = &mut self.job else {
-            return;
-        };
-        job.waiting -= 1;
-        let failed_before = job.failed;
-        job.failed |= result.is_err();
-        if result.is_err() {
-            job.stop();
-        }
-        let done = if job.waiting == 0 { self.job.take() } else { None };
-        if let (Err(error), false) = (result, failed_before) {
-            self.fail(error);
-        }
-        match done {
-            Some(job) if job.failed => self.report_broken_off(&job),
-            Some(job) => self.report(&job),
-            None => {}
-        }
-    }
-
-    /// What failed has ended all the same.
-    fn report_broken_off(&mut self, job: &RunningJob) {
-        let Some(plane) = &self.plane else {
-            return;
-        };
-        let elapsed = job.started.elapsed();
-        let event = match &job.kind {
-            JobKind::Fence => return,
-            JobKind::Recheck(recheck) => rechecked(recheck, &plane.memory, elapsed),
-            JobKind::Copy { .. } => {
-                let unsent = plane.copy.take_unsent();
-                SourceEvent::Copied { data_bytes: 0, zero_bytes: 0, elapsed, complete: false, unsent }
-            }
-        };
-        self.feed(event);
-    }
-
-    fn report(&mut self, job: &RunningJob) {
-        let elapsed = job.started.elapsed();
-        let Some(plane) = &self.plane else {
-            return;
-        };
-        if let Err(error) = plane.memory.check() {
-            self.fail(&error.into());
-            return self.report_broken_off(job);
-        }
-        let event = match &job.kind {
-            JobKind::Fence => SourceEvent::Fenced { elapsed },
-            JobKind::Recheck(recheck) => rechecked(recheck, &plane.memory, elapsed),
-            JobKind::Copy { before, .. } => {
-                let after = plane.copy.counters.read();
-                let unsent = plane.copy.take_unsent();
-                SourceEvent::Copied {
-                    data_bytes: after.data_bytes - before.data_bytes,
-                    zero_bytes: after.zero_bytes - before.zero_bytes,
-                    elapsed,
-                    complete: unsent.is_empty(),
-                    unsent,
-                }
-            }
-        };
-        self.feed(event);
-    }
-
     fn digest(&mut self) {
         let Some(plane) = &self.plane else {
             return;
@@ -614,28 +430,6 @@ impl Driver {
             self.verified = Some(equal);
             self.feed(SourceEvent::Verified { equal });
         }
-    }
-
-    fn release(&mut self) {
-        let Some(plane) = self.plane.take() else {
-            return;
-        };
-        if let Some(job) = self.job.take() {
-            job.stop();
-        }
-        self.counted = plane.copy.counters.read();
-        self.registrations = plane.copy.counters.take_registrations();
-        self.pinned_peak_bytes = plane.copy.pinned().2;
-        plane.copy.close();
-        let threads: Vec<_> = plane.workers.into_iter().map(|(_, thread)| thread).collect();
-        for thread in threads {
-            if thread.join().is_err() {
-                tracing::error!("a copying thread panicked");
-            }
-        }
-        let memory = Arc::downgrade(&plane.memory);
-        drop((plane.copy, plane.tracker, plane.memory));
-        wait_until_gone(&memory);
     }
 
     fn publish(&mut self) {
@@ -668,14 +462,6 @@ impl Driver {
     }
 }
 
-fn rechecked(recheck: &Recheck, memory: &Memory, elapsed: Duration) -> SourceEvent {
-    SourceEvent::Rechecked {
-        differing: recheck.take_differing(memory.layout()),
-        checked_bytes: recheck.checked_bytes(),
-        elapsed,
-    }
-}
-
 fn failure(error: &MoverError) -> Failure {
     let reason = match error {
         MoverError::Ram(_) => Reason::GuestFailed,
@@ -699,17 +485,4 @@ fn failure(error: &MoverError) -> Failure {
         cause = deeper.source();
     }
     Failure { reason, message }
-}
-
-/// Pins the calling thread. A CPU that is not there is no reason to fail.
-fn pin_to(cpu: usize) {
-    if cpu >= rustix::thread::CpuSet::MAX_CPU {
-        tracing::warn!(cpu, "there is no such CPU to pin a copying thread to");
-        return;
-    }
-    let mut set = rustix::thread::CpuSet::new();
-    set.set(cpu);
-    if let Err(error) = rustix::thread::sched_setaffinity(None, &set) {
-        tracing::warn!(cpu, %error, "cannot pin a copying thread");
-    }
 }

@@ -180,7 +180,7 @@ pub fn arm(
 }
 
 fn arm_tested(kind: TrackerKind, guest: u32, files: &[TrackedFile]) -> Result<Box<dyn Tracker>, TrackError> {
-    self_test(kind)?;
+    self_test::once(kind)?;
     Ok(match kind {
         TrackerKind::UffdWp => Box::new(FileTracker::<UffdWp>::arm(guest, files)?),
         TrackerKind::SoftDirty => Box::new(FileTracker::<SoftDirty>::arm(guest, files)?),

@@ -8,6 +8,7 @@ use std::collections::BTreeSet;
 use std::io::{self, Read, Write};
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::net::UnixStream;
+use std::sync::OnceLock;
 use std::time::Duration;
 
 use ramferry_ram::{Block, BlockIndex, FileIdentity, Layout, PageSets};
@@ -43,6 +44,18 @@ pub fn self_test(kind: TrackerKind) -> Result<(), SelfTestError> {
         TrackerKind::UffdWp => run::<UffdWp>(),
         TrackerKind::SoftDirty => run::<SoftDirty>(),
     }
+}
+
+/// The same, unless it passed before: neither the kernel nor what this process may do changes while it lives.
+pub(crate) fn once(kind: TrackerKind) -> Result<(), SelfTestError> {
+    static PASSED: [OnceLock<()>; TrackerKind::ALL.len()] =
+        [const { OnceLock::new() }; TrackerKind::ALL.len()];
+    let passed = &PASSED[kind as usize];
+    if passed.get().is_none() {
+        self_test(kind)?;
+        passed.get_or_init(|| ());
+    }
+    Ok(())
 }
 
 fn run<M: Mechanism>() -> Result<(), SelfTestError> {

@@ -33,8 +33,8 @@ const CHAIN_BYTES: u64 = 256 << 10;
 const LOOK_ASIDE_EVERY: u32 = 64;
 /// How long requests may take to end after the queue pair failed.
 const FLUSH_LIMIT: Duration = Duration::from_secs(1);
-/// How long a failure without a reason waits for one.
-const REASON_LIMIT: Duration = Duration::from_millis(200);
+/// How long a link that seems to have ended waits to be told why.
+const REASON_LIMIT: Duration = Duration::from_millis(500);
 /// How long a link takes leave.
 const GOODBYE_LIMIT: Duration = Duration::from_secs(1);
 /// Longest sleep while a link ends.
@@ -70,6 +70,10 @@ pub(crate) struct VerbsLink {
     outstanding: usize,
     idle_polls: u32,
     ended: Vec<Ended>,
+    /// Operations that a failed queue pair flushed, while its reason is not known.
+    unexplained: Vec<Operation>,
+    /// It seems to have ended, for this reason where none is told, since then.
+    suspicion: Option<(LinkError, Instant)>,
     death: Option<Death>,
 }
 
@@ -79,12 +83,9 @@ enum Operation {
     Goodbye,
 }
 
-/// How a link ends.
 struct Death {
     error: LinkError,
     since: Instant,
-    /// The reason is a guess, and a better one is waited for.
-    is_guess: bool,
 }
 
 impl VerbsLink {
@@ -124,6 +125,8 @@ impl VerbsLink {
             outstanding: 0,
             idle_polls: 0,
             ended: Vec::new(),
+            unexplained: Vec::new(),
+            suspicion: None,
             death: None,
         }
     }
@@ -131,6 +134,7 @@ impl VerbsLink {
     fn check_room(&self, requests: usize) -> Result<(), PostError> {
         match &self.death {
             Some(death) => Err(PostError::Dead(death.error.clone())),
+            None if self.suspicion.is_some() => Err(PostError::Full),
             None if self.outstanding >= QUEUE_DEPTH => Err(PostError::Full),
             None if self.requests.len() + requests > QUEUE_DEPTH => Err(PostError::Full),
             None => Ok(()),
@@ -185,7 +189,7 @@ impl VerbsLink {
             let first_left = self.chain[posted.min(self.chain.len() - 1)].id;
             self.chain.clear();
             let error = self.signal.error();
-            self.die(error.unwrap_or(LinkError::System { what: "post to a queue pair", source }), false);
+            self.die(error.unwrap_or(LinkError::System { what: "post to a queue pair", source }));
             let error = self.death_error();
             let Self { requests, done, fences_under_way, .. } = self;
             requests.abandon_from(first_left, |operation, outcome| {
@@ -218,7 +222,7 @@ impl VerbsLink {
         }
         self.ended = ended;
         if let Err(source) = polled.and(received) {
-            self.die(LinkError::System { what: "poll a completion queue", source }, false);
+            self.die(LinkError::System { what: "poll a completion queue", source });
         }
         self.complete_fences();
         count
@@ -228,18 +232,21 @@ impl VerbsLink {
         if end.outcome != Outcome::Done {
             self.fail(end.outcome);
         }
-        let error = self.death.as_ref().map_or(LinkError::PeerClosed, |death| death.error.clone());
-        let Self { requests, done, fences, fences_under_way, goodbye_sent, .. } = self;
-        let known = requests.ended(end.id, end.outcome, |operation, outcome| match operation {
-            Operation::Fence { id, number } if outcome == Outcome::Done => fences.push_back((number, id)),
-            Operation::Goodbye => *goodbye_sent = true,
-            operation => complete(operation, outcome, &error, done, fences_under_way),
+        let death = self.death.as_ref().map(|death| death.error.clone());
+        let Self { requests, done, fences, fences_under_way, goodbye_sent, unexplained, .. } = self;
+        let known = requests.ended(end.id, end.outcome, |operation, outcome| match (operation, &death) {
+            (Operation::Fence { id, number }, _) if outcome == Outcome::Done => {
+                fences.push_back((number, id))
+            }
+            (Operation::Goodbye, _) => *goodbye_sent = true,
+            (operation, None) if outcome != Outcome::Done => unexplained.push(operation),
+            (operation, death) => {
+                let error = death.as_ref().unwrap_or(&LinkError::SessionEnded);
+                complete(operation, outcome, error, done, fences_under_way);
+            }
         });
         if known.is_err() {
-            self.die(
-                LinkError::Fabric("the device told the end of a request that was never made".into()),
-                false,
-            );
+            self.die(LinkError::Fabric("the device told the end of a request that was never made".into()));
         }
     }
 
@@ -253,13 +260,13 @@ impl VerbsLink {
         // Fences are answered in order, each once.
         if message != Some(Message::FenceAnswer { number: self.answered }) || self.answered >= self.next_fence
         {
-            return self.die(LinkError::PeerProtocol("answer to nothing that was asked"), false);
+            return self.die(LinkError::PeerProtocol("answer to nothing that was asked"));
         }
         self.answered += 1;
         let local = self.slots.local(slot);
         let posted = self.queue_pair.as_mut().map(|queue_pair| queue_pair.post_receive(end.id, local));
         if let Some(Err(source)) = posted {
-            self.die(LinkError::System { what: "post to a queue pair", source }, false);
+            self.die(LinkError::System { what: "post to a queue pair", source });
         }
     }
 
@@ -276,36 +283,40 @@ impl VerbsLink {
 
     /// A request failed.
     fn fail(&mut self, outcome: Outcome) {
-        let told = outcome.link_error(self.domain.device_name());
-        match told.or_else(|| self.signal.error()) {
-            Some(error) => self.die(error, false),
-            None => self.die(
-                LinkError::Hardware {
-                    device: self.domain.device_name().to_owned(),
-                    fault: HardwareFault::QueuePair,
-                },
-                true,
-            ),
+        let device = self.domain.device_name();
+        match outcome.link_error(device).or_else(|| self.signal.error()) {
+            Some(error) => self.die(error),
+            None => {
+                let device = device.to_owned();
+                self.suspect(LinkError::Hardware { device, fault: HardwareFault::QueuePair });
+            }
         }
     }
 
-    /// The link carries nothing more. The first reason stays, unless it was a guess.
-    fn die(&mut self, error: LinkError, is_guess: bool) {
+    /// The link seems to have ended. What still comes says why, if anything does: a peer that
+    /// refused an operation leaves, too, and its refusal may be heard after that.
+    fn suspect(&mut self, error: LinkError) {
+        if self.death.is_none() && self.suspicion.is_none() {
+            self.suspicion = Some((error, Instant::now()));
+        }
+    }
+
+    /// The link carries nothing more.
+    fn die(&mut self, error: LinkError) {
+        if self.death.is_some() {
+            return;
+        }
         let error = match error {
             LinkError::Hardware { device, fault: HardwareFault::PathLost } if self.signal.is_port_down() => {
                 LinkError::Hardware { device, fault: HardwareFault::PortDown }
             }
             error => error,
         };
-        if let Some(death) = &mut self.death {
-            if death.is_guess && !is_guess {
-                death.error = error;
-                death.is_guess = false;
-            }
-            return;
-        }
         tracing::debug!(device = self.domain.device_name(), %error, "a link died");
-        self.death = Some(Death { error, since: Instant::now(), is_guess });
+        for operation in self.unexplained.drain(..) {
+            complete(operation, Outcome::Flushed, &error, &mut self.done, &mut self.fences_under_way);
+        }
+        self.death = Some(Death { error, since: Instant::now() });
         if let Some(queue_pair) = &mut self.queue_pair {
             queue_pair.fail();
         }
@@ -314,32 +325,33 @@ impl VerbsLink {
     /// Hears what is told outside the completion queues.
     fn look_aside(&mut self) {
         if let Some(error) = self.signal.error() {
-            self.die(error, false);
+            self.die(error);
         }
         let Some(queue_pair) = &self.queue_pair else { return };
         let channel = Arc::clone(queue_pair.identifier().channel());
         while let Ok(Some(event)) = channel.next() {
             match event.kind {
-                EventKind::Disconnected => self.die(LinkError::PeerClosed, false),
+                EventKind::Disconnected => self.suspect(LinkError::PeerClosed),
                 EventKind::DeviceRemoval => {
                     let device = self.domain.device_name().to_owned();
-                    self.die(LinkError::Hardware { device, fault: HardwareFault::DeviceRemoved }, false);
+                    self.die(LinkError::Hardware { device, fault: HardwareFault::DeviceRemoved });
                 }
                 _ => {}
             }
         }
     }
 
-    /// Waits, within bounds, for the requests of a failed queue pair to end and for the reason of
-    /// its failure; then destroys it and completes what is left.
+    /// Lets a suspicion become certain in time; then waits, within bounds, for the requests of the
+    /// failed queue pair to end, and destroys it.
     fn bury(&mut self) {
-        let Some(death) = &self.death else { return };
-        if self.queue_pair.is_none() {
-            return;
+        if let Some((error, since)) = &self.suspicion {
+            let nothing_to_come = self.requests.is_empty() && self.unexplained.is_empty();
+            if self.death.is_none() && (nothing_to_come || since.elapsed() > REASON_LIMIT) {
+                self.die(error.clone());
+            }
         }
-        let elapsed = death.since.elapsed();
-        let has_reason = !death.is_guess || elapsed > REASON_LIMIT;
-        if (has_reason && self.requests.is_empty()) || elapsed > FLUSH_LIMIT {
+        let Some(death) = &self.death else { return };
+        if self.queue_pair.is_some() && (self.requests.is_empty() || death.since.elapsed() > FLUSH_LIMIT) {
             self.destroy();
         }
     }
@@ -360,6 +372,10 @@ impl VerbsLink {
         self.death.as_ref().map_or(LinkError::SessionEnded, |death| death.error.clone())
     }
 
+    fn is_ending(&self) -> bool {
+        self.death.is_some() || self.suspicion.is_some()
+    }
+
     fn progress(&mut self) {
         self.flush();
         if self.reap() > 0 {
@@ -367,7 +383,7 @@ impl VerbsLink {
         } else {
             self.idle_polls = self.idle_polls.wrapping_add(1);
         }
-        if self.death.is_some() || self.idle_polls.is_multiple_of(LOOK_ASIDE_EVERY) {
+        if self.is_ending() || self.idle_polls.is_multiple_of(LOOK_ASIDE_EVERY) {
             self.look_aside();
         }
         self.bury();
@@ -401,7 +417,7 @@ impl VerbsLink {
         self.slots.write(slot, Message::Goodbye.encode());
         self.enqueue(Some(Operation::Goodbye), Verb::Send, self.slots.local(slot));
         let deadline = Instant::now() + GOODBYE_LIMIT;
-        while !self.goodbye_sent && self.death.is_none() && Instant::now() < deadline {
+        while !self.goodbye_sent && !self.is_ending() && Instant::now() < deadline {
             self.progress();
             let is_sent = self.goodbye_sent || self.arm().unwrap_or(true);
             if !is_sent && self.sleep(NAP).is_err() {
@@ -469,8 +485,8 @@ impl Link for VerbsLink {
         }
         self.flush();
         let failed = |source| LinkError::System { what: "wait for the link", source };
-        if self.death.is_some() {
-            if self.outstanding == 0 {
+        if self.is_ending() {
+            if self.death.is_some() && self.outstanding == 0 {
                 return Err(self.death_error());
             }
             // What is left ends within bounds, with or without being told.
@@ -483,7 +499,7 @@ impl Link for VerbsLink {
     }
 
     fn close(mut self: Box<Self>) {
-        if self.death.is_none() && self.outstanding == 0 && self.requests.is_empty() {
+        if !self.is_ending() && self.outstanding == 0 && self.requests.is_empty() {
             self.take_leave();
         }
         if let Some(queue_pair) = &self.queue_pair {

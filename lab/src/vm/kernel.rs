@@ -27,6 +27,11 @@ impl Kernel {
         }
     }
 
+    /// Whether `scripts/lab-kernel` has made it.
+    pub fn is_made(self) -> bool {
+        self.files().is_ok()
+    }
+
     /// Its files. The error says how to make them.
     pub(crate) fn files(self) -> Result<KernelFiles> {
         let directory =

@@ -26,11 +26,6 @@ const PARTS: [&str; 4] = ["tracking", "still", "sizes", "downtime"];
 fn main() -> Result<()> {
     // Cargo says that this is a benchmark, not what to do.
     let arguments: Vec<String> = std::env::args().skip(1).filter(|argument| argument != "--bench").collect();
-    if let [role, path] = arguments.as_slice()
-        && role == tracking::WRITER
-    {
-        return tracking::write_on_command(Path::new(path));
-    }
     let (runs, parts) = measuring::asked(&arguments, &PARTS, DEFAULT_RUNS)?;
     let mut report = Report::default();
     for part in parts {

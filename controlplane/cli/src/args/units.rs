@@ -17,6 +17,10 @@ pub(crate) struct BandwidthLimit(Option<u64>);
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct PinBudget(Option<u64>);
 
+/// Bytes, at least one.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct ByteCount(pub(crate) u64);
+
 /// A duration, or `none`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct Timeout(pub(crate) Option<Duration>);
@@ -37,6 +41,8 @@ pub(crate) enum UnitError {
     TooLarge { base: &'static str },
     #[error("nothing moves at zero; write `none` for no limit")]
     Zero,
+    #[error("nothing is measured with zero bytes; write for example {example}")]
+    ZeroBytes { example: &'static str },
     #[error("{0}; write for example 15ms, 2s or 1m30s")]
     Duration(#[from] humantime::DurationError),
     #[error("a duration of zero cannot be kept; write for example 15ms")]
@@ -76,6 +82,17 @@ impl FromStr for PinBudget {
 
     fn from_str(value: &str) -> Result<Self, UnitError> {
         SIZE.parse_limit(value).map(Self)
+    }
+}
+
+impl FromStr for ByteCount {
+    type Err = UnitError;
+
+    fn from_str(value: &str) -> Result<Self, UnitError> {
+        match SIZE.parse(value)? {
+            0 => Err(UnitError::ZeroBytes { example: SIZE.example }),
+            bytes => Ok(Self(bytes)),
+        }
     }
 }
 
@@ -238,6 +255,8 @@ mod tests {
         assert_eq!(size("4GB"), Ok(4_000_000_000));
         assert_eq!(size("0.5KiB"), Ok(512));
         assert_eq!(size("1.50MiB"), Ok(3 << 19));
+        assert_eq!("64KiB".parse(), Ok(ByteCount(64 << 10)));
+        assert!("0KiB".parse::<ByteCount>().expect_err("nothing").to_string().contains("zero bytes"));
     }
 
     #[test]

@@ -79,6 +79,15 @@ impl Running {
         }
     }
 
+    /// The port of the address that stderr says it listens at.
+    pub(crate) fn listening_port(&mut self) -> u16 {
+        const BEFORE: &str = "listening at 127.0.0.1:";
+        self.wait_for_stderr(BEFORE);
+        let (_, after) = self.seen.split_once(BEFORE).expect("it was waited for");
+        let digits: String = after.chars().take_while(char::is_ascii_digit).collect();
+        digits.parse().expect("a port")
+    }
+
     /// The command's end.
     pub(crate) fn wait(mut self) -> Ended {
         let deadline = Instant::now() + PATIENCE;

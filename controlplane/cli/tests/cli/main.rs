@@ -2,6 +2,7 @@
 
 use std::collections::HashMap;
 use std::net::{Ipv4Addr, SocketAddr, SocketAddrV4};
+use std::os::fd::OwnedFd;
 
 use ramferry_proto::v1::{self, MigrationState};
 use rustix::net::{AddressFamily, SocketType, bind, getsockname, socket};
@@ -12,6 +13,7 @@ use tonic_types::{ErrorDetails, StatusExt as _};
 use crate::command::{run, start};
 use crate::scripted::{Agent, Call, Script, Step};
 
+mod bench;
 mod command;
 mod scripted;
 mod tls;
@@ -76,6 +78,14 @@ fn ended(state: MigrationState, reason: &str, message: &str) -> Step {
 
 fn watched(steps: Vec<Step>) -> Agent {
     Agent::start(Script { watches: vec![steps], ..Script::default() })
+}
+
+/// Bound, so that nobody else gets the port, and not listening.
+fn deaf_address() -> (OwnedFd, SocketAddr) {
+    let socket = socket(AddressFamily::INET, SocketType::STREAM, None).expect("a socket");
+    bind(&socket, &SocketAddrV4::new(Ipv4Addr::LOCALHOST, 0)).expect("a free port");
+    let address = SocketAddr::try_from(getsockname(&socket).expect("bound")).expect("IPv4");
+    (socket, address)
 }
 
 fn is_watch(call: &Call) -> bool {
@@ -196,10 +206,7 @@ fn refused_creation_exits_five_with_reason_and_remedy() {
 
 #[test]
 fn absent_agent_exits_four_and_says_what_to_check() {
-    // Bound, so that nobody else gets the port, and not listening.
-    let socket = socket(AddressFamily::INET, SocketType::STREAM, None).expect("a socket");
-    bind(&socket, &SocketAddrV4::new(Ipv4Addr::LOCALHOST, 0)).expect("a free port");
-    let address = SocketAddr::try_from(getsockname(&socket).expect("bound")).expect("IPv4");
+    let (_socket, address) = deaf_address();
     let ended = run(address, "list --output json");
     assert_eq!(ended.code, 4, "{ended:?}");
     assert_eq!(ended.json()["error"]["code"], "UNAVAILABLE");

@@ -2,7 +2,7 @@ use std::fmt;
 use std::sync::{Arc, Mutex, PoisonError, RwLock, Weak};
 use std::time::{Duration, Instant};
 
-use ramferry_ram::{Access, BlockRange, Memory, PageRun, PageSets, RamError};
+use ramferry_ram::{Access, BlockRange, Memory, PageRun, RamError};
 
 use super::{Domain, Region, RegisterError, Rights};
 use crate::regions::{self, DEREGISTER_WAIT, Need, RegionTable};
@@ -20,8 +20,6 @@ pub(crate) type RegionUse = regions::RegionUse<()>;
 /// A range that overlaps a region is refused.
 pub struct MappedDomain {
     table: RegionTable<()>,
-    /// What was ever touched when the session began.
-    presence: PageSets,
     /// Whether this process' mapping is the one that bytes are read from or written to.
     reached_here: bool,
     /// Held while a key goes in and out of use, so that they are the same as the table.
@@ -60,7 +58,6 @@ impl MappedDomain {
 
     fn reached(memory: Arc<Memory>, reached_here: bool) -> Result<Self, RamError> {
         Ok(Self {
-            presence: memory.presence()?,
             table: RegionTable::new(memory),
             reached_here,
             mirrors: RwLock::default(),
@@ -113,8 +110,10 @@ impl MappedDomain {
 
     fn pin(&self, range: BlockRange, rights: Rights) -> Result<(), RegisterError> {
         let mapping = self.memory().mapping(range.block);
-        let present = self.presence.block(range.block);
-        let page_bytes = self.presence.page_bytes(range.block);
+        // Not before something is registered: a source arms its tracker first.
+        let presence = self.memory().first_presence()?;
+        let present = presence.block(range.block);
+        let page_bytes = presence.page_bytes(range.block);
         let (mut page, end) = (range.offset / page_bytes, (range.offset + range.length) / page_bytes);
         while page < end {
             let run = present.next_run_before(page, end).unwrap_or(PageRun { first: end, count: 0 });

@@ -24,13 +24,17 @@ const KEEPALIVE_IDLE: Duration = Duration::from_secs(5);
 const KEEPALIVE_INTERVAL: Duration = Duration::from_secs(5);
 const KEEPALIVE_PROBES: u32 = 4;
 
+/// What a connection to `addr` asks for.
+pub(crate) fn send_buffer_bytes(addr: SocketAddr) -> usize {
+    if addr.ip().is_loopback() { LOOPBACK_BUFFER_BYTES } else { BUFFER_BYTES }
+}
+
 fn stream(addr: SocketAddr) -> Result<OwnedFd, Errno> {
     let family = if addr.is_ipv4() { AddressFamily::INET } else { AddressFamily::INET6 };
     let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
     let socket = rustix::net::socket_with(family, SocketType::STREAM, flags, None)?;
-    let buffer_bytes = if addr.ip().is_loopback() { LOOPBACK_BUFFER_BYTES } else { BUFFER_BYTES };
     // What the kernel refuses leaves its default.
-    let _ = sockopt::set_socket_send_buffer_size(&socket, buffer_bytes);
+    let _ = sockopt::set_socket_send_buffer_size(&socket, send_buffer_bytes(addr));
     Ok(socket)
 }
 

@@ -158,6 +158,12 @@ impl Table {
         }
     }
 
+    /// Whether the window that covers `offset` may be used.
+    pub(super) fn is_ready(&self, block: BlockIndex, offset: u64) -> bool {
+        let window = self.covering(block, offset).map(|id| self.get(id));
+        window.is_some_and(|entry| matches!(entry.state, State::Ready { .. }))
+    }
+
     /// Counts an operation in the window that covers `offset`, if that is ready:
     /// the window and its end.
     pub(super) fn acquire(&mut self, block: BlockIndex, offset: u64) -> Option<(WindowId, u64)> {

@@ -3,10 +3,11 @@
 use std::os::unix::fs::FileExt;
 use std::time::{Duration, Instant};
 
-use ramferry_tracking::{TrackError, Tracker, TrackerKind, arm, check, self_test};
+use ramferry_tracking::{TrackError, Tracker, TrackerKind, arm, check};
 
 use crate::file::{PAGE, RamFile, Random, Replica, members, sets};
 use crate::helper::{Helper, protected};
+use crate::kinds::works;
 
 macro_rules! suite {
     ($($test:ident)*) => {
@@ -43,8 +44,7 @@ suite! {
 }
 
 fn run(kind: TrackerKind, test: fn(TrackerKind)) {
-    if let Err(error) = self_test(kind) {
-        eprintln!("SKIPPED: {error}");
+    if !works(kind) {
         return;
     }
     test(kind);
@@ -124,7 +124,7 @@ fn no_write_is_lost_while_it_races_the_harvest(kind: TrackerKind) {
         writes += guest.order("rest").parse::<u64>().unwrap();
         let pages = armed.harvest_one();
         replica.copy(&file, &pages);
-        assert_eq!(replica.lost(&file), [], "round {round}");
+        assert_eq!(replica.lost(&file), [0; 0], "round {round}");
     }
     assert!(writes > 10_000 && harvests > 1000, "{writes} writes, {harvests} pages harvested");
 }
@@ -141,7 +141,7 @@ fn several_mappings_with_offsets_are_one_file(kind: TrackerKind) {
     guest.write("high", &[0, 149], 3);
     guest.write("alias", &[0, 19], 4);
     assert_eq!(armed.harvest_one(), [0, 90, 99, 109, 150, 299]);
-    assert_eq!(armed.harvest_one(), []);
+    assert_eq!(armed.harvest_one(), [0; 0]);
 }
 
 fn several_files_keep_their_pages_apart(kind: TrackerKind) {
@@ -184,7 +184,7 @@ fn two_processes_that_map_one_file_are_both_seen(kind: TrackerKind) {
     other.order("rest");
     let pages = armed.harvest_one();
     replica.copy(&file, &pages);
-    assert_eq!(replica.lost(&file), []);
+    assert_eq!(replica.lost(&file), [0; 0]);
 }
 
 fn writes_made_by_system_calls_are_seen(kind: TrackerKind) {
@@ -195,7 +195,7 @@ fn writes_made_by_system_calls_are_seen(kind: TrackerKind) {
     guest.order("kernel_write a 13 99");
     assert_eq!(armed.harvest_one(), [13]);
     assert_eq!(file.stamp(13)[..8], 99u64.to_ne_bytes());
-    assert_eq!(armed.harvest_one(), []);
+    assert_eq!(armed.harvest_one(), [0; 0]);
     guest.order("kernel_write a 13 100");
     assert_eq!(armed.harvest_one(), [13]);
 }
@@ -239,12 +239,12 @@ fn a_new_mapping_is_reported_whole_and_then_tracked(kind: TrackerKind) {
         pages.retain(|page| [1, 61].contains(page));
     }
     assert_eq!(pages, [1, 61]);
-    assert_eq!(armed.harvest_one(), []);
+    assert_eq!(armed.harvest_one(), [0; 0]);
 }
 
 fn then_tracked(armed: &mut Armed<'_>, guest: &mut Helper) {
     armed.harvest_one();
-    assert_eq!(armed.harvest_one(), []);
+    assert_eq!(armed.harvest_one(), [0; 0]);
     guest.write("a", &[17], 9);
     assert_eq!(armed.harvest_one(), [17]);
 }
@@ -292,7 +292,7 @@ fn a_mapping_made_writable_is_reported_whole_and_then_tracked(kind: TrackerKind)
     guest.map("a", &file, 0, 50);
     guest.map_as("ro", "b", &file, 50, 50);
     let mut armed = Armed::new(kind, &guest, &[&file]);
-    assert_eq!(armed.harvest_one(), []);
+    assert_eq!(armed.harvest_one(), [0; 0]);
     guest.order("protect b rw");
     guest.write("b", &[1], 2);
     assert_eq!(armed.harvest_one(), (50..100).collect::<Vec<_>>());
@@ -304,13 +304,13 @@ fn a_process_that_begins_to_map_is_found_by_the_next_look(kind: TrackerKind) {
     let (mut guest, mut other) = (Helper::spawn(), Helper::spawn());
     guest.map("a", &file, 0, 100);
     let mut armed = Armed::new(kind, &guest, &[&file]);
-    assert_eq!(armed.recheck(), []);
+    assert_eq!(armed.recheck(), [0; 0]);
     other.map("b", &file, 40, 20);
     assert_eq!(armed.recheck(), all(&file));
     then_tracked(&mut armed, &mut guest);
     other.write("b", &[2], 5);
     assert_eq!(armed.harvest_one(), [42]);
-    assert_eq!(armed.recheck(), []);
+    assert_eq!(armed.recheck(), [0; 0]);
 }
 
 fn a_forked_child_is_found_by_the_next_look(kind: TrackerKind) {
@@ -362,8 +362,8 @@ fn readers_and_private_mappers_are_no_writers(kind: TrackerKind) {
     assert_eq!(writers.iter().map(|writer| writer.pid).collect::<Vec<_>>(), [guest.pid()]);
     let mut armed = Armed::new(kind, &guest, &[&file]);
     private.write("c", &[3], 3);
-    assert_eq!(armed.harvest_one(), []);
-    assert_eq!(armed.recheck(), []);
+    assert_eq!(armed.harvest_one(), [0; 0]);
+    assert_eq!(armed.recheck(), [0; 0]);
 }
 
 fn a_file_that_the_guest_has_not_mapped_is_refused(kind: TrackerKind) {
@@ -433,7 +433,7 @@ fn memory_never_touched_costs_nothing_to_arm_and_is_tracked(kind: TrackerKind) {
     if kind == TrackerKind::SoftDirty {
         armed.harvest_one();
     }
-    assert_eq!(armed.harvest_one(), []);
+    assert_eq!(armed.harvest_one(), [0; 0]);
     let tables_kib: u64 = guest.status("VmPTE").trim_end_matches(" kB").parse().unwrap();
     assert!(tables_kib < 1024, "{tables_kib} KiB of page tables");
     let later = [1, 500_000, 700_123, file.pages - 1];

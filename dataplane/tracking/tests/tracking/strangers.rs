@@ -1,22 +1,20 @@
 //! Writers that no look at the mappings finds.
 
-use ramferry_tracking::{TrackError, Tracker, TrackerKind, WriterError, arm, check, self_test};
+use ramferry_tracking::{TrackError, Tracker, WriterError, arm, check};
 
 use crate::file::{RamFile, members, sets};
 use crate::helper::Helper;
+use crate::kinds::best;
 
 const PAGES: u64 = 100;
 
 /// A guest that is tracked, and somebody else; none where this machine cannot track.
 fn tracked() -> Option<(RamFile, Helper, Helper, Box<dyn Tracker>)> {
-    if let Err(error) = self_test(TrackerKind::UffdWp) {
-        eprintln!("SKIPPED: {error}");
-        return None;
-    }
+    let kind = best()?;
     let file = RamFile::new(PAGES);
     let (mut guest, other) = (Helper::spawn(), Helper::spawn());
     guest.map("a", &file, 0, PAGES);
-    let tracker = arm(Some(TrackerKind::UffdWp), guest.pid(), &[file.tracked()]).unwrap();
+    let tracker = arm(Some(kind), guest.pid(), &[file.tracked()]).unwrap();
     Some((file, guest, other, tracker))
 }
 
