@@ -61,6 +61,12 @@ impl Contestant {
         }
     }
 
+    /// Whether it takes part: `BENCH_ONLY` may hold parts of names, with commas between them.
+    pub(crate) fn takes_part(self) -> bool {
+        std::env::var("BENCH_ONLY")
+            .map_or(true, |only| only.split(',').any(|part| self.name().contains(part.trim())))
+    }
+
     /// A destination as this contestant needs it: QEMU resumes by itself.
     pub(crate) fn destination(self, builder: QemuBuilder) -> Result<Qemu> {
         builder.incoming(true).paused(matches!(self, Contestant::Ours { .. })).start()

@@ -43,6 +43,16 @@ impl Hosts {
         });
         Ok(Hosts { source: source?, destination: destination?, _authority: authority })
     }
+
+    /// Says that something failed, and what the agents logged since the last time.
+    pub(crate) fn failure(&self, what: &str, error: &anyhow::Error) -> String {
+        let failure = format!("{what}: {error:#}");
+        eprintln!("{failure}");
+        for (name, agent) in [("source", &self.source), ("destination", &self.destination)] {
+            eprintln!("log of the {name}'s agent:\n{}", agent.log());
+        }
+        failure
+    }
 }
 
 fn agent(host: Host, credentials: &Credentials, caller: &Credentials) -> Result<Agent> {

@@ -39,7 +39,7 @@ pub(crate) fn run(report: &mut Report, hosts: &Hosts, runs: usize) -> Result<Vec
     // It goes on from where it came to; after a failure another is booted.
     let mut guest = None;
     for run in 1..=runs {
-        for contestant in CONTESTANTS {
+        for contestant in CONTESTANTS.into_iter().filter(|contestant| contestant.takes_part()) {
             let name = contestant.name();
             let here = match guest.take() {
                 Some(guest) => guest,
@@ -50,7 +50,9 @@ pub(crate) fn run(report: &mut Report, hosts: &Hosts, runs: usize) -> Result<Vec
                     add(report, &name, &moved, seen);
                     guest = Some(there);
                 }
-                Err(error) => failures.push(format!("running guest, {name}, run {run}: {error:#}")),
+                Err(error) => {
+                    failures.push(hosts.failure(&format!("running guest, {name}, run {run}"), &error))
+                }
             }
         }
     }

@@ -3,6 +3,8 @@
 
 use std::io::{BufRead, BufReader};
 use std::process::{Child, Command, Stdio};
+use std::sync::mpsc::{Receiver, sync_channel};
+use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, SystemTime};
 
 use anyhow::{Context as _, Result, ensure};
@@ -18,13 +20,16 @@ use super::costs::{Cost, watch};
 
 /// Longest migration.
 const PATIENCE: Duration = Duration::from_secs(120);
+/// Lines of an agent's log that are kept until somebody asks.
+const LOG_LINES: usize = 1000;
 
 /// An agent; it ends when it is dropped.
 pub(crate) struct Agent {
     process: Process,
     grpc: String,
     runtime: Runtime,
-    client: MigrationServiceClient<Channel>,
+    caller: Option<Credentials>,
+    log: Mutex<Receiver<String>>,
     _directory: TempDir,
 }
 
@@ -92,10 +97,21 @@ impl Agent {
             .context("cannot start an agent")?;
         let stderr = BufReader::new(child.stderr.take().context("the agent has no stderr")?);
         let process = Process(child);
-        let grpc = listening(stderr)?;
+        let (grpc, log) = listening(stderr)?;
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
-        let client = runtime.block_on(connect(&grpc, caller))?;
-        Ok(Agent { process, grpc, runtime, client, _directory: directory })
+        Ok(Agent {
+            process,
+            grpc,
+            runtime,
+            caller: caller.cloned(),
+            log: Mutex::new(log),
+            _directory: directory,
+        })
+    }
+
+    /// What it has logged since it started, or since the last call: the first lines, where there are many.
+    pub(crate) fn log(&self) -> String {
+        self.log.lock().unwrap_or_else(PoisonError::into_inner).try_iter().collect::<Vec<_>>().join("\n")
     }
 
     pub(crate) fn process(&self) -> u32 {
@@ -137,10 +153,12 @@ pub(crate) fn migrate(
         destination_agent: destination.grpc.clone(),
         parameters: Some(parameters),
     };
+    // Connected before the call, and anew each time: nobody keeps a connection alive between two.
+    let client = source.runtime.block_on(connect(&source.grpc, source.caller.as_ref()))?;
     let processes = [source.process(), destination.process()];
     let ((progress, called), costs) = watch(&processes, interval, || {
         source.runtime.block_on(async {
-            tokio::time::timeout(PATIENCE, order_and_follow(source.client.clone(), spec))
+            tokio::time::timeout(PATIENCE, order_and_follow(client, spec))
                 .await
                 .context("the migration does not end")?
         })
@@ -187,8 +205,8 @@ async fn connect(grpc: &str, caller: Option<&Credentials>) -> Result<MigrationSe
     Ok(MigrationServiceClient::new(channel))
 }
 
-/// Where the agent says that it is.
-fn listening(log: impl BufRead + Send + 'static) -> Result<String> {
+/// Where the agent says that it is, and what it says from then on.
+fn listening(log: impl BufRead + Send + 'static) -> Result<(String, Receiver<String>)> {
     let mut lines = log.lines();
     let mut said = Vec::new();
     for line in lines.by_ref() {
@@ -196,9 +214,12 @@ fn listening(log: impl BufRead + Send + 'static) -> Result<String> {
         let entry: Value = serde_json::from_str(&line).unwrap_or_default();
         if entry["message"] == "agent started" {
             let grpc = entry["grpc"].as_str().context("the agent does not say where it is")?.to_owned();
-            // Its log must not fill the pipe.
-            std::thread::spawn(move || lines.for_each(drop));
-            return Ok(grpc);
+            let (sender, receiver) = sync_channel(LOG_LINES);
+            // Its log must not fill the pipe: lines that nobody takes are dropped.
+            std::thread::spawn(move || {
+                lines.map_while(Result::ok).for_each(|line| drop(sender.try_send(line)))
+            });
+            return Ok((grpc, receiver));
         }
         said.push(line);
     }
