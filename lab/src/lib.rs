@@ -16,6 +16,7 @@
 //! # }
 //! ```
 
+mod authority;
 mod binaries;
 mod debian;
 mod held_disk;
@@ -26,6 +27,7 @@ mod qemu;
 mod scratch;
 pub mod vm;
 
+pub use authority::{Authority, Credentials};
 pub use binaries::{QemuVersion, qemu_binary};
 pub use debian::DebianGuest;
 pub use held_disk::{HeldDisk, Releaser};

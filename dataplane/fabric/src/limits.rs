@@ -10,7 +10,7 @@
 mod plain;
 
 use std::io::{self, Read as _, Write as _};
-use std::net::{Ipv4Addr, TcpListener, TcpStream};
+use std::net::{IpAddr, TcpListener, TcpStream};
 use std::os::fd::AsRawFd;
 use std::time::{Duration, Instant};
 
@@ -56,7 +56,7 @@ pub fn memcpy(
 }
 
 /// Sends from the one memory and receives into the other, over `streams`
-/// connections on the loopback interface, with a thread at each of their ends.
+/// connections to a listener at `address`, with a thread at each of their ends.
 ///
 /// # Errors
 /// When a socket fails, or the memory cannot be read or written.
@@ -65,11 +65,12 @@ pub fn sockets(
     to: &Memory,
     pages: &PageSets,
     piece_bytes: u64,
+    address: IpAddr,
     streams: usize,
 ) -> Result<Duration, LimitError> {
     let pieces = pieces(pages, piece_bytes);
     let share = pieces.len().div_ceil(streams.max(1)).max(1);
-    let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0))?;
+    let listener = TcpListener::bind((address, 0))?;
     let address = listener.local_addr()?;
     let mut connections = Vec::new();
     for _ in pieces.chunks(share) {
@@ -157,6 +158,8 @@ fn behind(range: BlockRange, moved: isize) -> Result<BlockRange, io::Error> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use std::net::Ipv4Addr;
+
     use ramferry_ram::{Access, Block, BlockIndex, Layout, PageRun, RamFile};
     use rustix::fs::MemfdFlags;
 
@@ -186,7 +189,7 @@ mod tests {
         (0..PAGES).for_each(|at| from.span(page(at)).unwrap().write_from(&[at as u8 | 1; 4096]));
         let (copied, sent) = (memory(), memory());
         memcpy(&from, &copied, &pages, 1 << 20).unwrap();
-        sockets(&from, &sent, &pages, 64 << 10, 3).unwrap();
+        sockets(&from, &sent, &pages, 64 << 10, Ipv4Addr::LOCALHOST.into(), 3).unwrap();
         for to in [copied, sent] {
             assert_eq!(to.presence().unwrap(), pages);
             for at in [0, 7, 8, 306, 599] {

@@ -4,12 +4,14 @@
 use std::collections::BTreeMap;
 use std::time::Duration;
 
-use anyhow::{Context as _, Result};
+use anyhow::Result;
 use ramferry_lab::{Accel, DebianGuest, Guest, Qemu, RamBlock};
+use ramferry_proto::v1;
 use serde_json::json;
 
-use crate::agents::{Agent, Order, migrate};
-use crate::report::{Report, quantile};
+use crate::LOOK_INTERVAL;
+use crate::measuring::agents::{Agent, migrate, order, seconds};
+use crate::measuring::report::{Report, quantile};
 
 const GUEST_BYTES: u64 = 1 << 30;
 const MIGRATIONS: usize = 20;
@@ -37,13 +39,16 @@ pub(crate) fn run(report: &mut Report) -> Result<()> {
         for migration in 1..=MIGRATIONS {
             eprintln!("downtime over {fabric}: migration {migration} of {MIGRATIONS}");
             let there = here.destination().start()?;
-            let more = ["--max-downtime", "1ms", "--on-timeout", "force", "--no-progress-timeout", "500ms"];
-            let order = Order { fabric, registration: "dynamic", more: &more };
-            let voyage = migrate((&agents.0, &agents.1), (&here, &there), order)?;
-            downtimes.push(voyage.number("downtime_seconds")?);
-            let spent = voyage.summary["downtime_parts"].as_object().context("no downtime_parts")?;
-            for (part, seconds) in spent {
-                parts.entry(part.clone()).or_default().push(seconds.as_f64().unwrap_or_default());
+            let parameters = v1::MigrationParameters {
+                max_downtime: Some(Duration::from_millis(1).try_into()?),
+                timeout_action: v1::TimeoutAction::Force.into(),
+                no_progress_timeout: Some(Duration::from_millis(500).try_into()?),
+                ..order(fabric, "dynamic")?
+            };
+            let voyage = migrate((&agents.0, &agents.1), (&here, &there), parameters, LOOK_INTERVAL)?;
+            downtimes.push(voyage.downtime_seconds()?);
+            for part in &voyage.progress.downtime_parts {
+                parts.entry(part.name.clone()).or_default().push(seconds(part.duration)?);
             }
             here = there;
         }

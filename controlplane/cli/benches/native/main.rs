@@ -3,34 +3,32 @@
 //! Everything is measured several times in turns; the table shows medians, and
 //! each ratio is the median of the ratios of the runs.
 
-mod agents;
 mod downtime;
-mod report;
+#[path = "../measuring/measuring.rs"]
+#[allow(dead_code, reason = "each benchmark uses a part")]
+mod measuring;
 mod sizes;
 mod still;
 mod tracking;
 
 use std::path::Path;
+use std::time::Duration;
 
-use anyhow::{Context as _, Result, ensure};
+use anyhow::{Context as _, Result};
 
-use crate::report::Report;
+use crate::measuring::report::Report;
 
 const DEFAULT_RUNS: usize = 5;
+/// Between two looks at an agent's memory.
+const LOOK_INTERVAL: Duration = Duration::from_millis(2);
 const PARTS: [&str; 4] = ["tracking", "still", "sizes", "downtime"];
 
 fn main() -> Result<()> {
     // Cargo says that this is a benchmark, not what to do.
     let arguments: Vec<String> = std::env::args().skip(1).filter(|argument| argument != "--bench").collect();
-    let runs = std::env::var("BENCH_RUNS").map_or(Ok(DEFAULT_RUNS), |runs| {
-        runs.parse().with_context(|| format!("BENCH_RUNS is a number, not {runs:?}"))
-    })?;
-    for argument in &arguments {
-        ensure!(PARTS.contains(&argument.as_str()), "{argument:?} is none of {}", PARTS.join(", "));
-    }
-    let wanted = |part: &str| arguments.is_empty() || arguments.iter().any(|argument| argument == part);
+    let (runs, parts) = measuring::asked(&arguments, &PARTS, DEFAULT_RUNS)?;
     let mut report = Report::default();
-    for part in PARTS.into_iter().filter(|part| wanted(part)) {
+    for part in parts {
         match part {
             "tracking" => tracking::run(&mut report, runs),
             "still" => still::run(&mut report, runs),

@@ -6,8 +6,9 @@ use std::os::unix::fs::FileExt as _;
 use anyhow::{Context as _, Result};
 use ramferry_lab::{Qemu, RamBlock};
 
-use crate::agents::{Agent, Order, migrate};
-use crate::report::Report;
+use crate::LOOK_INTERVAL;
+use crate::measuring::agents::{Agent, migrate, order};
+use crate::measuring::report::Report;
 
 const GIB: u64 = 1 << 30;
 const PIECE_BYTES: u64 = 1 << 20;
@@ -25,10 +26,10 @@ pub(crate) fn run(report: &mut Report, runs: usize) -> Result<()> {
             let guest = Qemu::builder().block(RamBlock::node(bytes)).paused(true).start()?;
             touch(&guest, bytes)?;
             let destination = guest.destination().start()?;
-            let order = Order { fabric: "shm", registration: "dynamic", more: &[] };
-            let voyage = migrate((&agents.0, &agents.1), (&guest, &destination), order)?;
+            let parameters = order("shm", "dynamic")?;
+            let voyage = migrate((&agents.0, &agents.1), (&guest, &destination), parameters, LOOK_INTERVAL)?;
             let name = |what: &str| format!("{what}, guest of {size_gib} GiB with 1 GiB touched");
-            report.add(&name("whole"), voyage.transferred_bytes()?, voyage.number("total_seconds")?);
+            report.add(&name("whole"), voyage.transferred_bytes(), voyage.total_seconds()?);
             for (side, cost) in [("source", voyage.source), ("destination", voyage.destination)] {
                 report.add_share(&name(&format!("{side} memory")), cost.memory_bytes, "guest RAM", bytes);
             }

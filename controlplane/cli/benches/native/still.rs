@@ -3,17 +3,21 @@
 
 use std::fs::OpenOptions;
 use std::io::{Seek as _, SeekFrom, Write as _};
+use std::net::Ipv4Addr;
 use std::path::Path;
 use std::time::Duration;
 
-use anyhow::{Context as _, Result, bail};
+use anyhow::{Context as _, Result};
 use ramferry_fabric::limits;
 use ramferry_lab::{Accel, Fill, Qemu, RamBlock, Workload};
-use ramferry_ram::{Access, Block, Layout, Memory, PageSets, RamFile};
-use serde_json::{Value, json};
+use ramferry_ram::{Access, Memory, PageSets};
+use serde_json::json;
 
-use crate::agents::{Agent, Order, migrate};
-use crate::report::Report;
+use crate::LOOK_INTERVAL;
+use crate::measuring::agents::{Agent, migrate, order};
+use crate::measuring::own::{self, Way};
+use crate::measuring::ram::{fresh_file, memory};
+use crate::measuring::report::Report;
 
 const MIB: u64 = 1 << 20;
 const GUEST_BYTES: u64 = 1 << 30;
@@ -103,15 +107,16 @@ fn measure_ramferry(
     registration: &str,
 ) -> Result<()> {
     let destination = destination(guest, state)?;
-    let voyage = migrate(agents, (guest, &destination), Order { fabric, registration, more: &[] })?;
-    let bytes = voyage.transferred_bytes()?;
+    let parameters = order(fabric, registration)?;
+    let voyage = migrate(agents, (guest, &destination), parameters, LOOK_INTERVAL)?;
+    let bytes = voyage.transferred_bytes();
     let name = |what: &str| format!("{fabric} {registration}, {what}, {}", state.as_str());
     report.add(&name("copy"), bytes, voyage.copy_seconds()?);
     if registration == "dynamic" {
         report.add(&name("copy beside pin-all"), bytes, voyage.copy_seconds()?);
     }
-    report.add(&name("whole"), bytes, voyage.number("total_seconds")?);
-    report.note(&name("copy"), "registration_seconds", voyage.summary["registration_seconds"].clone());
+    report.add(&name("whole"), bytes, voyage.total_seconds()?);
+    report.sample(&name("copy"), "registration_seconds", voyage.registration_seconds()?);
     for (side, cost) in [("source", voyage.source), ("destination", voyage.destination)] {
         report.add(&name(&format!("{side} cpu")), bytes, cost.cpu_seconds);
         let memory = name(&format!("{side} memory"));
@@ -120,57 +125,19 @@ fn measure_ramferry(
     stand_still(guest)
 }
 
-/// QEMU's own migration of the same guest, all of its RAM through its stream.
 fn measure_qemu(report: &mut Report, guest: &Qemu, state: State, way: &str) -> Result<()> {
     let destination = destination(guest, state)?;
-    let multifd = way == "multifd";
-    for side in [guest, &destination] {
-        let capability = |name: &str, state: bool| json!({ "capability": name, "state": state });
-        let capabilities = [
-            capability("x-ignore-shared", false),
-            capability("pause-before-switchover", false),
-            capability("multifd", multifd),
-        ];
-        side.qmp(
-            &json!({ "execute": "migrate-set-capabilities", "arguments": { "capabilities": capabilities } }),
-        )?;
+    let unix = format!("unix:{}", destination.directory().join("migration").display());
+    let way_of_qemu = Way {
+        listen: if way == "unix" { &unix } else { "tcp:127.0.0.1:0" },
+        capability: (way == "multifd").then_some(way),
         // Its default limit of bandwidth is not what is measured.
-        let parameters = json!({ "max-bandwidth": 1_u64 << 40, "multifd-channels": STREAMS });
-        side.qmp(&json!({ "execute": "migrate-set-parameters", "arguments": parameters }))?;
-    }
-    let listen = match way {
-        "unix" => format!("unix:{}", destination.directory().join("migration").display()),
-        _ => "tcp:127.0.0.1:0".to_owned(),
+        parameters: json!({ "max-bandwidth": 1_u64 << 40, "multifd-channels": STREAMS }),
     };
-    destination.qmp(&json!({ "execute": "migrate-incoming", "arguments": { "uri": listen } }))?;
-    let address =
-        if way == "unix" { listen } else { format!("tcp:127.0.0.1:{}", listening_port(&destination)?) };
-    guest.qmp(&json!({ "execute": "migrate", "arguments": { "uri": address } }))?;
-    let status = wait_migrated(guest)?;
-    let bytes = status["ram"]["transferred"].as_u64().context("QEMU does not say what it transferred")?;
-    let milliseconds = status["total-time"].as_u64().context("QEMU does not say what it took")?;
-    report.add(&format!("qemu {way}, whole, {}", state.as_str()), bytes, milliseconds as f64 / 1e3);
+    let moved = own::migrate(guest, &destination, &way_of_qemu)?;
+    let name = format!("qemu {way}, whole, {}", state.as_str());
+    report.add(&name, moved.transferred_bytes()?, moved.seconds("total-time")?);
     stand_still(guest)
-}
-
-fn listening_port(destination: &Qemu) -> Result<String> {
-    let status = destination.qmp(&json!({ "execute": "query-migrate" }))?;
-    let address = status["socket-address"].as_array().and_then(|addresses| addresses.first()).cloned();
-    let address = address.context("the destination does not say where it listens")?;
-    Ok(address["port"].as_str().context("an address without a port")?.to_owned())
-}
-
-fn wait_migrated(guest: &Qemu) -> Result<Value> {
-    let deadline = std::time::Instant::now() + PATIENCE;
-    loop {
-        let status = guest.qmp(&json!({ "execute": "query-migrate" }))?;
-        match status["status"].as_str() {
-            Some("completed") => return Ok(status),
-            Some("failed" | "cancelled") => bail!("QEMU's own migration failed: {status}"),
-            _ if std::time::Instant::now() > deadline => bail!("QEMU's own migration does not end: {status}"),
-            _ => std::thread::sleep(Duration::from_millis(20)),
-        }
-    }
 }
 
 /// After its move the source is left in `postmigrate`: it runs a moment, and stands still again.
@@ -201,7 +168,7 @@ fn touch(path: &Path, bytes: u64) -> Result<()> {
 
 fn measure_limits(report: &mut Report, guest: &Qemu, state: State) -> Result<()> {
     let file = guest.ram_files()[0].as_deref().context("the guest's RAM has no name")?;
-    let source = memory(RamFile::open(file, Access::Read)?, Access::Read)?;
+    let source = memory(file, GUEST_BYTES, Access::Read)?;
     let pages = source.presence()?;
     let name = |what: &str| format!("{what}, {}", state.as_str());
     let mut add =
@@ -227,24 +194,13 @@ fn sockets(source: &Memory, to: &Memory, pages: &PageSets, streams: usize, state
         // Into a mapping that is warm, as memcpy's.
         limits::memcpy(source, to, pages, PIECE_BYTES)?;
     }
-    Ok(limits::sockets(source, to, pages, PIECE_BYTES, streams)?)
+    Ok(limits::sockets(source, to, pages, PIECE_BYTES, Ipv4Addr::LOCALHOST.into(), streams)?)
 }
 
 fn limit_destination(state: State) -> Result<Memory> {
-    let file = tempfile::Builder::new().prefix("ramferry-bench").tempfile_in("/dev/shm")?;
-    file.as_file().set_len(GUEST_BYTES)?;
+    let file = fresh_file(GUEST_BYTES)?;
     if state == State::Touched {
         touch(file.path(), GUEST_BYTES)?;
     }
-    memory(RamFile::open(file.path(), Access::ReadWrite)?, Access::ReadWrite)
-}
-
-fn memory(file: RamFile, access: Access) -> Result<Memory> {
-    let block = Block {
-        name: "ram".into(),
-        guest_address: 0,
-        length_bytes: GUEST_BYTES,
-        page_bytes: file.page_bytes(),
-    };
-    Ok(Memory::new(Layout::new(vec![block])?, vec![file], access)?)
+    memory(file.path(), GUEST_BYTES, Access::ReadWrite)
 }

@@ -6,7 +6,7 @@ use std::process::{Command, Stdio};
 use anyhow::{Context as _, Result, bail, ensure};
 use serde_json::Value;
 
-use crate::report::Report;
+use crate::measuring::report::Report;
 
 const GIB: u64 = 1 << 30;
 

@@ -6,6 +6,9 @@ use std::path::Path;
 use anyhow::{Context as _, Result};
 use serde_json::{Map, Value, json};
 
+/// More do not fit beside one another.
+const SAMPLES_A_TABLE: usize = 5;
+
 /// One case, measured several times.
 #[derive(Debug)]
 struct Row {
@@ -15,6 +18,8 @@ struct Row {
     of: Option<String>,
     /// Where it is not the quotient of two rates.
     ratio: Option<f64>,
+    /// What else was measured of it, in the order of the first measurement.
+    samples: Vec<(String, Vec<f64>)>,
     more: Map<String, Value>,
 }
 
@@ -43,6 +48,15 @@ impl Report {
         row.bytes = Some(bytes);
         row.ratio = Some(bytes as f64 / of_bytes as f64);
         row.of = Some(of.to_owned());
+    }
+
+    /// Adds one measurement of something else of a case; the unit is last in `key`.
+    pub(crate) fn sample(&mut self, name: &str, key: &str, value: f64) {
+        let samples = &mut self.row(name).samples;
+        match samples.iter_mut().find(|(found, _)| found == key) {
+            Some((_, values)) => values.push(value),
+            None => samples.push((key.to_owned(), vec![value])),
+        }
     }
 
     /// Notes something that only the JSON shows.
@@ -85,6 +99,7 @@ impl Report {
                 row.of.as_deref().unwrap_or_default()
             );
         }
+        self.print_samples();
         let rows: Vec<Value> = self.rows.iter().map(|row| self.json(row)).collect();
         let parent = path.parent().context("the report's path has no directory")?;
         fs::create_dir_all(parent).with_context(|| format!("cannot make {}", parent.display()))?;
@@ -106,7 +121,40 @@ impl Report {
             ("ratio".to_owned(), json!(self.ratio(row))),
             ("of".to_owned(), json!(row.of)),
         ]);
+        for (key, values) in &row.samples {
+            let sorted = ordered(values);
+            object.insert(key.clone(), json!(middle(&sorted)));
+            object.insert(format!("lowest_{key}"), json!(sorted.first()));
+            object.insert(format!("highest_{key}"), json!(sorted.last()));
+        }
         Value::Object(object)
+    }
+
+    /// The medians of what else was measured, case by case.
+    fn print_samples(&self) {
+        let mut keys: Vec<&str> = Vec::new();
+        for (key, _) in self.rows.iter().flat_map(|row| &row.samples) {
+            if !keys.contains(&key.as_str()) {
+                keys.push(key);
+            }
+        }
+        for keys in keys.chunks(SAMPLES_A_TABLE) {
+            println!("\n{:<40}{}", "name", keys.iter().map(|key| format!("  {key}")).collect::<String>());
+            for row in &self.rows {
+                let cell = |key: &&str| {
+                    let (_, values) = row.samples.iter().find(|(found, _)| found == key)?;
+                    let value = middle(&ordered(values))?;
+                    Some(format!("{value:>.*}", if key.ends_with("_bytes") { 0 } else { 4 }))
+                };
+                let cells: Vec<Option<String>> = keys.iter().map(cell).collect();
+                if cells.iter().any(Option::is_some) {
+                    let cells = keys.iter().zip(cells);
+                    let cells =
+                        cells.map(|(key, cell)| format!("{:>1$}", cell.unwrap_or_default(), key.len() + 2));
+                    println!("{:<40}{}", row.name, cells.collect::<String>());
+                }
+            }
+        }
     }
 
     /// The median of the runs' own quotients, where both cases ran in turns: what
@@ -133,7 +181,15 @@ impl Report {
     fn row(&mut self, name: &str) -> &mut Row {
         let index = self.rows.iter().position(|row| row.name == name).unwrap_or_else(|| {
             let (name, more) = (name.to_owned(), Map::new());
-            self.rows.push(Row { name, bytes: None, seconds: Vec::new(), of: None, ratio: None, more });
+            self.rows.push(Row {
+                name,
+                bytes: None,
+                seconds: Vec::new(),
+                of: None,
+                ratio: None,
+                samples: Vec::new(),
+                more,
+            });
             self.rows.len() - 1
         });
         &mut self.rows[index]
@@ -142,9 +198,7 @@ impl Report {
 
 impl Row {
     fn sorted(&self) -> Vec<f64> {
-        let mut sorted = self.seconds.clone();
-        sorted.sort_by(f64::total_cmp);
-        sorted
+        ordered(&self.seconds)
     }
 
     fn median(&self) -> Option<f64> {
@@ -154,6 +208,12 @@ impl Row {
     fn bytes_per_second(&self) -> Option<f64> {
         Some(self.bytes? as f64 / self.median()?)
     }
+}
+
+fn ordered(values: &[f64]) -> Vec<f64> {
+    let mut sorted = values.to_vec();
+    sorted.sort_by(f64::total_cmp);
+    sorted
 }
 
 fn middle(sorted: &[f64]) -> Option<f64> {

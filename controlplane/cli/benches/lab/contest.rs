@@ -1,0 +1,223 @@
+//! Who moves a guest from host to host, and what that takes.
+
+use std::sync::atomic::{AtomicU16, Ordering};
+use std::time::{Duration, Instant, SystemTime};
+
+use anyhow::{Context as _, Result, ensure};
+use ramferry_lab::{Qemu, QemuBuilder};
+use ramferry_proto::v1;
+use serde_json::{Value, json};
+
+use crate::hosts::{DESTINATION, Hosts, watch_wire};
+use crate::measuring::agents::{migrate, order};
+use crate::measuring::costs::{Cost, machine_cpu_seconds, watch};
+use crate::measuring::own::{self, Way, event_time};
+use crate::measuring::report::Report;
+
+/// As many as ramferry's agents choose.
+pub(crate) const QUEUE_PAIRS: usize = 2;
+/// QEMU's default, and here everybody's.
+const MAX_DOWNTIME: Duration = Duration::from_millis(300);
+/// Looking costs processor time, of which emulation leaves little.
+const LOOK_INTERVAL: Duration = Duration::from_millis(20);
+const PATIENCE: Duration = Duration::from_secs(30);
+const GIB: f64 = (1_u64 << 30) as f64;
+
+/// Who moves the guest.
+#[derive(Clone, Copy, Debug)]
+pub(crate) enum Contestant {
+    /// QEMU itself, over `rdma` or `tcp`.
+    Qemu { fabric: &'static str, registration: &'static str },
+    /// ramferry.
+    Ours { fabric: &'static str, registration: &'static str, streams: usize, pin_budget_bytes: u64 },
+}
+
+impl Contestant {
+    pub(crate) const QEMU_DYNAMIC: Contestant = Contestant::Qemu { fabric: "rdma", registration: "dynamic" };
+    pub(crate) const QEMU_PIN_ALL: Contestant = Contestant::Qemu { fabric: "rdma", registration: "pin-all" };
+    pub(crate) const QEMU_TCP: Contestant = Contestant::Qemu { fabric: "tcp", registration: "dynamic" };
+    pub(crate) const DYNAMIC: Contestant = Contestant::ours("verbs", "dynamic");
+    pub(crate) const PIN_ALL: Contestant = Contestant::ours("verbs", "pin-all");
+    pub(crate) const TCP: Contestant = Contestant::ours("tcp", "dynamic");
+
+    const fn ours(fabric: &'static str, registration: &'static str) -> Contestant {
+        Contestant::Ours { fabric, registration, streams: QUEUE_PAIRS, pin_budget_bytes: 0 }
+    }
+
+    pub(crate) fn name(self) -> String {
+        match self {
+            Contestant::Qemu { fabric: "tcp", .. } => "qemu tcp".to_owned(),
+            Contestant::Qemu { fabric, registration } => format!("qemu {fabric} {registration}"),
+            Contestant::Ours { fabric, registration, streams, pin_budget_bytes } => {
+                let mut name = format!("{fabric} {registration}");
+                if streams != QUEUE_PAIRS {
+                    name.push_str(&format!(", {streams} queue pair"));
+                }
+                if pin_budget_bytes > 0 {
+                    name.push_str(&format!(", budget {} MiB", pin_budget_bytes >> 20));
+                }
+                name
+            }
+        }
+    }
+
+    /// A destination as this contestant needs it: QEMU resumes by itself.
+    pub(crate) fn destination(self, builder: QemuBuilder) -> Result<Qemu> {
+        builder.incoming(true).paused(matches!(self, Contestant::Ours { .. })).start()
+    }
+}
+
+/// What one move took.
+#[derive(Debug)]
+pub(crate) struct Move {
+    pub(crate) transferred_bytes: u64,
+    /// From the call to the destination's readiness to run, or its running.
+    pub(crate) whole_seconds: f64,
+    pub(crate) setup_seconds: f64,
+    pub(crate) copy_seconds: f64,
+    /// From the call until the first bytes had left the source host.
+    pub(crate) first_byte_seconds: Option<f64>,
+    /// From the source's stop to the destination's resume, where the guest ran.
+    pub(crate) downtime_seconds: Option<f64>,
+    source: Cost,
+    destination: Cost,
+    machine_cpu_seconds: f64,
+}
+
+/// What its mover says of a move.
+struct Outcome {
+    called: SystemTime,
+    /// When the destination had all of the guest.
+    ended: SystemTime,
+    transferred_bytes: u64,
+    setup_seconds: f64,
+    copy_seconds: f64,
+    /// Of the source's agent and the destination's.
+    agents: [Cost; 2],
+}
+
+/// Moves a guest between the hosts.
+pub(crate) fn run(hosts: &Hosts, contestant: Contestant, from: &Qemu, to: &Qemu) -> Result<Move> {
+    let ran = from.status()? == "running";
+    from.qmp_events()?;
+    let before = machine_cpu_seconds()?;
+    let ((outcome, first), costs) = watch(&[from.pid(), to.pid()], LOOK_INTERVAL, || {
+        watch_wire(|| match contestant {
+            Contestant::Qemu { fabric, registration } => by_qemu(fabric, registration == "pin-all", from, to),
+            Contestant::Ours { .. } => by_us(hosts, contestant, from, to),
+        })
+    })?;
+    let machine_cpu_seconds = machine_cpu_seconds()? - before;
+    let (mut ended, mut downtime_seconds) = (outcome.ended, None);
+    if ran {
+        let stopped = event_time(&from.qmp_events()?, |event| event["event"] == "STOP");
+        let stopped = stopped.context("the source did not report that it stopped")?;
+        ended = wait_event(to, |event| event["event"] == "RESUME")?;
+        downtime_seconds = Some(between(stopped, ended)?);
+    }
+    Ok(Move {
+        transferred_bytes: outcome.transferred_bytes,
+        whole_seconds: between(outcome.called, ended)?,
+        setup_seconds: outcome.setup_seconds,
+        copy_seconds: outcome.copy_seconds,
+        first_byte_seconds: first.map(|first| between(outcome.called, first)).transpose()?,
+        downtime_seconds,
+        source: sum(costs[0], outcome.agents[0]),
+        destination: sum(costs[1], outcome.agents[1]),
+        machine_cpu_seconds,
+    })
+}
+
+impl Move {
+    /// Notes under `name` what is beside the move's time.
+    pub(crate) fn note(&self, report: &mut Report, name: &str) {
+        let per_gib = GIB / self.transferred_bytes.max(1) as f64;
+        let mut sample = |key: &str, value: f64| report.sample(name, key, value);
+        sample("setup_seconds", self.setup_seconds);
+        sample("copy_seconds", self.copy_seconds);
+        if let Some(seconds) = self.first_byte_seconds {
+            sample("first_byte_seconds", seconds);
+        }
+        if let Some(seconds) = self.downtime_seconds {
+            sample("downtime_seconds", seconds);
+        }
+        sample("transferred_bytes", self.transferred_bytes as f64);
+        sample("source_cpu_seconds_per_gib", self.source.cpu_seconds * per_gib);
+        sample("destination_cpu_seconds_per_gib", self.destination.cpu_seconds * per_gib);
+        sample("machine_cpu_seconds_per_gib", self.machine_cpu_seconds * per_gib);
+        sample("source_pinned_peak_bytes", self.source.pinned_bytes as f64);
+        sample("destination_pinned_peak_bytes", self.destination.pinned_bytes as f64);
+    }
+}
+
+fn by_us(hosts: &Hosts, contestant: Contestant, from: &Qemu, to: &Qemu) -> Result<Outcome> {
+    let Contestant::Ours { fabric, registration, streams, pin_budget_bytes } = contestant else {
+        anyhow::bail!("{} is not ramferry", contestant.name());
+    };
+    let parameters = v1::MigrationParameters {
+        streams: u32::try_from(streams)?,
+        pin_budget_bytes,
+        max_downtime: Some(MAX_DOWNTIME.try_into()?),
+        ..order(fabric, registration)?
+    };
+    let voyage = migrate((&hosts.source, &hosts.destination), (from, to), parameters, LOOK_INTERVAL)?;
+    Ok(Outcome {
+        called: voyage.called,
+        ended: voyage.called + Duration::from_secs_f64(voyage.total_seconds()?),
+        transferred_bytes: voyage.transferred_bytes(),
+        setup_seconds: voyage.setup_seconds()?,
+        copy_seconds: voyage.copy_seconds()?,
+        agents: [voyage.source, voyage.destination],
+    })
+}
+
+fn by_qemu(fabric: &str, pin_all: bool, from: &Qemu, to: &Qemu) -> Result<Outcome> {
+    // Over RDMA it does not say which port it was given.
+    static PORT: AtomicU16 = AtomicU16::new(20_000);
+    let listen = match fabric {
+        "rdma" => format!("rdma:{}:{}", DESTINATION.address, PORT.fetch_add(1, Ordering::Relaxed)),
+        _ => format!("{fabric}:{}:0", DESTINATION.address),
+    };
+    let way = Way {
+        listen: &listen,
+        capability: pin_all.then_some("rdma-pin-all"),
+        // Its default limit of bandwidth is not what is measured.
+        parameters: json!({ "max-bandwidth": 1_u64 << 40, "downtime-limit": MAX_DOWNTIME.as_millis() as u64 }),
+    };
+    let moved = own::migrate(from, to, &way)?;
+    let ended =
+        wait_event(to, |event| event["event"] == "MIGRATION" && event["data"]["status"] == "completed")?;
+    let setup_seconds = moved.seconds("setup-time")?;
+    Ok(Outcome {
+        called: moved.called,
+        ended,
+        transferred_bytes: moved.transferred_bytes()?,
+        setup_seconds,
+        copy_seconds: moved.seconds("total-time")? - setup_seconds,
+        agents: [Cost::default(); 2],
+    })
+}
+
+/// When the destination reported what is `wanted`, which it is about to.
+fn wait_event(to: &Qemu, wanted: impl Fn(&Value) -> bool) -> Result<SystemTime> {
+    let deadline = Instant::now() + PATIENCE;
+    loop {
+        if let Some(time) = event_time(&to.qmp_events()?, &wanted) {
+            return Ok(time);
+        }
+        ensure!(Instant::now() < deadline, "the destination does not end its migration");
+        std::thread::sleep(LOOK_INTERVAL);
+    }
+}
+
+fn between(from: SystemTime, to: SystemTime) -> Result<f64> {
+    Ok(to.duration_since(from).context("the clock was set back")?.as_secs_f64())
+}
+
+fn sum(one: Cost, other: Cost) -> Cost {
+    Cost {
+        cpu_seconds: one.cpu_seconds + other.cpu_seconds,
+        memory_bytes: one.memory_bytes + other.memory_bytes,
+        pinned_bytes: one.pinned_bytes + other.pinned_bytes,
+    }
+}

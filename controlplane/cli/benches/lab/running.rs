@@ -1,0 +1,103 @@
+//! A guest that runs, writes all the time and checks what it wrote: its
+//! downtime as it goes from host to host.
+
+use std::time::Duration;
+
+use anyhow::{Result, ensure};
+use ramferry_lab::{Accel, Fill, Qemu, RamBlock, Workload, downtime_seen};
+
+use crate::contest::{self, Contestant, Move};
+use crate::hosts::Hosts;
+use crate::measuring::report::Report;
+
+const MIB: u64 = 1 << 20;
+const GUEST_BYTES: u64 = 128 * MIB;
+/// What QEMU's own migration over RDMA still carries.
+const WORKLOAD: Workload = Workload {
+    mib: 8,
+    touch_mib: 32,
+    rate_mib: 2,
+    verify_rate_mib: 1,
+    tick_ms: 20,
+    seed: 0,
+    fill: Fill::Random,
+    place: ramferry_lab::Place::Spread,
+};
+const PATIENCE: Duration = Duration::from_secs(120);
+const CONTESTANTS: [Contestant; 6] = [
+    Contestant::QEMU_DYNAMIC,
+    Contestant::DYNAMIC,
+    Contestant::QEMU_PIN_ALL,
+    Contestant::PIN_ALL,
+    Contestant::QEMU_TCP,
+    Contestant::TCP,
+];
+
+/// Measures everything, `runs` times in turns; what failed.
+pub(crate) fn run(report: &mut Report, hosts: &Hosts, runs: usize) -> Result<Vec<String>> {
+    let mut failures = Vec::new();
+    // It goes on from where it came to; after a failure another is booted.
+    let mut guest = None;
+    for run in 1..=runs {
+        for contestant in CONTESTANTS {
+            let name = contestant.name();
+            let here = match guest.take() {
+                Some(guest) => guest,
+                None => boot()?,
+            };
+            match measure(hosts, contestant, &here) {
+                Ok((there, moved, seen)) => {
+                    add(report, &name, &moved, seen);
+                    guest = Some(there);
+                }
+                Err(error) => failures.push(format!("running guest, {name}, run {run}: {error:#}")),
+            }
+        }
+    }
+    compare(report);
+    Ok(failures)
+}
+
+fn boot() -> Result<Qemu> {
+    let block = RamBlock::node(GUEST_BYTES);
+    let guest = Qemu::builder().block(block).accel(Accel::Tcg).proof(WORKLOAD).start()?;
+    guest.wait_ready(PATIENCE)?;
+    Ok(guest)
+}
+
+/// Where the guest is then, what that took, and how long it was seen to stand still.
+fn measure(hosts: &Hosts, contestant: Contestant, here: &Qemu) -> Result<(Qemu, Move, Duration)> {
+    let there = contestant.destination(here.destination())?;
+    let moved = contest::run(hosts, contestant, here, &there)?;
+    let tick = there.next_tick(PATIENCE)?;
+    ensure!(tick.errors == 0, "the guest lost what it wrote: {tick:?}");
+    let seen = downtime_seen(here, &there).unwrap_or_default();
+    let downtime_seconds = moved.downtime_seconds.unwrap_or_default();
+    eprintln!(
+        "running guest, {}: {:.2} s, downtime {downtime_seconds:.3} s",
+        contestant.name(),
+        moved.whole_seconds
+    );
+    Ok((there, moved, seen))
+}
+
+fn add(report: &mut Report, name: &str, moved: &Move, seen: Duration) {
+    let whole = format!("running, {name}, whole");
+    report.add_time(&whole, moved.whole_seconds);
+    moved.note(report, &whole);
+    report.sample(&whole, "downtime_seen_seconds", seen.as_secs_f64());
+    report.add_time(&format!("running, {name}, downtime"), moved.downtime_seconds.unwrap_or_default());
+}
+
+fn compare(report: &mut Report) {
+    for (ours, its) in [
+        (Contestant::DYNAMIC, Contestant::QEMU_DYNAMIC),
+        (Contestant::PIN_ALL, Contestant::QEMU_PIN_ALL),
+        (Contestant::TCP, Contestant::QEMU_TCP),
+    ] {
+        for what in ["whole", "downtime"] {
+            let name = |contestant: Contestant| format!("running, {}, {what}", contestant.name());
+            report.compare(&name(ours), &name(its));
+        }
+    }
+}

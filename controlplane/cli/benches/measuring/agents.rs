@@ -1,0 +1,211 @@
+//! Two agents in processes of their own, and a guest that goes from the one to
+//! the other.
+
+use std::io::{BufRead, BufReader};
+use std::process::{Child, Command, Stdio};
+use std::time::{Duration, SystemTime};
+
+use anyhow::{Context as _, Result, ensure};
+use ramferry_lab::{Credentials, Qemu};
+use ramferry_proto::v1;
+use ramferry_proto::v1::migration_service_client::MigrationServiceClient;
+use serde_json::Value;
+use tempfile::TempDir;
+use tokio::runtime::Runtime;
+use tonic::transport::{Certificate, Channel, ClientTlsConfig, Identity};
+
+use super::costs::{Cost, watch};
+
+/// Longest migration.
+const PATIENCE: Duration = Duration::from_secs(120);
+
+/// An agent; it ends when it is dropped.
+pub(crate) struct Agent {
+    process: Process,
+    grpc: String,
+    runtime: Runtime,
+    client: MigrationServiceClient<Channel>,
+    _directory: TempDir,
+}
+
+/// Killed and reaped when it is dropped.
+struct Process(Child);
+
+/// What a migration took.
+#[derive(Debug)]
+pub(crate) struct Voyage {
+    pub(crate) progress: v1::MigrationProgress,
+    /// When the call was made.
+    pub(crate) called: SystemTime,
+    pub(crate) source: Cost,
+    pub(crate) destination: Cost,
+}
+
+impl Voyage {
+    pub(crate) fn transferred_bytes(&self) -> u64 {
+        self.progress.transferred_bytes
+    }
+
+    /// Time of the copy itself: of all rounds.
+    pub(crate) fn copy_seconds(&self) -> Result<f64> {
+        self.progress.rounds.iter().map(|round| seconds(round.duration)).sum()
+    }
+
+    pub(crate) fn total_seconds(&self) -> Result<f64> {
+        seconds(self.progress.total_time)
+    }
+
+    pub(crate) fn downtime_seconds(&self) -> Result<f64> {
+        seconds(self.progress.downtime)
+    }
+
+    pub(crate) fn registration_seconds(&self) -> Result<f64> {
+        seconds(self.progress.registration_time)
+    }
+
+    pub(crate) fn setup_seconds(&self) -> Result<f64> {
+        seconds(self.progress.setup_time)
+    }
+}
+
+impl Agent {
+    /// An agent that serves loopback only.
+    pub(crate) fn start() -> Result<Agent> {
+        Agent::start_with(&["--data-listen".to_owned(), "127.0.0.1:0".to_owned()], None)
+    }
+
+    /// An agent with these options, which is called with the caller's credentials.
+    pub(crate) fn start_with(options: &[String], caller: Option<&Credentials>) -> Result<Agent> {
+        let directory = tempfile::tempdir()?;
+        let mut child = Command::new(env!("CARGO_BIN_EXE_ramferry"))
+            .args(["agent", "--listen", "127.0.0.1:0", "--metrics-listen", "127.0.0.1:0"])
+            .args(["--log-format", "json"])
+            .arg("--state-dir")
+            .arg(directory.path().join("state"))
+            .arg("--run-dir")
+            .arg(directory.path().join("run"))
+            .args(options)
+            .stdin(Stdio::null())
+            .stdout(Stdio::null())
+            .stderr(Stdio::piped())
+            .spawn()
+            .context("cannot start an agent")?;
+        let stderr = BufReader::new(child.stderr.take().context("the agent has no stderr")?);
+        let process = Process(child);
+        let grpc = listening(stderr)?;
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+        let client = runtime.block_on(connect(&grpc, caller))?;
+        Ok(Agent { process, grpc, runtime, client, _directory: directory })
+    }
+
+    pub(crate) fn process(&self) -> u32 {
+        self.process.0.id()
+    }
+}
+
+impl Drop for Process {
+    fn drop(&mut self) {
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
+}
+
+/// What a migration is asked for.
+pub(crate) fn order(fabric: &str, registration: &str) -> Result<v1::MigrationParameters> {
+    let fabric = v1::FabricKind::from_str_name(&format!("FABRIC_KIND_{}", fabric.to_uppercase()))
+        .with_context(|| format!("{fabric} is no fabric"))?;
+    let registration = registration.to_uppercase().replace('-', "_");
+    let registration = v1::RegistrationMode::from_str_name(&format!("REGISTRATION_MODE_{registration}"))
+        .with_context(|| format!("{registration} is no mode of registration"))?;
+    Ok(v1::MigrationParameters {
+        fabric: fabric.into(),
+        registration_mode: registration.into(),
+        ..Default::default()
+    })
+}
+
+/// Moves a guest from the one agent to the other, looking at their memory at every `interval`.
+pub(crate) fn migrate(
+    (source, destination): (&Agent, &Agent),
+    (from, to): (&Qemu, &Qemu),
+    parameters: v1::MigrationParameters,
+    interval: Duration,
+) -> Result<Voyage> {
+    let spec = v1::MigrationSpec {
+        source_qmp_path: from.qmp_path().display().to_string(),
+        destination_qmp_path: to.qmp_path().display().to_string(),
+        destination_agent: destination.grpc.clone(),
+        parameters: Some(parameters),
+    };
+    let processes = [source.process(), destination.process()];
+    let ((progress, called), costs) = watch(&processes, interval, || {
+        source.runtime.block_on(async {
+            tokio::time::timeout(PATIENCE, order_and_follow(source.client.clone(), spec))
+                .await
+                .context("the migration does not end")?
+        })
+    })?;
+    let [source, destination] = costs[..] else { unreachable!("two processes were watched") };
+    Ok(Voyage { progress, called, source, destination })
+}
+
+async fn order_and_follow(
+    mut client: MigrationServiceClient<Channel>,
+    spec: v1::MigrationSpec,
+) -> Result<(v1::MigrationProgress, SystemTime)> {
+    let called = SystemTime::now();
+    let request = v1::CreateMigrationRequest { spec: Some(spec), ..Default::default() };
+    let answer = client.create_migration(request).await.context("the migration was refused")?.into_inner();
+    let id = answer.migration.context("an answer without a migration")?.id;
+    let mut stream =
+        client.watch_migration(v1::WatchMigrationRequest { id, interval: None }).await?.into_inner();
+    let mut last = None;
+    while let Some(answer) = stream.message().await? {
+        last = answer.migration;
+    }
+    let migration = last.context("the migration was not to be seen")?;
+    ensure!(
+        migration.state() == v1::MigrationState::Succeeded,
+        "the migration ended in {:?}: {:?}",
+        migration.state(),
+        migration.error
+    );
+    Ok((migration.progress.context("a migration without progress")?, called))
+}
+
+async fn connect(grpc: &str, caller: Option<&Credentials>) -> Result<MigrationServiceClient<Channel>> {
+    let scheme = if caller.is_some() { "https" } else { "http" };
+    let mut endpoint = Channel::from_shared(format!("{scheme}://{grpc}"))?;
+    if let Some(caller) = caller {
+        let (certificate, key) = (std::fs::read(&caller.certificate)?, std::fs::read(&caller.key)?);
+        let authority = Certificate::from_pem(std::fs::read(&caller.authority)?);
+        let identity = Identity::from_pem(certificate, key);
+        endpoint =
+            endpoint.tls_config(ClientTlsConfig::new().ca_certificate(authority).identity(identity))?;
+    }
+    let channel = endpoint.connect().await.with_context(|| format!("cannot reach the agent at {grpc}"))?;
+    Ok(MigrationServiceClient::new(channel))
+}
+
+/// Where the agent says that it is.
+fn listening(log: impl BufRead + Send + 'static) -> Result<String> {
+    let mut lines = log.lines();
+    let mut said = Vec::new();
+    for line in lines.by_ref() {
+        let line = line?;
+        let entry: Value = serde_json::from_str(&line).unwrap_or_default();
+        if entry["message"] == "agent started" {
+            let grpc = entry["grpc"].as_str().context("the agent does not say where it is")?.to_owned();
+            // Its log must not fill the pipe.
+            std::thread::spawn(move || lines.for_each(drop));
+            return Ok(grpc);
+        }
+        said.push(line);
+    }
+    anyhow::bail!("the agent did not start: {}", said.join("\n"))
+}
+
+pub(crate) fn seconds(duration: Option<prost_types::Duration>) -> Result<f64> {
+    let duration = duration.context("the migration does not say how long it took")?;
+    Ok(Duration::try_from(duration)?.as_secs_f64())
+}
