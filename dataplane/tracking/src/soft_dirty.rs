@@ -79,9 +79,11 @@ impl Mechanism for SoftDirty {
             })?;
         let may_vanish = files.iter().map(|file| huge::possible(view.pid, file.identity.device)).collect();
         let buffer = vec![0; CHUNK_ENTRIES * ENTRY_BYTES];
-        let mechanism = Self { clear_refs, may_vanish, present: Vec::new(), buffer };
-        // Pages written before this are not asked for, so nothing need be read first.
-        mechanism.clear()?;
+        let mut mechanism = Self { clear_refs, may_vanish, present: Vec::new(), buffer };
+        // Pages written before this are not asked for. Which have an entry is: without that, the first harvest would
+        // have to report every page that was never touched.
+        let mut unasked: Vec<PageSet> = files.iter().map(|file| PageSet::new(file.pages)).collect();
+        mechanism.read_and_clear(view, files, &mut unasked)?;
         Ok(mechanism)
     }
 
@@ -97,6 +99,18 @@ impl Mechanism for SoftDirty {
         files: &[TrackedFile],
         written: &mut [PageSet],
     ) -> Result<Seen, WriterError> {
+        self.read_and_clear(view, files, written)
+    }
+}
+
+impl SoftDirty {
+    /// Stops the process for it.
+    fn read_and_clear(
+        &mut self,
+        view: &View,
+        files: &[TrackedFile],
+        written: &mut [PageSet],
+    ) -> Result<Seen, WriterError> {
         // A tracer is a thread; when this one ends, nothing is traced any more.
         let harvested = thread::scope(|scope| {
             let work = || self.read_and_clear_stopped(view, files, written);
@@ -109,9 +123,7 @@ impl Mechanism for SoftDirty {
             Err(source) => Err(WriterError::Failed { operation: "starting a thread", source }),
         }
     }
-}
 
-impl SoftDirty {
     fn read_and_clear_stopped(
         &mut self,
         view: &View,
