@@ -51,6 +51,12 @@ impl Voyage {
         self.summary[key].as_f64().with_context(|| format!("the summary has no {key}: {}", self.summary))
     }
 
+    pub(crate) fn downtime_part(&self, part: &str) -> Result<f64> {
+        self.summary["downtime_parts"][part]
+            .as_f64()
+            .with_context(|| format!("no part {part} of the downtime"))
+    }
+
     pub(crate) fn transferred_bytes(&self) -> Result<u64> {
         self.summary["transferred_bytes"].as_u64().context("the summary has no transferred_bytes")
     }
