@@ -39,8 +39,9 @@ use crate::segments::{Segment, segments};
 use crate::tracker::{Mechanism, Seen, View};
 use crate::{TrackedFile, TrackerKind};
 
-/// How long the threads of the process have to stop.
-const STOP_TIMEOUT: Duration = Duration::from_secs(2);
+/// How long the threads of the process have to stop. It takes each a turn, which on a host that has many more threads to
+/// run than processors may come late; those that have stopped wait meanwhile.
+const STOP_TIMEOUT: Duration = Duration::from_secs(10);
 const PAGE_BYTES: u64 = 4096;
 const ENTRY_BYTES: usize = 8;
 /// Entries read at once.
