@@ -72,17 +72,18 @@ impl Source {
             None => return Err(BenchError::PeerEnded),
         };
         let token = welcome.token().ok_or(BenchError::Foreign)?;
-        let memory_range = range(0, plan.memory_bytes);
-        let way = Way { data: &welcome.data, peer, token: &token, rdma_device: plan.rdma_device.as_deref() };
-        let (local, links, device) = way.open(plan.fabric, &memory, memory_range, links)?;
-        let keys = Keys { local, remote: RegionKey(welcome.region_key) };
+        // The plain connections first: they make the kernel find the way, if there is one.
         let limit = if plan.fabric == FabricKind::Shm {
             Limit::Memcpy(touched(plan.memory_bytes, bounds)?)
         } else {
             let address = SocketAddr::new(peer, welcome.plain_port);
-            let senders = links.iter().map(|_| Sender::connect(address, &token, PATIENCE));
+            let senders = (0..links).map(|_| Sender::connect(address, &token, PATIENCE));
             Limit::Sockets(senders.collect::<Result<_, _>>()?)
         };
+        let memory_range = range(0, plan.memory_bytes);
+        let way = Way { data: &welcome.data, peer, token: &token, rdma_device: plan.rdma_device.as_deref() };
+        let (local, links, device) = way.open(plan.fabric, &memory, memory_range, links)?;
+        let keys = Keys { local, remote: RegionKey(welcome.region_key) };
         let mut source = Self { memory, keys, links, device, limit, _control: control };
         source.warm(plan, bounds)?;
         Ok(source)
