@@ -50,6 +50,14 @@ pub(crate) enum BenchError {
     Foreign,
     #[error("the link completed nothing for {}", humantime::format_duration(*.0))]
     Stalled(Duration),
+    #[cfg(feature = "verbs")]
+    #[error(transparent)]
+    Devices(#[from] ramferry_verbs::DeviceError),
+    #[error(
+        "this host has no active RDMA device with an address: see `rdma link`, or name an address with --address"
+    )]
+    #[cfg(feature = "verbs")]
+    NoDevice,
     #[error("the link failed")]
     Link(#[from] LinkError),
     #[error("the link took no more")]

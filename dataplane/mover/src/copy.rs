@@ -290,14 +290,14 @@ impl Copy {
         results: impl IntoIterator<Item = (WindowId, Result<RegionKey, MoverError>)>,
         settle: impl Fn(&mut Registration, RegionKey),
     ) {
-        let mut failures = Vec::new();
         let mut plan = self.plan();
         for (id, result) in results {
             match result {
                 Ok(key) => plan.registered(id, |registration| settle(registration, key)),
                 Err(error) => {
+                    // Told before the range is tried again, which fails for another reason.
+                    (self.failed)(error);
                     plan.failed(id);
-                    failures.push(error);
                 }
             }
         }
@@ -305,8 +305,6 @@ impl Copy {
             plan.awaited = None;
             self.ready.notify_all();
         }
-        drop(plan);
-        failures.into_iter().for_each(&self.failed);
     }
 
     /// A side has released a window; a peer may say so more than once, or unasked.

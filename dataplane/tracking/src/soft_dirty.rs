@@ -39,8 +39,9 @@ use crate::segments::{Segment, segments};
 use crate::tracker::{Mechanism, Seen, View};
 use crate::{TrackedFile, TrackerKind};
 
-/// How long the threads of the process have to stop.
-const STOP_TIMEOUT: Duration = Duration::from_secs(2);
+/// How long the threads of the process have to stop. It takes each a turn, which on a host that has many more threads to
+/// run than processors may come late; those that have stopped wait meanwhile.
+const STOP_TIMEOUT: Duration = Duration::from_secs(10);
 const PAGE_BYTES: u64 = 4096;
 const ENTRY_BYTES: usize = 8;
 /// Entries read at once.
@@ -79,9 +80,11 @@ impl Mechanism for SoftDirty {
             })?;
         let may_vanish = files.iter().map(|file| huge::possible(view.pid, file.identity.device)).collect();
         let buffer = vec![0; CHUNK_ENTRIES * ENTRY_BYTES];
-        let mechanism = Self { clear_refs, may_vanish, present: Vec::new(), buffer };
-        // Pages written before this are not asked for, so nothing need be read first.
-        mechanism.clear()?;
+        let mut mechanism = Self { clear_refs, may_vanish, present: Vec::new(), buffer };
+        // Pages written before this are not asked for. Which have an entry is: without that, the first harvest would
+        // have to report every page that was never touched.
+        let mut unasked: Vec<PageSet> = files.iter().map(|file| PageSet::new(file.pages)).collect();
+        mechanism.read_and_clear(view, files, &mut unasked)?;
         Ok(mechanism)
     }
 
@@ -97,6 +100,18 @@ impl Mechanism for SoftDirty {
         files: &[TrackedFile],
         written: &mut [PageSet],
     ) -> Result<Seen, WriterError> {
+        self.read_and_clear(view, files, written)
+    }
+}
+
+impl SoftDirty {
+    /// Stops the process for it.
+    fn read_and_clear(
+        &mut self,
+        view: &View,
+        files: &[TrackedFile],
+        written: &mut [PageSet],
+    ) -> Result<Seen, WriterError> {
         // A tracer is a thread; when this one ends, nothing is traced any more.
         let harvested = thread::scope(|scope| {
             let work = || self.read_and_clear_stopped(view, files, written);
@@ -109,9 +124,7 @@ impl Mechanism for SoftDirty {
             Err(source) => Err(WriterError::Failed { operation: "starting a thread", source }),
         }
     }
-}
 
-impl SoftDirty {
     fn read_and_clear_stopped(
         &mut self,
         view: &View,

@@ -15,6 +15,8 @@ use crate::info;
 use crate::link::{LINK_DEPTHS, VerbsLink};
 use crate::queue_pair::QueuePair;
 
+/// How long the kernel may take at first to find the way to a peer.
+const FIRST_PATIENCE: Duration = Duration::from_millis(200);
 /// `IB_CM_REJ_INVALID_SERVICE_ID` of `rdma/ib_cm.h`: nobody listens there.
 const REJECTED_NO_LISTENER: i32 = 8;
 
@@ -83,9 +85,30 @@ pub fn connect(
 }
 
 /// An identifier bound to the device that leads to `to`, the route known.
+///
+/// The kernel is asked for a little time at first, then for more: where the answer of the peer's
+/// host to ARP comes before the kernel's resolver listens for it, that looks again only when its
+/// time is over, and has it then.
 fn resolve(
     to: SocketAddr,
     from: Option<IpAddr>,
+    deadline: Instant,
+    timeout: Duration,
+) -> Result<Identifier, LinkError> {
+    let mut patience = FIRST_PATIENCE;
+    loop {
+        let left = deadline.saturating_duration_since(Instant::now());
+        match resolve_once(to, from, patience.min(left), deadline, timeout) {
+            Err(LinkError::Connect { source: Errno::TIMEDOUT, .. }) if patience < left => patience *= 2,
+            resolved => return resolved,
+        }
+    }
+}
+
+fn resolve_once(
+    to: SocketAddr,
+    from: Option<IpAddr>,
+    patience: Duration,
     deadline: Instant,
     timeout: Duration,
 ) -> Result<Identifier, LinkError> {
@@ -95,8 +118,7 @@ fn resolve(
         source,
     })?;
     let failed = |errno| unreachable(errno, to);
-    let left = || deadline.saturating_duration_since(Instant::now());
-    identifier.resolve_address(from, to, left()).map_err(failed)?;
+    identifier.resolve_address(from, to, patience).map_err(failed)?;
     let event = next_event(&channel, deadline, "finding the way to the peer", timeout)?;
     if event.kind != EventKind::AddressResolved {
         return Err(failed(status_errno(event.status, Errno::HOSTUNREACH)));
@@ -105,7 +127,7 @@ fn resolve(
         return Err(LinkError::NotReached { address: to.to_string() });
     }
     identifier.limit_ack_timeout();
-    identifier.resolve_route(left()).map_err(failed)?;
+    identifier.resolve_route(deadline.saturating_duration_since(Instant::now())).map_err(failed)?;
     let event = next_event(&channel, deadline, "finding the way to the peer", timeout)?;
     match event.kind {
         EventKind::RouteResolved => Ok(identifier),

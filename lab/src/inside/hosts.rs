@@ -19,8 +19,13 @@ use std::fs;
 use std::io::Write;
 use std::net::Ipv4Addr;
 use std::process::{Command, Stdio};
+use std::thread;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
+
+const PORT_TIMEOUT: Duration = Duration::from_secs(30);
+const PORT_POLL: Duration = Duration::from_millis(5);
 
 /// One of the two.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -99,11 +104,12 @@ impl Hosts {
             orders += &format!("route add unreachable default metric 1000 table {table}\n");
         }
         batch("ip", &orders)?;
-        hosts.mend()?;
+        hosts.set_up()?;
         let links = Host::BOTH.map(|host| {
             format!("link add {} type rxe netdev {}\n", host.rdma_device(), host.network_device())
         });
         batch("rdma", &links.concat())?;
+        hosts.await_ports()?;
         Ok(hosts)
     }
 
@@ -112,8 +118,13 @@ impl Hosts {
         batch("ip", &format!("link set {} down\n", host.network_device()))
     }
 
-    /// Both devices are up, and what is sent between them goes over them.
+    /// Mends it: both devices are up, and what is sent between them goes over them.
     pub fn mend(&self) -> Result<()> {
+        self.set_up()?;
+        self.await_ports()
+    }
+
+    fn set_up(self) -> Result<()> {
         let mut orders = String::new();
         for host in Host::BOTH {
             let device = host.network_device();
@@ -127,6 +138,22 @@ impl Hosts {
             );
         }
         batch("ip", &orders)
+    }
+
+    /// The kernel tells the ports of it a moment later, and what is sent until then is lost.
+    fn await_ports(self) -> Result<()> {
+        let deadline = Instant::now() + PORT_TIMEOUT;
+        for host in Host::BOTH {
+            let path = format!("/sys/class/infiniband/{}/ports/1/state", host.rdma_device());
+            while !fs::read_to_string(&path)
+                .with_context(|| format!("cannot read {path}"))?
+                .contains("ACTIVE")
+            {
+                ensure!(Instant::now() < deadline, "the port of {} does not come up", host.rdma_device());
+                thread::sleep(PORT_POLL);
+            }
+        }
+        Ok(())
     }
 
     /// Bytes that the host's network device has sent since the VM started.

@@ -66,10 +66,11 @@ fn client(program: &str, arguments: &[&str]) -> Output {
     Command::new("timeout").args(["60", program]).args(arguments).stdin(Stdio::null()).output().unwrap()
 }
 
-fn ping(from: Host) -> Output {
+/// Connects, and exchanges a few messages. Not `rping`: that fails, or hangs, where its server ends before it.
+fn exchange(from: Host) -> Output {
     let (to, from) = (from.peer().address().to_string(), from.address().to_string());
-    let _server = Server::listen("rping", &["-s", "-a", &to, "-C", "2"]);
-    client("rping", &["-c", "-a", &to, "-I", &from, "-C", "2", "-v"])
+    let _server = Server::listen("ucmatose", &["-b", &to, "-C", "4"]);
+    client("ucmatose", &["-s", &to, "-b", &from, "-C", "4"])
 }
 
 fn write_bandwidth(from: Host, more: &[&str]) -> Output {
@@ -104,9 +105,7 @@ fn rdma_cm_takes_the_device_of_the_address_and_crosses_the_cable() {
     let (hosts, _alone) = hosts();
     for from in Host::BOTH {
         let (before, loopback) = (hosts.sent_bytes(from).unwrap(), loopback_bytes());
-        let output = ping(from);
-        assert_success(&output);
-        assert!(String::from_utf8_lossy(&output.stdout).contains("rdma-ping-1"));
+        assert_success(&exchange(from));
         assert!(hosts.sent_bytes(from).unwrap() > before);
         assert_eq!(loopback_bytes(), loopback);
     }
@@ -164,7 +163,7 @@ fn nothing_crosses_a_cable_that_is_cut_and_all_does_when_it_is_mended() {
 
         hosts.mend().unwrap();
         for from in Host::BOTH {
-            assert_success(&ping(from));
+            assert_success(&exchange(from));
         }
     }
 }

@@ -64,6 +64,11 @@ impl Voyage {
         seconds(self.progress.downtime)
     }
 
+    pub(crate) fn downtime_part_seconds(&self, name: &str) -> Result<f64> {
+        let part = self.progress.downtime_parts.iter().find(|part| part.name == name);
+        seconds(part.with_context(|| format!("no part {name} of the downtime"))?.duration)
+    }
+
     pub(crate) fn registration_seconds(&self) -> Result<f64> {
         seconds(self.progress.registration_time)
     }

@@ -36,14 +36,14 @@ Examples:
     ramferry bench fabric --connect 10.0.0.2:7060          on the other, which shows the figures
 
   As ib_write_bw measures (one buffer again and again, in the cache; give it the same size):
-    ramferry bench fabric --sizes 1MiB --links 1 --memory 2MiB --duration 5s
+    ramferry bench fabric --fabric verbs --sizes 1MiB --links 1 --memory 2MiB --duration 5s
 
   For a program:
     ramferry bench fabric --output json --quiet | jq '.cases[] | [.size_bytes, .links, .of_limit]'
 
 Writes go one after the other through all of --memory. Each run is followed by one of the limit: plain
-sockets between the same addresses with as many connections, or memcpy in as many threads where both
-sides share a host's memory; a ratio is the median of the ratios of the runs. A run ends with a fence on
+sockets between the same addresses with as many connections, or (of shm) memcpy in as many threads; a
+ratio is the median of the ratios of the runs. Of verbs, the rate of the device's port is shown too. A run ends with a fence on
 every link, so that what is counted has arrived.
 
 --listen is for networks that are trusted, and for the time of the measurement: it encrypts nothing, and
@@ -59,7 +59,8 @@ Examples:
 Each region is registered and deregistered once in memory that was newly mapped, as in a migration. The
 source registers for its own reading what was touched; the destination registers for the peer's writes
 what was touched, and what never was, which allocates it. Where a fabric moves bytes by the CPU
-(tcp, shm), nothing is pinned: registering maps and allocates. Pages of 2 MiB are taken from the host's
+(tcp, shm), nothing is pinned: registering maps and allocates; over verbs the device is told of every
+page, and it stays pinned. Pages of 2 MiB are taken from the host's
 huge pages (vm.nr_hugepages), as far as they are free.";
 
 const SCAN_EXAMPLES: &str = "\
@@ -102,6 +103,9 @@ pub(crate) enum BenchFabric {
     Tcp,
     /// Shared memory of one host.
     Shm,
+    /// RDMA.
+    #[cfg(feature = "verbs")]
+    Verbs,
 }
 
 #[derive(Debug, Args)]
@@ -131,9 +135,8 @@ pub(crate) struct FabricArgs {
     /// Write to the side that listens there.
     #[arg(long, value_name = "HOST:PORT", help_heading = "Two hosts", conflicts_with = "address")]
     pub(crate) connect: Option<AgentAddress>,
-    /// The address of this host that both sides use, where both are in this process.
-    #[arg(long, value_name = "IP", default_value = "127.0.0.1")]
-    pub(crate) address: IpAddr,
+    #[command(flatten)]
+    pub(crate) way: WayArgs,
     #[command(flatten)]
     pub(crate) common: CommonArgs,
 }
@@ -159,6 +162,8 @@ pub(crate) struct RegistrationArgs {
     #[arg(long, value_name = "SIZE")]
     pub(crate) memory: Option<ByteCount>,
     #[command(flatten)]
+    pub(crate) way: WayArgs,
+    #[command(flatten)]
     pub(crate) common: CommonArgs,
 }
 
@@ -170,6 +175,18 @@ pub(crate) struct ScanArgs {
     pub(crate) memory: Option<ByteCount>,
     #[command(flatten)]
     pub(crate) common: CommonArgs,
+}
+
+/// Through what a fabric goes.
+#[derive(Debug, Args)]
+pub(crate) struct WayArgs {
+    /// The address of this host that both sides use, where both are in this process [default: 127.0.0.1; of
+    /// verbs: the first of an RDMA device].
+    #[arg(long, value_name = "IP")]
+    pub(crate) address: Option<IpAddr>,
+    /// The RDMA device of this side, where it is not to be found by the address.
+    #[arg(long, value_name = "NAME")]
+    pub(crate) rdma_device: Option<String>,
 }
 
 #[derive(Debug, Args)]
@@ -207,6 +224,8 @@ impl BenchFabric {
         match self {
             Self::Tcp => FabricKind::Tcp,
             Self::Shm => FabricKind::Shm,
+            #[cfg(feature = "verbs")]
+            Self::Verbs => FabricKind::Verbs,
         }
     }
 }

@@ -15,6 +15,7 @@ mod control;
 mod destination;
 mod drive;
 mod source;
+pub(crate) mod way;
 
 use std::io;
 use std::net::{IpAddr, SocketAddr, TcpListener, TcpStream, ToSocketAddrs as _};
@@ -25,8 +26,9 @@ use ramferry_fabric::{FabricKind, SessionToken};
 use serde::Serialize;
 
 use self::control::Channel;
-use self::destination::Served;
+use self::destination::{Offer, Served};
 use self::source::{Run, Source};
+use self::way::Device;
 use super::{BenchError, Bounds, Latency, Observer, Spread};
 use crate::args::names::AgentAddress;
 
@@ -45,6 +47,7 @@ pub(crate) struct Plan {
     pub(crate) duration: Duration,
     /// Of each side.
     pub(crate) memory_bytes: u64,
+    pub(crate) rdma_device: Option<String>,
 }
 
 /// Where the side that is written to is.
@@ -66,6 +69,8 @@ pub(crate) struct FabricReport {
     /// The side that is written to; null where it is in this process.
     pub(crate) server: Option<String>,
     pub(crate) address: Option<IpAddr>,
+    /// Of this side, over verbs.
+    pub(crate) rdma_device: Option<Device>,
     pub(crate) memory_bytes: u64,
     pub(crate) runs: u32,
     pub(crate) duration_seconds: f64,
@@ -115,6 +120,7 @@ impl FabricReport {
             complete: false,
             server,
             address,
+            rdma_device: None,
             memory_bytes: plan.memory_bytes,
             runs: plan.runs,
             duration_seconds: plan.duration.as_secs_f64(),
@@ -155,9 +161,9 @@ pub(crate) fn measure(
             let pair = Channel::pair().map_err(BenchError::system("make a pair of sockets"))?;
             let [ours, mut theirs] = pair;
             thread::scope(|scope| {
-                let most_bytes = plan.memory_bytes;
-                let server = scope
-                    .spawn(move || destination::serve(&mut theirs, *address, most_bytes, bounds, |_| ()));
+                let (local, most_bytes) = (*address, plan.memory_bytes);
+                let offer = Offer { local, most_bytes, rdma_device: plan.rdma_device.as_deref() };
+                let server = scope.spawn(move || destination::serve(&mut theirs, &offer, bounds, |_| ()));
                 let measured = measure_from(ours, *address, plan, bounds, observer, report);
                 let served = server.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic));
                 // Where one side ended because the other had, the other says why.
@@ -170,10 +176,10 @@ pub(crate) fn measure(
     }
 }
 
-/// Waits for one client at `address`, and serves it with at most `memory_bytes`.
+/// Waits for one client at `address`, and serves it with at most the report's memory.
 pub(crate) fn serve(
     address: SocketAddr,
-    memory_bytes: u64,
+    rdma_device: Option<&str>,
     bounds: &Bounds,
     observer: &mut dyn Observer,
     report: &mut ServerReport,
@@ -197,9 +203,10 @@ pub(crate) fn serve(
             Ok((Channel::over_tcp(stream)?, local))
         });
         let Ok((mut control, local)) = accepted else { continue };
+        let offer = Offer { local, most_bytes: report.memory_bytes, rdma_device };
         let begun =
             |fabric: FabricKind| observer.note(&format!("serving a client from {client} over {fabric}"));
-        match destination::serve(&mut control, local, memory_bytes, bounds, begun) {
+        match destination::serve(&mut control, &offer, bounds, begun) {
             Ok(Some(served)) => return end(served, client, observer, report),
             Ok(None) => observer.note(&format!("what connected from {client} is no client; still listening")),
             Err(BenchError::Refused(why)) => {
@@ -219,7 +226,7 @@ fn end(
     report.client = Some(client);
     report.fabric = Some(served.fabric.as_str());
     report.memory_bytes = served.memory_bytes;
-    report.placed_bytes = (served.fabric != FabricKind::Shm).then_some(served.placed_bytes);
+    report.placed_bytes = served.placed_bytes;
     if let Some(failure) = served.failure {
         observer.note(&format!("a link of the client did not end by its leave: {failure}"));
     }
@@ -263,6 +270,7 @@ fn measure_from(
     observer.step(0, steps, "connecting, and touching memory");
     let mut source = Source::connect(control, peer, plan, bounds)?;
     report.limit = source.limit_name();
+    report.rdma_device = source.device().cloned();
     observer.step(0, steps, "fences");
     report.fence = Latency::of(source.fences(plan.duration, bounds)?);
     report.limit_round_trip = Latency::of(source.plain_round_trips(plan.duration, bounds)?);

@@ -4,6 +4,9 @@
 //! it in regions of one size, each once: what a first registration left in the
 //! page tables would make a second one cheap.
 
+use std::net::IpAddr;
+#[cfg(feature = "verbs")]
+use std::net::SocketAddr;
 use std::sync::{Arc, Barrier};
 use std::thread;
 use std::time::{Duration, Instant};
@@ -23,6 +26,9 @@ const MOST_REGIONS: u64 = 256;
 #[derive(Debug, Clone)]
 pub(crate) struct Plan {
     pub(crate) fabric: FabricKind,
+    /// Of an RDMA device, over verbs.
+    pub(crate) address: IpAddr,
+    pub(crate) rdma_device: Option<String>,
     pub(crate) sizes: Vec<u64>,
     pub(crate) threads: Vec<u32>,
     pub(crate) runs: u32,
@@ -121,6 +127,7 @@ pub(crate) fn measure(
     observer: &mut dyn Observer,
     report: &mut RegistrationReport,
 ) -> Result<(), BenchError> {
+    let domains = Domains::new(plan)?;
     let steps = 2 * STATES.len() * plan.sizes.len() * plan.threads.len();
     for (nth, page_bytes) in [BASE_PAGE_BYTES, HUGE_PAGE_BYTES].into_iter().enumerate() {
         let memory_bytes = match page_bytes {
@@ -150,6 +157,7 @@ pub(crate) fn measure(
                 observer.step(step, steps, &title(kind, *size, *threads));
                 report.cases.extend(case(
                     plan,
+                    &domains,
                     kind,
                     (*size, *threads),
                     memory_bytes,
@@ -227,6 +235,7 @@ struct Times {
 
 fn case(
     plan: &Plan,
+    domains: &Domains,
     kind: Kind,
     (size, threads): (u64, u32),
     memory_bytes: u64,
@@ -248,7 +257,7 @@ fn case(
             None => memory::file(run_bytes, kind.page_bytes)?,
         };
         let memory = memory::map(&file, run_bytes, Access::ReadWrite)?;
-        let domain = domain(plan.fabric, kind.side, memory)?;
+        let domain = domains.domain(kind.side, memory)?;
         let all = register_all(&*domain, kind.side, size, each, threads, bounds)?;
         let rate = |phase: fn(&Times) -> (Instant, Instant)| {
             let begin = all.iter().map(|times| phase(times).0).min();
@@ -281,11 +290,35 @@ fn case(
     ))
 }
 
-fn domain(fabric: FabricKind, side: Side, memory: Arc<Memory>) -> Result<Box<dyn Domain>, BenchError> {
-    Ok(match (fabric, side) {
-        (FabricKind::Shm, Side::Destination) => Box::new(MappedDomain::reached_by_peer(memory)?),
-        _ => Box::new(MappedDomain::new(memory)?),
-    })
+/// Makes domains, a new one for each mapping.
+enum Domains {
+    Tcp,
+    Shm,
+    #[cfg(feature = "verbs")]
+    Verbs(ramferry_verbs::Listener),
+}
+
+impl Domains {
+    fn new(plan: &Plan) -> Result<Self, BenchError> {
+        Ok(match plan.fabric {
+            FabricKind::Shm => Self::Shm,
+            #[cfg(feature = "verbs")]
+            FabricKind::Verbs => {
+                let address = SocketAddr::new(plan.address, 0);
+                Self::Verbs(ramferry_verbs::Listener::bind(address, plan.rdma_device.as_deref())?)
+            }
+            _ => Self::Tcp,
+        })
+    }
+
+    fn domain(&self, side: Side, memory: Arc<Memory>) -> Result<Arc<dyn Domain>, BenchError> {
+        Ok(match (self, side) {
+            (Self::Shm, Side::Destination) => Arc::new(MappedDomain::reached_by_peer(memory)?),
+            (Self::Tcp | Self::Shm, _) => Arc::new(MappedDomain::new(memory)?),
+            #[cfg(feature = "verbs")]
+            (Self::Verbs(listener), _) => listener.domain(memory)?,
+        })
+    }
 }
 
 /// Registers `each` regions in each thread, all at once, then deregisters them.
@@ -343,6 +376,8 @@ mod tests {
     fn plan(memory_bytes: u64) -> Plan {
         Plan {
             fabric: FabricKind::Tcp,
+            address: [127, 0, 0, 1].into(),
+            rdma_device: None,
             sizes: vec![4096, 2 << 20, 4 << 20],
             threads: vec![1, 2],
             runs: 1,

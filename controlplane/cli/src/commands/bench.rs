@@ -9,9 +9,10 @@ use indicatif::{ProgressBar, ProgressStyle};
 use ramferry_fabric::FabricKind;
 use serde::Serialize;
 
-use crate::args::bench::{Bench, BenchArgs, BenchFabric, CommonArgs, FabricArgs, RegistrationArgs, ScanArgs};
+use crate::args::bench::{Bench, BenchArgs, CommonArgs, FabricArgs, RegistrationArgs, ScanArgs};
 use crate::args::connection::OutputFormat;
 use crate::args::units::ByteCount;
+use crate::bench::fabric::way::own_address;
 use crate::bench::fabric::{FabricReport, Peer, ServerReport};
 use crate::bench::registration::RegistrationReport;
 use crate::bench::scan::{ScanReport, writer};
@@ -46,12 +47,16 @@ fn run_fabric(args: &FabricArgs) -> Result<Exit, Failure> {
     let allowance = |shares| memory::allowance(given, FABRIC_BYTES, shares);
     if let Some(address) = args.listen {
         let report = ServerReport::new(allowance(1)?);
+        let device = args.way.rdma_device.clone();
         return carry_out(&args.common, report, move |bounds, observer, report| {
-            fabric::serve(address, report.memory_bytes, bounds, observer, report)
+            fabric::serve(address, device.as_deref(), bounds, observer, report)
         });
     }
     let fabric = args.fabric.kind();
-    let peer = args.connect.clone().map_or(Peer::Here(args.address), Peer::At);
+    let peer = match &args.connect {
+        Some(address) => Peer::At(address.clone()),
+        None => Peer::Here(own_address(fabric, args.way.address, args.way.rdma_device.as_deref())?),
+    };
     // This side, the other, and where memcpy copies to.
     let shares = 1 + u64::from(args.connect.is_none()) + u64::from(fabric == FabricKind::Shm);
     let plan = fabric::Plan {
@@ -61,6 +66,7 @@ fn run_fabric(args: &FabricArgs) -> Result<Exit, Failure> {
         runs: args.common.runs,
         duration: args.duration,
         memory_bytes: allowance(shares)?,
+        rdma_device: args.way.rdma_device.clone(),
     };
     let report = FabricReport::new(&plan, &peer);
     carry_out(&args.common, report, move |bounds, observer, report| {
@@ -70,8 +76,11 @@ fn run_fabric(args: &FabricArgs) -> Result<Exit, Failure> {
 
 fn run_registration(args: RegistrationArgs) -> Result<Exit, Failure> {
     let given = args.memory.map(|ByteCount(bytes)| bytes);
+    let fabric = args.fabric.kind();
     let plan = registration::Plan {
-        fabric: BenchFabric::kind(args.fabric),
+        fabric,
+        address: own_address(fabric, args.way.address, args.way.rdma_device.as_deref())?,
+        rdma_device: args.way.rdma_device,
         sizes: args.sizes,
         threads: args.threads,
         runs: args.common.runs,

@@ -29,6 +29,10 @@ impl Table for FabricReport {
             bytes(self.memory_bytes),
             counted(self.runs, "run"),
         );
+        if let Some(device) = &self.rdma_device {
+            let rate = device.port_bits_per_second.map_or_else(|| "of unknown rate".to_owned(), bit_rate);
+            text.push_str(&format!("device  {}, port {rate}\n", device.name));
+        }
         if let Some(fence) = &self.fence {
             text.push_str(&format!("fence   {}\n", latency(fence)));
         }
@@ -215,6 +219,7 @@ mod tests {
             runs: 3,
             duration: Duration::from_millis(200),
             memory_bytes: 256 << 20,
+            rdma_device: None,
         };
         let mut report = FabricReport::new(&plan, &Peer::Here([127, 0, 0, 1].into()));
         report.limit = "sockets";

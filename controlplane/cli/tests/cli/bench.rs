@@ -252,6 +252,28 @@ fn scan_measures_passes_and_harvests_or_says_why_not() {
     assert!(harvests.iter().all(|harvest| median(&harvest["seconds_per_gib"]) > 0.0), "{report}");
 }
 
+#[cfg(feature = "verbs")]
+#[test]
+fn verbs_is_measured_where_there_is_a_device() {
+    let line = format!("bench registration --fabric verbs --sizes 4KiB,1MiB --threads 1,2 {SHORT}");
+    let registration = run(NOBODY, &line);
+    if registration.code != 0 {
+        // The lab has devices.
+        assert!(std::env::var_os("RAMFERRY_LAB").is_none(), "{registration:?}");
+        println!("SKIPPED: {}", registration.json()["error"]["message"]);
+        return;
+    }
+    assert!(
+        registration.json()["cases"].as_array().is_some_and(|cases| cases.len() >= 12),
+        "{registration:?}"
+    );
+    let fabric = run(NOBODY, &format!("bench fabric --fabric verbs --sizes 4KiB,64KiB --links 1,2 {SHORT}"));
+    assert_eq!(fabric.code, 0, "{fabric:?}");
+    let report = fabric.json();
+    check_cases(&report, &[4096, 65536], &[1, 2]);
+    assert!(report["rdma_device"]["name"].is_string() && report["limit"] == "sockets", "{report}");
+}
+
 #[test]
 fn help_says_whom_a_listener_trusts() {
     let ended = run(NOBODY, "bench fabric --help");

@@ -7,9 +7,9 @@ use crate::faults::leftovers::{Holdings, assert_holds_no_more};
 use crate::harness::{MIB, Pair, Site, assert_proves_itself, boot, parameters, seconds};
 use crate::rdma::{DESTINATION, Rdma, SOURCE, pinned_kib, resources, verbs};
 
-/// A guest whose memory is a few windows long, and that writes all the time.
-fn guest() -> Qemu {
-    let workload = Workload { mib: 8, touch_mib: 96, rate_mib: 8, ..Workload::default() };
+/// A guest that writes all the time.
+fn guest(touch_mib: u64) -> Qemu {
+    let workload = Workload { mib: 8, touch_mib, rate_mib: 8, ..Workload::default() };
     boot(Qemu::builder().block(RamBlock::node(160 * MIB)).proof(workload))
 }
 
@@ -45,7 +45,7 @@ async fn running_guest_moves_in_every_mode() {
         [(RegistrationMode::Dynamic, 1), (RegistrationMode::PinAll, 2), (RegistrationMode::Dynamic, 4)]
     {
         let parameters = v1::MigrationParameters { registration_mode: mode.into(), streams, ..verbs() };
-        move_once(&rdma.pair, &format!("{mode:?}-{streams}"), &guest(), parameters).await;
+        move_once(&rdma.pair, &format!("{mode:?}-{streams}"), &guest(32), parameters).await;
     }
 }
 
@@ -53,7 +53,7 @@ async fn running_guest_moves_in_every_mode() {
 async fn pin_budget_of_64_mib_is_kept_and_the_guest_arrives() {
     let rdma = Rdma::start();
     let parameters = v1::MigrationParameters { pin_budget_bytes: 64 * MIB, ..verbs() };
-    let ended = move_once(&rdma.pair, "budget", &guest(), parameters).await;
+    let ended = move_once(&rdma.pair, "budget", &guest(96), parameters).await;
     let progress = ended.progress.unwrap();
     assert!(progress.pinned_peak_bytes > 0 && progress.pinned_peak_bytes <= 64 * MIB, "{progress:?}");
     assert!(
@@ -98,11 +98,11 @@ async fn auto_takes_verbs_between_hosts_that_both_have_a_device_and_tcp_where_on
     let mut rdma = Rdma::start();
     rdma.pair.destination = rdma.agent(DESTINATION, elsewhere.clone(), &[]);
     let auto = parameters(FabricKind::Unspecified);
-    let ended = move_once(&rdma.pair, "auto", &guest(), auto.clone()).await;
+    let ended = move_once(&rdma.pair, "auto", &guest(32), auto.clone()).await;
     assert!(ended.fabric_reason.contains(DESTINATION.device), "{}", ended.fabric_reason);
 
     rdma.pair.destination = rdma.agent(DESTINATION, elsewhere, &["--rdma-listen", "off"]);
-    let guest = guest();
+    let guest = guest(32);
     let receiver = guest.destination().start().unwrap();
     let ended = rdma.pair.migrate("without", &guest, &receiver, auto).await;
     assert_eq!(ended.fabric(), FabricKind::Tcp);

@@ -55,9 +55,12 @@ fn agent(authority: &Authority, host: Host, site: Site, more: &[&str]) -> Agent 
     let release = std::env::var("RAMFERRY_LAB");
     assert!(release.is_ok(), "this runs in the lab's VM only: make lab-test");
     let mut options = authority.options(host.name, &["peer"]);
-    let guests = format!("{},/dev/shm", std::env::temp_dir().display());
+    let guests = format!("{},/dev/shm,/dev/hugepages", std::env::temp_dir().display());
+    let mut own = vec!["--rdma-device", host.device, "--guest-dirs", &guests];
     let listen = format!("{}:0", host.address);
-    let own = ["--rdma-listen", &listen, "--rdma-device", host.device, "--guest-dirs", &guests];
+    if !more.contains(&"--rdma-listen") {
+        own.extend(["--rdma-listen", &listen]);
+    }
     options.extend(own.into_iter().chain(more.iter().copied()).map(str::to_owned));
     let options: Vec<&str> = options.iter().map(String::as_str).collect();
     let mut agent = Agent::start_at(site, &options);

@@ -55,8 +55,12 @@ fn finds_all_that_a_running_guest_writes(kind: TrackerKind) -> Result<()> {
         Ok(pages)
     };
     let mut found = BTreeSet::new();
-    while qemu.next_tick(TIMEOUT)?.pass < first.pass + PASSES {
+    loop {
+        let pass = qemu.next_tick(TIMEOUT)?.pass;
         found.extend(harvest(&mut replica)?);
+        if pass >= first.pass + PASSES {
+            break;
+        }
     }
     assert!(found.len() >= WORK_PAGES, "{} of {WORK_PAGES} pages", found.len());
     // What it only reads it does not write: nor is it found.

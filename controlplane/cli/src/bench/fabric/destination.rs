@@ -7,7 +7,7 @@ use std::thread::{self, JoinHandle};
 use std::time::Duration;
 
 use ramferry_fabric::{
-    Admission, Domain, FabricKind, LinkError, MappedDomain, Region, Rights, SessionToken, limits, shm, tcp,
+    Admission, Domain, FabricKind, LinkError, MappedDomain, RegionKey, Rights, SessionToken, limits, shm, tcp,
 };
 use ramferry_ram::Memory;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
@@ -15,6 +15,7 @@ use rustix::io::Errno;
 use tempfile::TempDir;
 
 use super::control::{Answer, Channel, DataAddress, Hello, PROGRAM, VERSION, Welcome};
+use super::way::FABRICS;
 use super::{MOST_LINKS, random_token};
 use crate::bench::memory::{range, touched};
 use crate::bench::{BenchError, Bounds};
@@ -31,19 +32,28 @@ const LOOK_INTERVAL: Duration = Duration::from_millis(100);
 pub(super) struct Served {
     pub(super) fabric: FabricKind,
     pub(super) memory_bytes: u64,
-    /// As far as this side takes part in placing (shm: never).
-    pub(super) placed_bytes: u64,
+    /// Where this side takes part in placing.
+    pub(super) placed_bytes: Option<u64>,
     /// Why a link ended other than by the client's leave.
     pub(super) failure: Option<LinkError>,
 }
 
-/// Serves the client at the other end of `channel`, at this host's address
-/// `local`, with at most `most_bytes` of memory; `begun` hears when it was let in.
-/// `None` where that was no client.
+/// What a client may have.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Offer<'a> {
+    /// This host's address that it connected to.
+    pub(super) local: IpAddr,
+    pub(super) most_bytes: u64,
+    /// Where the address does not tell.
+    #[cfg_attr(not(feature = "verbs"), allow(dead_code, reason = "only RDMA has devices"))]
+    pub(super) rdma_device: Option<&'a str>,
+}
+
+/// Serves the client at the other end of `channel`; `begun` hears when it was let
+/// in. `None` where that was no client.
 pub(super) fn serve(
     channel: &mut Channel,
-    local: IpAddr,
-    most_bytes: u64,
+    offer: &Offer<'_>,
     bounds: &Bounds,
     begun: impl FnOnce(FabricKind),
 ) -> Result<Option<Served>, BenchError> {
@@ -52,8 +62,8 @@ pub(super) fn serve(
         Ok(None) | Err(BenchError::Foreign | BenchError::PeerEnded) => return Ok(None),
         Err(error) => return Err(error),
     };
-    let prepared = judge(&hello, most_bytes)
-        .and_then(|fabric| Destination::new(fabric, hello.memory_bytes, hello.links, local, bounds));
+    let prepared =
+        judge(&hello, offer.most_bytes).and_then(|fabric| Destination::new(&hello, fabric, offer, bounds));
     let destination = match prepared {
         Ok(destination) => destination,
         Err(error) => {
@@ -88,8 +98,7 @@ fn judge(hello: &Hello, most_bytes: u64) -> Result<FabricKind, BenchError> {
             bytes(most_bytes)
         ));
     }
-    let kinds = [FabricKind::Tcp, FabricKind::Shm];
-    match kinds.into_iter().find(|kind| kind.as_str() == hello.fabric) {
+    match FABRICS.iter().copied().find(|kind| kind.as_str() == hello.fabric) {
         Some(kind) => Ok(kind),
         None => refused(format!("this side has no fabric {:?}", hello.fabric)),
     }
@@ -99,70 +108,114 @@ fn judge(hello: &Hello, most_bytes: u64) -> Result<FabricKind, BenchError> {
 struct Destination {
     fabric: FabricKind,
     token: SessionToken,
-    region: Region,
+    region_key: RegionKey,
     data: DataAddress,
     memory_bytes: u64,
     plain: PlainServer,
-    // The links end before their listener.
-    admission: Admission,
-    _listener: Listener,
+    serving: Serving,
 }
 
-enum Listener {
-    Tcp { _listener: tcp::Listener },
+/// In each, the links end before their listener.
+enum Serving {
+    Tcp {
+        admission: Admission,
+        _listener: tcp::Listener,
+    },
     // The socket is removed before its directory.
-    Shm { _listener: shm::Listener, _directory: TempDir },
+    Shm {
+        admission: Admission,
+        _listener: shm::Listener,
+        _directory: TempDir,
+    },
+    #[cfg(feature = "verbs")]
+    Verbs {
+        admission: ramferry_verbs::Admission,
+        _listener: ramferry_verbs::Listener,
+    },
 }
 
 impl Destination {
     fn new(
+        hello: &Hello,
         fabric: FabricKind,
-        memory_bytes: u64,
-        links: u32,
-        local: IpAddr,
+        offer: &Offer<'_>,
         bounds: &Bounds,
     ) -> Result<Self, BenchError> {
+        let memory_bytes = hello.memory_bytes;
         let memory = touched(memory_bytes, bounds)?;
         let token = random_token()?;
-        let plain = PlainServer::start(local, token.clone(), Arc::clone(&memory), bounds.timeout())?;
-        let domain = Arc::new(match fabric {
-            FabricKind::Shm => MappedDomain::reached_by_peer(memory)?,
-            _ => MappedDomain::new(memory)?,
-        });
-        let region = domain.register(range(0, memory_bytes), Rights::REMOTE_WRITE)?;
-        let (data, admission, listener) = match fabric {
-            FabricKind::Shm => {
-                let directory = tempfile::Builder::new()
-                    .prefix("ramferry-bench")
-                    .tempdir()
-                    .map_err(BenchError::system("make a directory for a socket"))?;
-                let listener = shm::Listener::bind(&directory.path().join("data"))?;
-                let admission = listener.admit(token.clone(), domain, links);
-                let data = DataAddress::Path(listener.path().to_owned());
-                (data, admission, Listener::Shm { _listener: listener, _directory: directory })
-            }
-            _ => {
-                let listener = tcp::Listener::bind(SocketAddr::new(local, 0))?;
-                let admission = listener.admit(token.clone(), domain, links);
-                let data = DataAddress::Port(listener.local_addr().port());
-                (data, admission, Listener::Tcp { _listener: listener })
-            }
+        let plain = PlainServer::start(offer.local, token.clone(), Arc::clone(&memory), bounds.timeout())?;
+        let (region_key, data, serving) = match fabric {
+            FabricKind::Shm => serve_shm(memory, &token, hello.links)?,
+            #[cfg(feature = "verbs")]
+            FabricKind::Verbs => serve_verbs(memory, &token, hello.links, offer)?,
+            _ => serve_tcp(memory, &token, hello.links, offer)?,
         };
-        Ok(Self { fabric, token, region, data, memory_bytes, plain, admission, _listener: listener })
+        Ok(Self { fabric, token, region_key, data, memory_bytes, plain, serving })
     }
 
     fn welcome(&self) -> Welcome {
-        Welcome::new(&self.token, self.region.key.0, self.data.clone(), self.plain.port)
+        Welcome::new(&self.token, self.region_key.0, self.data.clone(), self.plain.port)
     }
 
     fn served(&self) -> Served {
-        Served {
-            fabric: self.fabric,
-            memory_bytes: self.memory_bytes,
-            placed_bytes: self.admission.placed_bytes(),
-            failure: self.admission.failure(),
-        }
+        let (placed_bytes, failure) = match &self.serving {
+            Serving::Tcp { admission, .. } => (Some(admission.placed_bytes()), admission.failure()),
+            Serving::Shm { admission, .. } => (None, admission.failure()),
+            #[cfg(feature = "verbs")]
+            Serving::Verbs { admission, .. } => (None, admission.failure()),
+        };
+        Served { fabric: self.fabric, memory_bytes: self.memory_bytes, placed_bytes, failure }
     }
+}
+
+type Begun = (RegionKey, DataAddress, Serving);
+
+fn serve_tcp(
+    memory: Arc<Memory>,
+    token: &SessionToken,
+    links: u32,
+    offer: &Offer<'_>,
+) -> Result<Begun, BenchError> {
+    let listener = tcp::Listener::bind(SocketAddr::new(offer.local, 0))?;
+    let domain = Arc::new(MappedDomain::new(memory)?);
+    let key = register_all(&*domain, domain.memory())?;
+    let admission = listener.admit(token.clone(), domain, links);
+    let data = DataAddress::Port(listener.local_addr().port());
+    Ok((key, data, Serving::Tcp { admission, _listener: listener }))
+}
+
+fn serve_shm(memory: Arc<Memory>, token: &SessionToken, links: u32) -> Result<Begun, BenchError> {
+    let directory = tempfile::Builder::new()
+        .prefix("ramferry-bench")
+        .tempdir()
+        .map_err(BenchError::system("make a directory for a socket"))?;
+    let listener = shm::Listener::bind(&directory.path().join("data"))?;
+    let domain = Arc::new(MappedDomain::reached_by_peer(memory)?);
+    let key = register_all(&*domain, domain.memory())?;
+    let admission = listener.admit(token.clone(), domain, links);
+    let data = DataAddress::Path(listener.path().to_owned());
+    Ok((key, data, Serving::Shm { admission, _listener: listener, _directory: directory }))
+}
+
+#[cfg(feature = "verbs")]
+fn serve_verbs(
+    memory: Arc<Memory>,
+    token: &SessionToken,
+    links: u32,
+    offer: &Offer<'_>,
+) -> Result<Begun, BenchError> {
+    let listener = ramferry_verbs::Listener::bind(SocketAddr::new(offer.local, 0), offer.rdma_device)?;
+    let domain = listener.domain(memory)?;
+    let key = register_all(&*domain, domain.memory())?;
+    let admission = listener.admit(token.clone(), domain, links);
+    let data = DataAddress::Port(listener.local_addr().port());
+    Ok((key, data, Serving::Verbs { admission, _listener: listener }))
+}
+
+/// One region of all of the memory, for the client to write to.
+fn register_all(domain: &dyn Domain, memory: &Memory) -> Result<RegionKey, BenchError> {
+    Ok(domain.register(range(0, memory.layout().total_bytes()), Rights::REMOTE_WRITE)?.key)
 }
 
 /// Answers the plain sockets that fabrics are measured beside.

@@ -1,17 +1,19 @@
 //! The side that writes, and the limit that it is measured beside.
 
 use std::net::{IpAddr, SocketAddr};
-use std::path::Path;
 use std::sync::{Arc, Barrier};
 use std::thread;
 use std::time::{Duration, Instant};
 
 use ramferry_fabric::limits::Sender;
 use ramferry_fabric::{Domain, FabricKind, Link, MappedDomain, RegionKey, Rights, SessionToken, shm, tcp};
-use ramferry_ram::Memory;
+use ramferry_ram::{BlockRange, Memory};
 
 use super::control::{Answer, Channel, DataAddress, Hello, PROGRAM, VERSION};
 use super::drive::{self, Job, Keys, Share};
+#[cfg(feature = "verbs")]
+use super::way;
+use super::way::Device;
 use super::{PATIENCE, Plan};
 use crate::bench::memory::{range, touched};
 use crate::bench::{BenchError, Bounds};
@@ -23,7 +25,9 @@ const WARM_BYTES: u32 = 1 << 20;
 pub(super) struct Source {
     memory: Arc<Memory>,
     keys: Keys,
+    // They keep the registered memory.
     links: Vec<Box<dyn Link>>,
+    device: Option<Device>,
     limit: Limit,
     // The other side ends with it.
     _control: Channel,
@@ -68,22 +72,19 @@ impl Source {
             None => return Err(BenchError::PeerEnded),
         };
         let token = welcome.token().ok_or(BenchError::Foreign)?;
-        let domain = Arc::new(MappedDomain::new(Arc::clone(&memory))?);
-        let local = domain.register(range(0, plan.memory_bytes), Rights::LOCAL)?;
-        let keys = Keys { local: local.key, remote: RegionKey(welcome.region_key) };
-        let count = 0..links;
-        let links = count
-            .clone()
-            .map(|_| connect(plan.fabric, &welcome.data, peer, &token, &domain))
-            .collect::<Result<Vec<_>, _>>()?;
+        // The plain connections first: they make the kernel find the way, if there is one.
         let limit = if plan.fabric == FabricKind::Shm {
             Limit::Memcpy(touched(plan.memory_bytes, bounds)?)
         } else {
             let address = SocketAddr::new(peer, welcome.plain_port);
-            let senders = count.map(|_| Sender::connect(address, &token, PATIENCE));
+            let senders = (0..links).map(|_| Sender::connect(address, &token, PATIENCE));
             Limit::Sockets(senders.collect::<Result<_, _>>()?)
         };
-        let mut source = Self { memory, keys, links, limit, _control: control };
+        let memory_range = range(0, plan.memory_bytes);
+        let way = Way { data: &welcome.data, peer, token: &token, rdma_device: plan.rdma_device.as_deref() };
+        let (local, links, device) = way.open(plan.fabric, &memory, memory_range, links)?;
+        let keys = Keys { local, remote: RegionKey(welcome.region_key) };
+        let mut source = Self { memory, keys, links, device, limit, _control: control };
         source.warm(plan, bounds)?;
         Ok(source)
     }
@@ -94,6 +95,11 @@ impl Source {
             Limit::Sockets(_) => "sockets",
             Limit::Memcpy(_) => "memcpy",
         }
+    }
+
+    /// Through which the links go, of verbs.
+    pub(super) fn device(&self) -> Option<&Device> {
+        self.device.as_ref()
     }
 
     /// Writes of `size` over so many links.
@@ -212,27 +218,50 @@ fn at_once<T: Send>(
     })
 }
 
-fn connect(
-    fabric: FabricKind,
-    data: &DataAddress,
+/// Where links lead, and who may open them.
+struct Way<'a> {
+    data: &'a DataAddress,
     peer: IpAddr,
-    token: &SessionToken,
-    domain: &Arc<MappedDomain>,
-) -> Result<Box<dyn Link>, BenchError> {
-    let domain = Arc::clone(domain);
-    let link = match (fabric, data) {
-        (FabricKind::Tcp, DataAddress::Port(port)) => {
-            tcp::connect(SocketAddr::new(peer, *port), token, domain, PATIENCE)
-        }
-        (FabricKind::Shm, DataAddress::Path(path)) if is_socket_path(path) => {
-            shm::connect(path, token, domain, PATIENCE)
-        }
-        _ => return Err(BenchError::Foreign),
-    };
-    Ok(link?)
+    token: &'a SessionToken,
+    #[cfg_attr(not(feature = "verbs"), allow(dead_code, reason = "only RDMA has devices"))]
+    rdma_device: Option<&'a str>,
 }
 
-/// Whether what the other side named can be a socket's path.
-fn is_socket_path(path: &Path) -> bool {
-    path.is_absolute()
+type Opened = (RegionKey, Vec<Box<dyn Link>>, Option<Device>);
+
+impl Way<'_> {
+    /// Registers `whole`, which is all of `memory`, and opens so many links.
+    fn open(
+        &self,
+        fabric: FabricKind,
+        memory: &Arc<Memory>,
+        whole: BlockRange,
+        links: u32,
+    ) -> Result<Opened, BenchError> {
+        let memory = Arc::clone(memory);
+        #[cfg(feature = "verbs")]
+        if let (FabricKind::Verbs, DataAddress::Port(port)) = (fabric, self.data) {
+            let address = SocketAddr::new(self.peer, *port);
+            let domain = ramferry_verbs::domain_towards(address, self.rdma_device, memory, PATIENCE)?;
+            let key = domain.register(whole, Rights::LOCAL)?.key;
+            let open = |_| ramferry_verbs::connect(address, self.token, Arc::clone(&domain), PATIENCE);
+            let links = (0..links).map(open).collect::<Result<_, _>>()?;
+            return Ok((key, links, Some(way::device(domain.device_name()))));
+        }
+        let domain = Arc::new(MappedDomain::new(memory)?);
+        let key = domain.register(whole, Rights::LOCAL)?.key;
+        let open = |_| {
+            let domain = Arc::clone(&domain);
+            Ok(match (fabric, self.data) {
+                (FabricKind::Tcp, DataAddress::Port(port)) => {
+                    tcp::connect(SocketAddr::new(self.peer, *port), self.token, domain, PATIENCE)?
+                }
+                (FabricKind::Shm, DataAddress::Path(path)) if path.is_absolute() => {
+                    shm::connect(path, self.token, domain, PATIENCE)?
+                }
+                _ => return Err(BenchError::Foreign),
+            })
+        };
+        Ok((key, (0..links).map(open).collect::<Result<_, _>>()?, None))
+    }
 }

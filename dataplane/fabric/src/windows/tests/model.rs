@@ -132,7 +132,10 @@ impl Model {
     fn acquire(&mut self, block: BlockIndex, offset: u64) -> Result<Option<u64>, TestCaseError> {
         let page = PageRun { first: offset / self.round.page_bytes(block), count: 1 };
         self.asked.block_mut(block).insert_run(page);
-        let Acquire::Ready { id, bytes } = self.windows.acquire(block, offset) else { return Ok(None) };
+        let is_ready = self.windows.is_ready(block, offset);
+        let acquired = self.windows.acquire(block, offset);
+        prop_assert_eq!(is_ready, acquired != Acquire::NotYet, "what is announced is what is found");
+        let Acquire::Ready { id, bytes } = acquired else { return Ok(None) };
         let (range, state) = self.known.get_mut(&id).expect("a window that is there");
         let State::Ready(in_flight) = state else { panic!("acquired while {state:?}") };
         *in_flight += 1;
