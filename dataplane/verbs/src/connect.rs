@@ -4,7 +4,7 @@ use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use ramferry_fabric::{FabricKind, Link, LinkError, SessionToken, hello};
+use ramferry_fabric::{FabricKind, Link, LinkError, MAX_TRANSFER_BYTES, SessionToken, hello};
 use ramferry_ram::Memory;
 use rustix::io::Errno;
 
@@ -80,7 +80,9 @@ pub fn connect(
     let signal = Signal::new()?;
     domain.device().subscribe(queue_pair.number(), port, &signal);
     greet(queue_pair.identifier(), addr, token, deadline, timeout)?;
-    let max_request_bytes = state.max_message_bytes.max(1);
+    // A port that says nothing of it takes any.
+    let max_request_bytes =
+        if state.max_message_bytes == 0 { MAX_TRANSFER_BYTES } else { state.max_message_bytes };
     Ok(Box::new(VerbsLink::new(queue_pair, slots, domain, signal, max_request_bytes)))
 }
 

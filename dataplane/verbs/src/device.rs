@@ -49,24 +49,21 @@ impl Device {
         if let Some(device) = devices.iter().find(|device| device.context.is_of(identifier)) {
             return Ok(Arc::clone(device));
         }
-        let device = Arc::new(Self::open(at)?);
-        if !device.context.is_of(identifier) {
-            let address = at.to_string();
-            return Err(LinkError::NotReached { address });
-        }
+        let device = Arc::new(Self::open(identifier, at)?);
         devices.push(Arc::clone(&device));
         Ok(device)
     }
 
-    fn open(at: IpAddr) -> Result<Self, LinkError> {
+    fn open(identifier: &Identifier, at: IpAddr) -> Result<Self, LinkError> {
         let system = |what| move |source| LinkError::System { what, source };
         let channel = EventChannel::new()?;
         let anchor =
             Identifier::new(&channel).map_err(system("make an identifier of the connection manager"))?;
         let not_reached = |_| LinkError::NotReached { address: at.to_string() };
         anchor.bind(SocketAddr::new(at, 0)).map_err(not_reached)?;
-        let context = Context::bound(anchor).ok_or_else(|| not_reached(Errno::NODEV))?;
-        let context = Arc::new(context);
+        // The address may have moved meanwhile.
+        let context = Context::bound(anchor).filter(|context| context.is_of(identifier));
+        let context = Arc::new(context.ok_or_else(|| not_reached(Errno::NODEV))?);
         let name = context.name();
         let capabilities = context.capabilities().map_err(system("ask an RDMA device what it can do"))?;
         os::set_nonblocking(context.async_fd()).map_err(system("set a descriptor of an RDMA device"))?;

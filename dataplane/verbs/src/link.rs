@@ -78,7 +78,7 @@ pub(crate) struct VerbsLink {
 }
 
 enum Operation {
-    Transfer { id: OpId, _region: RegionUse<MemoryRegion> },
+    Transfer { id: OpId, region: RegionUse<MemoryRegion> },
     Fence { id: OpId, number: u64 },
     Goodbye,
 }
@@ -142,15 +142,16 @@ impl VerbsLink {
     }
 
     fn post_transfer(&mut self, op: Transfer, need: Need) -> Result<(), PostError> {
-        let parts = op.length.div_ceil(self.max_request_bytes).max(1);
-        self.check_room(parts as usize)?;
+        self.check_room(1)?;
         if op.length == 0 || op.length > MAX_TRANSFER_BYTES {
             return Err(PostError::Invalid(InvalidOperation::Length { length: op.length }));
         }
+        let parts = op.length.div_ceil(self.max_request_bytes);
+        self.check_room(parts as usize)?;
         let begun = self.domain.begin(op.local.key, need, op.local.offset, op.length);
         let region = begun.map_err(|fault| PostError::Invalid(InvalidOperation::Local(fault)))?;
         let local_key = region.local_key();
-        let mut operation = Some(Operation::Transfer { id: op.id, _region: region });
+        let mut operation = Some(Operation::Transfer { id: op.id, region });
         for part in 0..parts {
             let start = part * self.max_request_bytes;
             let length = self.max_request_bytes.min(op.length - start);
@@ -236,7 +237,7 @@ impl VerbsLink {
         let Self { requests, done, fences, fences_under_way, goodbye_sent, unexplained, .. } = self;
         let known = requests.ended(end.id, end.outcome, |operation, outcome| match (operation, &death) {
             (Operation::Fence { id, number }, _) if outcome == Outcome::Done => {
-                fences.push_back((number, id))
+                fences.push_back((number, id));
             }
             (Operation::Goodbye, _) => *goodbye_sent = true,
             (operation, None) if outcome != Outcome::Done => unexplained.push(operation),
@@ -383,7 +384,8 @@ impl VerbsLink {
         } else {
             self.idle_polls = self.idle_polls.wrapping_add(1);
         }
-        if self.is_ending() || self.idle_polls.is_multiple_of(LOOK_ASIDE_EVERY) {
+        let is_idle = self.idle_polls > 0 && self.idle_polls.is_multiple_of(LOOK_ASIDE_EVERY);
+        if is_idle || self.is_ending() {
             self.look_aside();
         }
         self.bury();
@@ -436,7 +438,10 @@ fn complete(
     fences_under_way: &mut usize,
 ) {
     let id = match operation {
-        Operation::Transfer { id, .. } => id,
+        Operation::Transfer { id, region } => {
+            drop(region);
+            id
+        }
         Operation::Fence { id, .. } => {
             *fences_under_way -= 1;
             id

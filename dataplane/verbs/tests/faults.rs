@@ -245,7 +245,7 @@ fn the_memlock_limit_is_named_with_what_is_pinned_and_needed() {
     assert!(pinned >= 2 * REGION_BYTES, "{pinned} bytes are pinned");
     let before = rustix::process::getrlimit(Resource::Memlock);
     let limit = pinned + (512 << 10);
-    rustix::process::setrlimit(Resource::Memlock, Rlimit { current: Some(limit), ..before.clone() }).unwrap();
+    rustix::process::setrlimit(Resource::Memlock, Rlimit { current: Some(limit), ..before }).unwrap();
     let (part, rest) = (
         BlockRange { block: BlockIndex(1), offset: 0, length: 256 << 10 },
         BlockRange { block: BlockIndex(1), offset: 256 << 10, length: 512 << 10 },
