@@ -3,6 +3,7 @@
 
 use std::ffi::{CStr, c_int};
 use std::mem::MaybeUninit;
+use std::net::Ipv6Addr;
 use std::os::fd::BorrowedFd;
 use std::ptr::{self, NonNull};
 
@@ -144,6 +145,20 @@ impl Context {
         })
     }
 
+    /// Entries of the address tables of all ports (GIDs) that hold something, with their port.
+    pub(crate) fn address_table(&self) -> Result<Vec<(u8, Ipv6Addr)>, Errno> {
+        // Tables of Linux drivers have at most 1024 entries a port.
+        const MOST: usize = 4096;
+        let mut entries = vec![TableEntry::default(); MOST];
+        // SAFETY: the context is open; there is room for `MOST` entries of the size that is told.
+        let count = unsafe {
+            _ibv_query_gid_table(self.raw(), entries.as_mut_ptr(), MOST, 0, size_of::<TableEntry>())
+        };
+        let count = usize::try_from(count).map_err(|_| errno(i32::try_from(-count).unwrap_or(0)))?;
+        let entries = entries.into_iter().take(count);
+        Ok(entries.map(|entry| (entry.port as u8, Ipv6Addr::from(entry.gid))).collect())
+    }
+
     /// Readable when something has happened to the device.
     pub(crate) fn async_fd(&self) -> BorrowedFd<'_> {
         // SAFETY: the context is open, and so is its descriptor until it is closed on drop.
@@ -183,6 +198,30 @@ impl Drop for Context {
             let _ = unsafe { rdma_sys::ibv_close_device(self.raw()) };
         }
     }
+}
+
+/// `struct ibv_gid_entry` of libibverbs, which the bindings leave out.
+#[repr(C)]
+#[derive(Clone, Copy, Default)]
+struct TableEntry {
+    gid: [u8; 16],
+    index: u32,
+    port: u32,
+    kind: u32,
+    interface: u32,
+}
+
+const _: () = assert!(size_of::<TableEntry>() == 32);
+
+unsafe extern "C" {
+    /// Behind the inline function `ibv_query_gid_table`; exported since libibverbs 32.
+    fn _ibv_query_gid_table(
+        context: *mut ibv_context,
+        entries: *mut TableEntry,
+        most: usize,
+        flags: u32,
+        entry_size: usize,
+    ) -> isize;
 }
 
 /// `struct ibv_async_event`, with the event a number.

@@ -142,6 +142,7 @@ pub fn devices() -> Result<Vec<DeviceInfo>, DeviceError> {
             Context::open(&listed).map_err(|source| DeviceError::Open { device: device.clone(), source })?;
         let query = |source| DeviceError::Query { device: device.clone(), source };
         let capabilities = context.capabilities().map_err(query)?;
+        let table = context.address_table().map_err(query)?;
         for port in 1..=capabilities.ports {
             let state = context.port(port).map_err(query)?;
             found.push(DeviceInfo {
@@ -156,7 +157,7 @@ pub fn devices() -> Result<Vec<DeviceInfo>, DeviceError> {
                 on_demand_paging: capabilities.on_demand_paging,
                 max_regions: capabilities.max_regions,
                 max_queue_pairs: capabilities.max_queue_pairs,
-                addresses: addresses_of_port(&device, port),
+                addresses: addresses_of_port(&device, &table, port),
                 firmware: capabilities.firmware.clone(),
             });
         }
@@ -168,11 +169,18 @@ pub fn devices() -> Result<Vec<DeviceInfo>, DeviceError> {
     Ok(found)
 }
 
-/// Addresses of a device's interfaces.
+/// Addresses of a device's interfaces; none where it cannot be asked.
 pub(crate) fn addresses_of(device: &str) -> Vec<IpAddr> {
-    let ports = fs::read_dir(sysfs(device).join("ports")).into_iter().flatten().flatten();
-    let numbers = ports.filter_map(|entry| entry.file_name().to_str()?.parse().ok());
-    let mut addresses: Vec<_> = numbers.flat_map(|port: u8| addresses_of_port(device, port)).collect();
+    let asked = || {
+        let list = DeviceList::new().ok()?;
+        let listed = list.iter().find(|listed| listed.name() == device)?;
+        Context::open(&listed).ok()?.address_table().ok()
+    };
+    let table = asked().unwrap_or_default();
+    let mut ports: Vec<u8> = table.iter().map(|(port, _)| *port).collect();
+    ports.dedup();
+    let mut addresses: Vec<_> =
+        ports.into_iter().flat_map(|port| addresses_of_port(device, &table, port)).collect();
     addresses.sort_unstable();
     addresses.dedup();
     addresses
@@ -180,11 +188,9 @@ pub(crate) fn addresses_of(device: &str) -> Vec<IpAddr> {
 
 /// The addresses in a port's table, of RoCE; and those of the network interfaces of its
 /// device (IPoIB, iWARP).
-fn addresses_of_port(device: &str, port: u8) -> Vec<IpAddr> {
-    let table = sysfs(device).join("ports").join(port.to_string()).join("gids");
-    let entries = fs::read_dir(table).into_iter().flatten().flatten();
-    let gids = entries.filter_map(|entry| fs::read_to_string(entry.path()).ok());
-    let mut addresses: Vec<IpAddr> = gids.filter_map(|gid| address_in_gid(gid.trim())).collect();
+fn addresses_of_port(device: &str, table: &[(u8, Ipv6Addr)], port: u8) -> Vec<IpAddr> {
+    let entries = table.iter().filter(|(of, _)| *of == port);
+    let mut addresses: Vec<IpAddr> = entries.filter_map(|(_, entry)| address_in_table(*entry)).collect();
     if addresses.is_empty() {
         let interfaces = fs::read_dir(sysfs(device).join("device/net")).into_iter().flatten().flatten();
         let names: Vec<_> = interfaces.filter_map(|entry| entry.file_name().into_string().ok()).collect();
@@ -203,13 +209,12 @@ fn sysfs(device: &str) -> PathBuf {
 
 /// The IP address that an entry of a RoCE port's table is. Zero, those of the link alone and those of
 /// InfiniBand's own kind are none.
-fn address_in_gid(gid: &str) -> Option<IpAddr> {
-    let address: Ipv6Addr = gid.parse().ok()?;
-    if let Some(v4) = address.to_ipv4_mapped() {
+fn address_in_table(entry: Ipv6Addr) -> Option<IpAddr> {
+    if let Some(v4) = entry.to_ipv4_mapped() {
         return Some(v4.into());
     }
-    let is_local = address.is_unspecified() || address.is_unicast_link_local() || address.is_loopback();
-    (!is_local && !address.is_multicast()).then_some(address.into())
+    let is_local = entry.is_unspecified() || entry.is_unicast_link_local() || entry.is_loopback();
+    (!is_local && !entry.is_multicast()).then_some(entry.into())
 }
 
 #[cfg(test)]
@@ -218,14 +223,13 @@ mod tests {
 
     #[test]
     fn the_addresses_of_a_roce_port_are_in_its_table() {
-        let address = |gid| address_in_gid(gid).map(|address| address.to_string());
-        assert_eq!(address("0000:0000:0000:0000:0000:ffff:0a4d:0001").as_deref(), Some("10.77.0.1"));
-        assert_eq!(address("2001:0db8:0000:0000:0000:0000:0000:0005").as_deref(), Some("2001:db8::5"));
-        for none in
-            ["fe80:0000:0000:0000:0202:c9ff:fe00:0001", "0000:0000:0000:0000:0000:0000:0000:0000", "", "x"]
-        {
-            assert_eq!(address(none), None, "{none}");
-        }
+        let table = ["fe80::202:c9ff:fe00:1", "::ffff:10.77.0.1", "2001:db8::5", "::ffff:10.0.0.9"];
+        let ports = [1, 1, 1, 2];
+        let table: Vec<_> = ports.into_iter().zip(table.map(|entry| entry.parse().unwrap())).collect();
+        let addresses: Vec<_> =
+            addresses_of_port("none", &table, 1).iter().map(ToString::to_string).collect();
+        assert_eq!(addresses, ["10.77.0.1", "2001:db8::5"]);
+        assert!(addresses_of_port("none", &table[..1], 1).is_empty());
     }
 
     #[test]
