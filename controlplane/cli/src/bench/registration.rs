@@ -27,7 +27,9 @@ const MOST_REGIONS: u64 = 256;
 pub(crate) struct Plan {
     pub(crate) fabric: FabricKind,
     /// Of an RDMA device, over verbs.
+    #[cfg_attr(not(feature = "verbs"), allow(dead_code, reason = "only RDMA has devices"))]
     pub(crate) address: IpAddr,
+    #[cfg_attr(not(feature = "verbs"), allow(dead_code, reason = "only RDMA has devices"))]
     pub(crate) rdma_device: Option<String>,
     pub(crate) sizes: Vec<u64>,
     pub(crate) threads: Vec<u32>,
