@@ -147,8 +147,8 @@ impl Context {
 
     /// Entries of the address tables of all ports (GIDs) that hold something, with their port.
     pub(crate) fn address_table(&self) -> Result<Vec<(u8, Ipv6Addr)>, Errno> {
-        // Tables of Linux drivers have at most 1024 entries a port.
-        const MOST: usize = 4096;
+        // The kernel takes an answer of less than 64 KiB. Only entries that hold something count.
+        const MOST: usize = u16::MAX as usize / size_of::<TableEntry>();
         let mut entries = vec![TableEntry::default(); MOST];
         // SAFETY: the context is open; there is room for `MOST` entries of the size that is told.
         let count = unsafe {

@@ -2,6 +2,7 @@
 
 use std::time::Instant;
 
+use ramferry_lab::inside::hosts::{Host, Hosts};
 use ramferry_proto::v1::FabricKind;
 
 use super::stage::{Course, Fault, Stage};
@@ -76,8 +77,7 @@ async fn vmm_killed_never_leaves_two_guests_running() {
 async fn cut_at(step: &str) {
     let started = Instant::now();
     let (Strike { stage, _authority }, held) = held_at(step).await;
-    system("ip", &["link", "set", DESTINATION.interface, "down"]);
-    let down = Down;
+    let down = Down::cut();
     drop(held);
     stage.steps.open();
     let moved = stage.agree().await;
@@ -93,9 +93,16 @@ async fn cut_at(step: &str) {
 /// The destination's interface is down; up again when this is dropped.
 struct Down;
 
+impl Down {
+    fn cut() -> Down {
+        Hosts::here().unwrap().cut(Host::B).unwrap();
+        Down
+    }
+}
+
 impl Drop for Down {
     fn drop(&mut self) {
-        system("ip", &["link", "set", DESTINATION.interface, "up"]);
+        Hosts::here().unwrap().mend().unwrap();
     }
 }
 
