@@ -222,7 +222,7 @@ fn listening(log: impl BufRead + Send + 'static) -> Result<(String, Receiver<Str
             let (sender, receiver) = sync_channel(LOG_LINES);
             // Its log must not fill the pipe: lines that nobody takes are dropped.
             std::thread::spawn(move || {
-                lines.map_while(Result::ok).for_each(|line| drop(sender.try_send(line)))
+                lines.map_while(Result::ok).for_each(|line| drop(sender.try_send(line)));
             });
             return Ok((grpc, receiver));
         }

@@ -9,23 +9,20 @@ use super::stage::{Course, Fault, Stage};
 use crate::authority::Authority;
 use crate::rdma::{DESTINATION, pair, system};
 
-/// Where the way of RAM is cut: in each phase, and in each part of the switchover.
+/// Where the way of RAM is cut: in each phase, and in each part of the switchover that uses it or follows it.
 const CUTS: &[&str] = &[
+    "source prepare",
     "source copy 1",
     "source fence 1",
-    "source copy 2",
     "source pause_guest 2",
-    "source harvest last 2",
     "source copy last 3",
     "source fence last 3",
-    "source verify 3",
     "source move_device_state 3",
     "source send_commit 3",
 ];
 
-/// Where a process is killed.
-const KILLS: &[&str] =
-    &["source copy 1", "source copy 2", "source copy last 3", "source fence last 3", "source send_commit 3"];
+/// Where an agent is killed: as writes begin, as those do that the paused guest waits for, and around the commit.
+const KILLS: &[&str] = &["source copy 1", "source copy last 3", "source send_commit 3"];
 
 struct Strike {
     stage: Stage,
