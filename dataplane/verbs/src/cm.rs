@@ -14,16 +14,17 @@ use rustix::io::Errno;
 
 use crate::os::{self, last_errno};
 
-/// Times that an unacknowledged packet is sent again: the most there are.
-const RETRIES: u8 = 7;
+/// Times that an unacknowledged packet is sent again. Of 7, the most there are, soft-RoCE makes
+/// times without end (`rxe_comp.c`).
+const RETRIES: u8 = 6;
 /// Times that a message is sent again to a peer that was not ready, some 0.7 s
 /// apart. With the credits that both sides keep it is not needed at all.
 const NOT_READY_RETRIES: u8 = 3;
 /// As many reads under way as the devices allow (`RDMA_MAX_RESP_RES`,
 /// `RDMA_MAX_INIT_DEPTH` of `rdma/rdma_cma.h`).
 const MAX_READS: u8 = 0xff;
-/// How long a packet may go unacknowledged: 4.096 us * 2^17 = 0.54 s. Sent 8
-/// times in all, so that a path that is gone is found within 4.3 s (devices may take up to
+/// How long a packet may go unacknowledged: 4.096 us * 2^17 = 0.54 s. Sent 7
+/// times in all, so that a path that is gone is found within 3.8 s (devices may take up to
 /// four times that), and soft-RoCE on a host without a processor to spare is not taken
 /// for gone. Without it the kernel takes 2.1 s for RoCE, from a packet lifetime that it makes up.
 const ACK_TIMEOUT_EXPONENT: u8 = 17;

@@ -186,9 +186,17 @@ impl Signal {
         lock(&self.error).clone()
     }
 
-    /// Whether the port was down when it was last heard of.
-    pub(crate) fn is_port_down(&self) -> bool {
-        self.port_down.load(Ordering::Relaxed)
+    /// The reason behind an error, where this side's port being down is it.
+    pub(crate) fn explain(&self, error: LinkError) -> LinkError {
+        match error {
+            LinkError::Hardware {
+                device,
+                fault: HardwareFault::PathLost | HardwareFault::LocalOperation,
+            } if self.port_down.load(Ordering::Relaxed) => {
+                LinkError::Hardware { device, fault: HardwareFault::PortDown }
+            }
+            error => error,
+        }
     }
 
     pub(crate) fn fd(&self) -> BorrowedFd<'_> {

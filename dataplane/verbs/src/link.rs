@@ -307,12 +307,7 @@ impl VerbsLink {
         if self.death.is_some() {
             return;
         }
-        let error = match error {
-            LinkError::Hardware { device, fault: HardwareFault::PathLost } if self.signal.is_port_down() => {
-                LinkError::Hardware { device, fault: HardwareFault::PortDown }
-            }
-            error => error,
-        };
+        let error = self.signal.explain(error);
         tracing::debug!(device = self.domain.device_name(), %error, "a link died");
         for operation in self.unexplained.drain(..) {
             complete(operation, Outcome::Flushed, &error, &mut self.done, &mut self.fences_under_way);

@@ -216,7 +216,7 @@ impl<'s> Served<'s> {
     /// Why a request failed. A flush says nothing: the reason may come a moment later, by another way.
     fn reason(&self, outcome: Outcome) -> LinkError {
         if let Some(error) = outcome.link_error(&self.device) {
-            return error;
+            return self.signal.explain(error);
         }
         let deadline = Instant::now() + REASON_LIMIT;
         loop {

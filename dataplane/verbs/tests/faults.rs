@@ -149,6 +149,14 @@ impl Drop for Cable {
     }
 }
 
+/// Makes the RDMA devices anew. Soft-RoCE whose interface is down cannot send the connection
+/// manager's messages, and the first that it cannot send breaks the queue pair that carries them for good.
+fn renew_devices() {
+    for (device, netdev) in [("rxe0", "v0"), ("rxe1", "v1")] {
+        drop(Removed::begin(device, netdev));
+    }
+}
+
 #[test]
 fn a_cut_cable_is_found_within_seconds_and_a_link_made_after_it_was_mended_works() {
     if !is_lab() {
@@ -192,6 +200,8 @@ fn a_session_ends_in_time_while_the_cable_is_cut() {
     ends.destination.deregister(ends.remote.key).unwrap();
     ends.source.deregister(ends.local.key).unwrap();
     drop(cable);
+    drop(ends);
+    renew_devices();
     Ends::new().try_it();
 }
 
