@@ -1,6 +1,6 @@
 use std::net::SocketAddr;
 use std::os::fd::{AsFd, OwnedFd};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread::{self, JoinHandle};
 use std::time::Duration;
 
@@ -28,12 +28,16 @@ const PAUSE: Duration = Duration::from_millis(100);
 #[derive(Debug)]
 pub struct Listener {
     sessions: Arc<Sessions>,
-    device: Arc<Device>,
+    device: Arc<Held>,
+    device_name: String,
     local_addr: SocketAddr,
     failure: Arc<Mutex<Option<LinkError>>>,
     wake: Arc<OwnedFd>,
     thread: Option<JoinHandle<()>>,
 }
+
+/// The device, until it is removed: whoever removes it waits until nobody has it open.
+type Held = Mutex<Option<Arc<Device>>>;
 
 impl Listener {
     /// Listens at `addr`, which is of an RDMA interface; port 0 lets the connection
@@ -65,12 +69,15 @@ impl Listener {
         let wake = eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)
             .map_err(system("make an event descriptor"))?;
         let (wake, sessions, failure) = (Arc::new(wake), Arc::new(Sessions::default()), Arc::default());
+        let device_name = found.name().to_owned();
+        let device = Arc::new(Mutex::new(Some(found)));
         let accepting = Accepting {
             _listening: listening,
             channel,
             wake: Arc::clone(&wake),
             sessions: Arc::clone(&sessions),
-            device: found.name().to_owned(),
+            device: Arc::clone(&device),
+            device_name: device_name.clone(),
             failure: Arc::clone(&failure),
         };
         let builder = thread::Builder::new().name("verbs-acceptor".to_owned());
@@ -78,7 +85,7 @@ impl Listener {
             what: "start the acceptor thread",
             source: Errno::from_io_error(&error).unwrap_or(Errno::AGAIN),
         })?;
-        Ok(Self { sessions, device: found, local_addr, failure, wake, thread: Some(thread) })
+        Ok(Self { sessions, device, device_name, local_addr, failure, wake, thread: Some(thread) })
     }
 
     /// Where it listens.
@@ -88,12 +95,12 @@ impl Listener {
 
     /// Name of the device.
     pub fn device(&self) -> &str {
-        self.device.name()
+        &self.device_name
     }
 
     /// Why it accepts nothing any more, if so: its device was removed. Then another is to be bound.
     pub fn failure(&self) -> Option<LinkError> {
-        self.failure.lock().unwrap_or_else(PoisonError::into_inner).clone()
+        lock(&self.failure).clone()
     }
 
     /// Registered memory of one session, in a protection domain of its own.
@@ -101,7 +108,9 @@ impl Listener {
     /// # Errors
     /// When the device refuses.
     pub fn domain(&self, memory: Arc<Memory>) -> Result<Arc<VerbsDomain>, LinkError> {
-        VerbsDomain::new(Arc::clone(&self.device), self.local_addr.ip(), memory)
+        let device = lock(&self.device).clone();
+        let device = device.ok_or_else(|| self.failure().unwrap_or(LinkError::SessionEnded))?;
+        VerbsDomain::new(device, self.local_addr.ip(), memory)
     }
 
     /// Serves connections that present `token` into `domain`, at most `links` at
@@ -126,7 +135,8 @@ struct Accepting {
     channel: Arc<EventChannel>,
     wake: Arc<OwnedFd>,
     sessions: Arc<Sessions>,
-    device: String,
+    device: Arc<Held>,
+    device_name: String,
     failure: Arc<Mutex<Option<LinkError>>>,
 }
 
@@ -136,12 +146,12 @@ impl Accepting {
             match self.channel.next() {
                 Ok(Some(event)) if event.kind == EventKind::DeviceRemoval && event.request.is_none() => {
                     let error = LinkError::Hardware {
-                        device: self.device.clone(),
+                        device: self.device_name.clone(),
                         fault: HardwareFault::DeviceRemoved,
                     };
                     tracing::error!(%error, "no more links are accepted");
-                    *self.failure.lock().unwrap_or_else(PoisonError::into_inner) = Some(error);
-                    // Whoever removes the device waits until nothing is bound to it.
+                    *lock(&self.failure) = Some(error);
+                    lock(&self.device).take();
                     return;
                 }
                 Ok(Some(event)) => self.judge(event),
@@ -191,6 +201,10 @@ impl Accepting {
             refuse(&request, verdict);
         }
     }
+}
+
+fn lock<T>(of: &Mutex<T>) -> MutexGuard<'_, T> {
+    of.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 /// Rejects a connection, with the reason where the peer is one of ours.

@@ -2,6 +2,7 @@
 
 use std::net::{IpAddr, SocketAddr};
 use std::sync::{Arc, Mutex, MutexGuard};
+use std::time::Duration;
 
 use ramferry_engine::{Failure, Reason};
 use ramferry_fabric::SessionToken;
@@ -10,8 +11,12 @@ use ramferry_verbs::{DeviceInfo, Listener};
 
 use super::{Admitted, Agreed, Connected, lost, open_links};
 use crate::config::{Config, RdmaListen};
-use crate::core::{CoreError, EXCHANGE_TIMEOUT};
+use crate::core::CoreError;
 use crate::status::causes;
+
+/// For each link. The connection manager sends again what was lost, after 4.3 s on RoCE: a request and
+/// its answer may both be.
+const CONNECT_TIMEOUT: Duration = Duration::from_secs(20);
 
 #[derive(Debug)]
 pub(super) struct Verbs {
@@ -108,10 +113,10 @@ impl Verbs {
         memory: &Arc<Memory>,
     ) -> Result<Connected, Failure> {
         let device = self.device.as_deref();
-        let domain = ramferry_verbs::domain_towards(address, device, Arc::clone(memory), EXCHANGE_TIMEOUT)
+        let domain = ramferry_verbs::domain_towards(address, device, Arc::clone(memory), CONNECT_TIMEOUT)
             .map_err(|error| lost(&error))?;
         let connect =
-            || ramferry_verbs::connect(address, &agreed.token, Arc::clone(&domain), EXCHANGE_TIMEOUT);
+            || ramferry_verbs::connect(address, &agreed.token, Arc::clone(&domain), CONNECT_TIMEOUT);
         let links = open_links(agreed.streams, connect)?;
         Ok(Connected { links, domain })
     }
