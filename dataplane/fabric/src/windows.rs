@@ -43,6 +43,9 @@ use table::Table;
 /// a registration's round trip vanishes, short enough that several are under way.
 pub const DEFAULT_WINDOW_BYTES: u64 = 64 << 20;
 
+/// Length of the first window unless configured otherwise: what the first write waits for.
+pub const DEFAULT_FIRST_WINDOW_BYTES: u64 = 1 << 20;
+
 /// Windows registered ahead of the cursor unless configured otherwise.
 pub const DEFAULT_AHEAD_WINDOWS: usize = 16;
 
@@ -80,6 +83,9 @@ pub struct WindowConfig {
     /// Length of a window, in bytes. Under a pin budget they are shorter, so that
     /// at least four fit; they are never shorter than a page.
     pub window_bytes: u64,
+    /// Length of a session's first window, in bytes. Each is up to twice as long as the
+    /// one before, until they are as long as others: the copy begins behind a short one.
+    pub first_window_bytes: u64,
     /// Most bytes that may be registered at once.
     pub pin_budget_bytes: Option<u64>,
     /// Windows to register ahead of the cursor. Of windows that are shorter than
@@ -95,6 +101,7 @@ impl WindowConfig {
         Self {
             mode,
             window_bytes: DEFAULT_WINDOW_BYTES,
+            first_window_bytes: DEFAULT_FIRST_WINDOW_BYTES,
             pin_budget_bytes: None,
             ahead_windows: DEFAULT_AHEAD_WINDOWS,
             hole_tolerance_bytes: DEFAULT_HOLE_TOLERANCE_BYTES,
@@ -192,6 +199,8 @@ pub struct Windows {
     /// Planned windows that wait until others are deregistered, the nearest first.
     in_line: VecDeque<BlockRange>,
     next_id: u64,
+    /// Most bytes of the next window that is planned, however long windows may be.
+    next_window_bytes: u64,
     total_registered_bytes: u64,
     /// Whether planning again could find anything to do.
     stale: bool,
@@ -235,9 +244,11 @@ impl Windows {
             if budget_bytes < guest_bytes {
                 return Err(WindowError::BudgetBelowGuest { budget_bytes, guest_bytes });
             }
-            // One more a block: pieces need not begin where the block does.
+            // One more a block: pieces need not begin where the block does. The first are shorter.
             let pieces = blocks.iter().map(|block| block.length_bytes.div_ceil(block.window_bytes) + 1);
-            if pieces.sum::<u64>() > MAX_WINDOWS as u64 {
+            let shorter = config.window_bytes.max(1).ilog2()
+                - config.first_window_bytes.clamp(1, config.window_bytes.max(1)).ilog2();
+            if pieces.sum::<u64>() + u64::from(shorter) > MAX_WINDOWS as u64 {
                 return Err(WindowError::TooManyWindows { window_bytes: config.window_bytes });
             }
         }
@@ -258,6 +269,7 @@ impl Windows {
             current: None,
             in_line: VecDeque::new(),
             next_id: 0,
+            next_window_bytes: config.first_window_bytes.max(1),
             total_registered_bytes: 0,
             stale: false,
             starved: false,

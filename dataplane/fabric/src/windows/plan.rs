@@ -68,6 +68,7 @@ impl Windows {
                 }
                 None => {
                     let range = self.window_at(block, offset);
+                    self.next_window_bytes = self.next_window_bytes.saturating_mul(2);
                     if !self.make_room(range, promised, out) {
                         self.starved = true;
                         break;
@@ -131,7 +132,8 @@ impl Windows {
     fn window_at(&self, block: BlockIndex, offset: u64) -> BlockRange {
         let shape = &self.blocks[block.get()];
         let wanted = self.wanted.block(block);
-        let longest = offset.saturating_add(shape.window_bytes).min(shape.length_bytes);
+        let whole_pages = (self.next_window_bytes / shape.page_bytes).max(1) * shape.page_bytes;
+        let longest = offset.saturating_add(shape.window_bytes.min(whole_pages)).min(shape.length_bytes);
         let limit = longest.min(self.table.free_until(block, offset));
         let mut end = offset;
         while end < limit {

@@ -25,6 +25,7 @@ fn config(
     WindowConfig {
         mode,
         window_bytes: window_pages * PAGE,
+        first_window_bytes: window_pages * PAGE,
         pin_budget_bytes: budget_pages.map(|pages| pages * PAGE),
         ahead_windows: ahead,
         hole_tolerance_bytes: 2 * PAGE,
@@ -82,6 +83,18 @@ fn windows_cover_runs_merge_short_gaps_and_skip_holes() {
     assert_eq!(register, [(3, 5), (100, 16), (116, 16), (132, 8), (999, 1)]);
     assert_eq!(windows.registered_bytes(), 46 * PAGE);
     assert_eq!(actions(&mut windows), (vec![], vec![]));
+}
+
+#[test]
+fn the_first_windows_are_short_and_each_is_twice_as_long_as_the_one_before() {
+    for mode in [RegistrationMode::Dynamic, RegistrationMode::PinAll] {
+        let config = WindowConfig { first_window_bytes: PAGE, ..config(mode, 8, None, 8) };
+        let mut windows = begun(config, 40, &[(10, 30)]);
+        let (register, _) = actions(&mut windows);
+        assert_eq!(register[..5], [(10, 1), (11, 2), (13, 4), (17, 8), (25, 8)]);
+        windows.begin_round(&wanted(&layout(&[(40, PAGE)]), &[(0, 10)]));
+        assert!(actions(&mut windows).0.iter().all(|&(first, count)| count == 8 || first + count == 10));
+    }
 }
 
 #[test]

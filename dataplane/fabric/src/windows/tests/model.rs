@@ -212,19 +212,23 @@ fn guest() -> Layout {
 fn configs() -> impl Strategy<Value = WindowConfig> {
     let mode = prop_oneof![4 => Just(RegistrationMode::Dynamic), 1 => Just(RegistrationMode::PinAll)];
     let budget = prop_oneof![Just(None), (4_u64..8).prop_map(Some), (8_u64..200).prop_map(Some)];
-    (mode, 1_u64..40, budget, 0_usize..6, 0_u64..4).prop_map(|(mode, window, budget, ahead, tolerance)| {
-        let budget = match mode {
-            RegistrationMode::Dynamic => budget.map(|pages| pages * PAGE),
-            RegistrationMode::PinAll => budget.map(|_| guest().total_bytes()),
-        };
-        WindowConfig {
-            mode,
-            window_bytes: window * PAGE,
-            pin_budget_bytes: budget,
-            ahead_windows: ahead,
-            hole_tolerance_bytes: tolerance * PAGE,
-        }
-    })
+    let lengths = (1_u64..40, prop_oneof![Just(40), 0_u64..10]);
+    (mode, lengths, budget, 0_usize..6, 0_u64..4).prop_map(
+        |(mode, (window, first), budget, ahead, tolerance)| {
+            let budget = match mode {
+                RegistrationMode::Dynamic => budget.map(|pages| pages * PAGE),
+                RegistrationMode::PinAll => budget.map(|_| guest().total_bytes()),
+            };
+            WindowConfig {
+                mode,
+                window_bytes: window * PAGE,
+                first_window_bytes: first * PAGE,
+                pin_budget_bytes: budget,
+                ahead_windows: ahead,
+                hole_tolerance_bytes: tolerance * PAGE,
+            }
+        },
+    )
 }
 
 /// Runs of wanted pages: block, first page and length.
