@@ -238,7 +238,7 @@ impl Stage {
     }
 
     /// The guest runs on, and a second migration of it succeeds.
-    async fn move_again(self, moved: bool, fabric: v1::FabricKind) {
+    pub(crate) async fn move_again(self, moved: bool, fabric: v1::FabricKind) {
         let (pair, runner, other) = if moved {
             (self.pair.swap(), self.receiver, self.guest)
         } else {
