@@ -82,11 +82,11 @@ async fn cut_at(step: &str) {
     stage.steps.open();
     let moved = stage.agree().await;
     let error = stage.pair.source.wait_end(&stage.id).await.error;
-    drop(down);
     if let Some(error) = &error {
         assert!(["LINK_LOST", "DESTINATION_ABORTED"].contains(&&*error.reason), "{error:?}");
     }
     stage.assert_settled(None).await;
+    drop(down);
     let tries = retry(stage, moved).await;
     eprintln!(
         "ok: link down before {step}: moved {moved}, {error:?}, retried {tries} times, {:?}",
@@ -94,8 +94,8 @@ async fn cut_at(step: &str) {
     );
 }
 
-/// Moves the guest again, now that the link is back: how many tries that took. Soft-RoCE may lose what the
-/// connection manager sends for a while after its port was down.
+/// Moves the guest again, now that the link is back: how many tries that took. What soft-RoCE sends in the moment
+/// in which its port comes up may be lost.
 async fn retry(stage: Stage, moved: bool) -> usize {
     const MOST: usize = 3;
     let Stage { pair, guest, receiver, .. } = stage;
@@ -126,6 +126,23 @@ impl Down {
 impl Drop for Down {
     fn drop(&mut self) {
         Hosts::here().unwrap().mend().unwrap();
+        for host in Host::BOTH {
+            revive(&host.rdma_device(), &host.network_device());
+        }
+    }
+}
+
+/// Soft-RoCE's queue pair of the connection manager (GSI) fails for good when something is sent through it while the
+/// port is down. Then the device is made anew, as an operator would; the agents let go of it and listen again.
+fn revive(device: &str, interface: &str) {
+    let shown = system("rdma", &["resource", "show", "qp"]);
+    let own = format!("link {device}/");
+    let failed =
+        |line: &str| line.starts_with(&own) && line.contains("type GSI") && line.contains("state ERR");
+    if shown.lines().any(failed) {
+        eprintln!("{device}: its connection manager failed with the link; made anew");
+        system("rdma", &["link", "delete", device]);
+        system("rdma", &["link", "add", device, "type", "rxe", "netdev", interface]);
     }
 }
 
