@@ -19,7 +19,7 @@ pub(crate) const QUEUE_PAIRS: usize = 2;
 /// QEMU's default, and here everybody's.
 const MAX_DOWNTIME: Duration = Duration::from_millis(300);
 /// Looking costs processor time, of which emulation leaves little.
-const LOOK_INTERVAL: Duration = Duration::from_millis(20);
+const LOOK_INTERVAL: Duration = Duration::from_millis(100);
 const PATIENCE: Duration = Duration::from_secs(30);
 const GIB: f64 = (1_u64 << 30) as f64;
 
@@ -59,12 +59,6 @@ impl Contestant {
                 name
             }
         }
-    }
-
-    /// Whether it takes part: `BENCH_ONLY` may hold parts of names, with commas between them.
-    pub(crate) fn takes_part(self) -> bool {
-        std::env::var("BENCH_ONLY")
-            .map_or(true, |only| only.split(',').any(|part| self.name().contains(part.trim())))
     }
 
     /// A destination as this contestant needs it: QEMU resumes by itself.
@@ -190,7 +184,7 @@ fn by_qemu(fabric: &str, pin_all: bool, from: &Qemu, to: &Qemu) -> Result<Outcom
         // Its default limit of bandwidth is not what is measured.
         parameters: json!({ "max-bandwidth": 1_u64 << 40, "downtime-limit": MAX_DOWNTIME.as_millis() as u64 }),
     };
-    let moved = own::migrate(from, to, &way)?;
+    let moved = own::migrate(from, to, &way, LOOK_INTERVAL)?;
     let ended =
         wait_event(to, |event| event["event"] == "MIGRATION" && event["data"]["status"] == "completed")?;
     let setup_seconds = moved.seconds("setup-time")?;
