@@ -129,6 +129,12 @@ pub enum RegisterError {
         /// The limit.
         limit_bytes: u64,
     },
+    /// The kernel pins only memory that is mapped for writing, also to read it.
+    #[error(
+        "this kernel pins only memory that is mapped for writing (before Linux 6.2), and this side's RAM files are \
+         open for reading only: let the agent open them for writing, or upgrade the kernel"
+    )]
+    PinsWritableOnly,
     /// The fabric's own reason.
     #[error("cannot {what}")]
     System {

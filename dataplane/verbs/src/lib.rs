@@ -37,6 +37,8 @@
 //!   times within 3.8 s (RoCE, InfiniBand).
 //! * **iWARP** has the peer's device write what is read: regions that reads are to
 //!   land in need [`Rights::REMOTE_WRITE`](ramferry_fabric::Rights::REMOTE_WRITE).
+//! * **Kernels before 6.2** pin memory only where it is mapped for writing, also to send
+//!   it: [`source_access`] tells how a source has to map its guest.
 //! * **On-demand paging** is used where the device offers it for connected queue
 //!   pairs: nothing is pinned then, and the device is asked to fault pages in ahead.
 //!   Soft-RoCE of Linux 6.1 and 6.12 does not offer it; beyond finding that out,
@@ -50,6 +52,7 @@ mod device;
 mod domain;
 mod info;
 mod interfaces;
+mod kernel;
 mod link;
 mod listener;
 pub mod memlock;
@@ -70,5 +73,6 @@ pub mod testing;
 pub use connect::{connect, domain_towards};
 pub use domain::VerbsDomain;
 pub use info::{DeviceError, DeviceInfo, LinkLayer, Transport, devices};
+pub use kernel::source_access;
 pub use listener::Listener;
 pub use session::Admission;

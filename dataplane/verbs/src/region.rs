@@ -5,10 +5,11 @@ use std::ptr::NonNull;
 use std::sync::{Arc, Mutex, PoisonError};
 
 use ramferry_fabric::{RegisterError, Rights};
-use ramferry_ram::{BlockRange, Memory, RamError};
+use ramferry_ram::{Access, BlockRange, Memory, RamError};
 use rdma_sys::{ib_uverbs_advise_mr_advice as advice, ibv_access_flags, ibv_mr, ibv_sge};
 use rustix::io::Errno;
 
+use crate::kernel::source_access;
 use crate::memlock;
 use crate::os::{errno, last_errno};
 use crate::protection::ProtectionDomain;
@@ -71,7 +72,7 @@ impl MemoryRegion {
             )
         };
         let Some(raw) = NonNull::new(raw) else {
-            return Err(refused(last_errno(), range));
+            return Err(refused(last_errno(), range, is_writable));
         };
         // SAFETY: the region was just made, and its keys do not change.
         let (local_key, remote_key) = unsafe { ((*raw.as_ptr()).lkey, (*raw.as_ptr()).rkey) };
@@ -159,12 +160,15 @@ fn access_flags(rights: Rights, is_writable: bool, paging: Paging) -> ibv_access
 }
 
 /// What a refused registration means.
-fn refused(reason: Errno, range: BlockRange) -> RegisterError {
+fn refused(reason: Errno, range: BlockRange, is_writable: bool) -> RegisterError {
     match reason {
         Errno::NOMEM | Errno::PERM | Errno::AGAIN => {
             if let Some(limit) = memlock::exceeded_by(range.length) {
                 return limit;
             }
+        }
+        Errno::FAULT if !is_writable && source_access() == Access::ReadWrite => {
+            return RegisterError::PinsWritableOnly;
         }
         // The kernel could not fault a page of the file in.
         Errno::FAULT => {

@@ -17,7 +17,7 @@ use ramferry_fabric::{
     SessionToken, Transfer,
 };
 use ramferry_ram::{Access, BlockIndex, BlockRange};
-use ramferry_verbs::{Listener, VerbsDomain, connect, devices, domain_towards, memlock};
+use ramferry_verbs::{Listener, VerbsDomain, connect, devices, domain_towards, memlock, source_access};
 use rustix::process::{Resource, Rlimit};
 use rustix::thread::CapabilitySet;
 
@@ -286,6 +286,24 @@ fn the_memlock_limit_is_named_with_what_is_pinned_and_needed() {
         assert!(refused.to_string().contains(remedy), "{refused}");
     }
     ends.source.register(rest, Rights::LOCAL).expect("what was refused can be had with a higher limit");
+}
+
+#[test]
+fn memory_mapped_for_reading_is_registered_or_the_kernel_is_named() {
+    if !has_device() {
+        return;
+    }
+    let address = SocketAddr::new(fixtures::destination_address().unwrap(), 1);
+    let register = |access| {
+        let memory = TestMemory::patterned(1, access).memory;
+        domain_towards(address, None, memory, TIMEOUT).unwrap().register(range(), Rights::LOCAL).map(drop)
+    };
+    register(source_access()).unwrap();
+    match (source_access(), register(Access::Read)) {
+        (Access::Read, registered) => registered.unwrap(),
+        (Access::ReadWrite, Err(RegisterError::PinsWritableOnly)) => {}
+        (Access::ReadWrite, other) => panic!("{other:?}"),
+    }
 }
 
 #[test]

@@ -52,7 +52,7 @@ pub(crate) fn run(report: &mut Report, hosts: &Hosts, runs: usize) -> Result<Vec
                     guest = Some(there);
                 }
                 Err(error) => {
-                    failures.push(hosts.failure(&format!("running guest, {name}, run {run}"), &error))
+                    failures.push(hosts.failure(&format!("running guest, {name}, run {run}"), &error));
                 }
             }
         }

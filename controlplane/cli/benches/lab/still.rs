@@ -57,7 +57,7 @@ pub(crate) fn run(report: &mut Report, hosts: &Hosts, runs: usize) -> Result<Vec
             match measure(hosts, contestant, &fill) {
                 Ok(moved) => add(report, &name, &moved),
                 Err(error) => {
-                    failures.push(hosts.failure(&format!("still guest, {name}, run {run}"), &error))
+                    failures.push(hosts.failure(&format!("still guest, {name}, run {run}"), &error));
                 }
             }
         }

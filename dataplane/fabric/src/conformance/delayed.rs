@@ -1,7 +1,7 @@
 use std::any::Any;
 use std::sync::Arc;
 
-use ramferry_ram::Memory;
+use ramferry_ram::{Access, Memory};
 
 use super::Fixture;
 use crate::faulty::{Faults, FaultyLink};
@@ -29,6 +29,10 @@ impl<F: Fixture> Fixture for Delayed<F> {
 
     fn is_available(&self) -> bool {
         self.0.is_available()
+    }
+
+    fn source_access(&self) -> Access {
+        self.0.source_access()
     }
 
     fn domain(&self, memory: Arc<Memory>) -> Arc<F::Domain> {

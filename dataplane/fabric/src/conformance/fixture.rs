@@ -29,6 +29,10 @@ pub trait Fixture {
     fn is_available(&self) -> bool {
         true
     }
+    /// How the side that connects maps memory that is only to be sent.
+    fn source_access(&self) -> Access {
+        Access::Read
+    }
     /// The registered memory of the side that connects.
     fn domain(&self, memory: Arc<Memory>) -> Arc<Self::Domain>;
     /// The registered memory of the side that is connected to, where that is made in another way.

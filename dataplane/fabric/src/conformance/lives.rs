@@ -1,8 +1,6 @@
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use ramferry_ram::Access;
-
 use super::fixture::{Drive, Fixture, Pair, TestMemory, eventually, range, transfer};
 use crate::faulty::{Faults, FaultyLink};
 use crate::{Domain, LinkError, PostError, Rights};
@@ -103,7 +101,13 @@ pub fn peer_lost_mid_write_completes_every_operation<F: Fixture>(fixture: &F) {
     pair.session = None;
     assert!(start.elapsed() < BOUND, "ending a session is bounded");
     drive.drain();
-    assert!(drive.result(1000).is_err(), "a fence that nobody answers fails");
+    if drive.result(1000).is_ok() {
+        // It was answered before the end, as it may be where the peer's CPU takes no part in writes.
+        assert!(
+            drive.completions.iter().all(|completion| completion.result.is_ok()),
+            "all before it is placed"
+        );
+    }
     eventually("the link is dead", || {
         drive.poll();
         drive.link.is_dead().is_some()
@@ -116,7 +120,7 @@ pub fn peer_lost_mid_write_completes_every_operation<F: Fixture>(fixture: &F) {
 
 /// A peer that does nothing stops neither polling nor waiting nor closing.
 pub fn stalled_peer_blocks_nothing<F: Fixture>(fixture: &F) {
-    let source = TestMemory::patterned(1, Access::Read);
+    let source = TestMemory::patterned(1, fixture.source_access());
     let domain = fixture.domain(Arc::clone(&source.memory));
     let Some((link, peer)) = fixture.stalled(Arc::clone(&domain)) else {
         eprintln!("SKIPPED: with {} the peer takes no part in a transfer", fixture.kind());

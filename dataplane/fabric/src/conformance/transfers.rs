@@ -156,7 +156,7 @@ pub fn largest_transfer_lands<F: Fixture>(fixture: &F) {
     let length = u64::from(MAX_TRANSFER_BYTES);
     let pair = Pair::between(
         fixture,
-        TestMemory::with_blocks(3, Access::Read, &[length]),
+        TestMemory::with_blocks(3, fixture.source_access(), &[length]),
         TestMemory::with_blocks(4, Access::ReadWrite, &[length]),
     );
     let (local, remote) = pair.register(range(0, length), Rights::REMOTE_WRITE);

@@ -212,8 +212,16 @@ impl Stage {
         moved
     }
 
-    /// Exactly one VMM runs the guest; or none, where the one that would was killed.
+    /// Exactly one VMM runs the guest; or none, where the one that would was killed. A second migration succeeds.
     pub(crate) async fn assert_one_runs(self, fault: Option<Fault>, fabric: v1::FabricKind) {
+        let (moved, killed) = self.assert_settled(fault).await;
+        if !killed {
+            self.move_again(moved, fabric).await;
+        }
+    }
+
+    /// Exactly one VMM runs the guest, or none, and nothing else is left. Whether it moved, and whether it was killed.
+    pub(crate) async fn assert_settled(&self, fault: Option<Fault>) -> (bool, bool) {
         self.steps.open();
         let moved = self.agree().await;
         let killed = match fault {
@@ -232,9 +240,7 @@ impl Stage {
         for vmm in [&self.guest, &self.receiver].into_iter().filter(|vmm| vmm.is_alive()) {
             assert_unharmed(vmm);
         }
-        if !killed {
-            self.move_again(moved, fabric).await;
-        }
+        (moved, killed)
     }
 
     /// The guest runs on, and a second migration of it succeeds.
