@@ -15,7 +15,8 @@ use crate::measuring::own::{self, Way, event_time};
 use crate::measuring::report::Report;
 
 /// As many as ramferry's agents choose.
-pub(crate) const QUEUE_PAIRS: usize = 2;
+pub(crate) const QUEUE_PAIRS: usize = 4;
+pub(crate) const STREAMS: usize = 2;
 /// QEMU's default, and here everybody's.
 const MAX_DOWNTIME: Duration = Duration::from_millis(300);
 /// Looking costs processor time, of which emulation leaves little.
@@ -36,12 +37,13 @@ impl Contestant {
     pub(crate) const QEMU_DYNAMIC: Contestant = Contestant::Qemu { fabric: "rdma", registration: "dynamic" };
     pub(crate) const QEMU_PIN_ALL: Contestant = Contestant::Qemu { fabric: "rdma", registration: "pin-all" };
     pub(crate) const QEMU_TCP: Contestant = Contestant::Qemu { fabric: "tcp", registration: "dynamic" };
-    pub(crate) const DYNAMIC: Contestant = Contestant::ours("verbs", "dynamic");
-    pub(crate) const PIN_ALL: Contestant = Contestant::ours("verbs", "pin-all");
-    pub(crate) const TCP: Contestant = Contestant::ours("tcp", "dynamic");
+    pub(crate) const DYNAMIC: Contestant = Contestant::verbs("dynamic");
+    pub(crate) const PIN_ALL: Contestant = Contestant::verbs("pin-all");
+    pub(crate) const TCP: Contestant =
+        Contestant::Ours { fabric: "tcp", registration: "dynamic", streams: STREAMS, pin_budget_bytes: 0 };
 
-    const fn ours(fabric: &'static str, registration: &'static str) -> Contestant {
-        Contestant::Ours { fabric, registration, streams: QUEUE_PAIRS, pin_budget_bytes: 0 }
+    const fn verbs(registration: &'static str) -> Contestant {
+        Contestant::Ours { fabric: "verbs", registration, streams: QUEUE_PAIRS, pin_budget_bytes: 0 }
     }
 
     pub(crate) fn name(self) -> String {
@@ -50,7 +52,7 @@ impl Contestant {
             Contestant::Qemu { fabric, registration } => format!("qemu {fabric} {registration}"),
             Contestant::Ours { fabric, registration, streams, pin_budget_bytes } => {
                 let mut name = format!("{fabric} {registration}");
-                if streams != QUEUE_PAIRS {
+                if fabric == "verbs" && streams != QUEUE_PAIRS {
                     name.push_str(&format!(", {streams} queue pair"));
                 }
                 if pin_budget_bytes > 0 {

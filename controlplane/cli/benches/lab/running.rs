@@ -42,6 +42,7 @@ pub(crate) fn run(report: &mut Report, hosts: &Hosts, runs: usize) -> Result<Vec
     for run in 1..=runs {
         for contestant in CONTESTANTS.into_iter().filter(|contestant| takes_part(&contestant.name())) {
             let name = contestant.name();
+            eprintln!("running guest, {name}: run {run} of {runs}");
             let here = match guest.take() {
                 Some(guest) => guest,
                 None => boot()?,
@@ -75,12 +76,6 @@ fn measure(hosts: &Hosts, contestant: Contestant, here: &Qemu) -> Result<(Qemu, 
     let tick = there.next_tick(PATIENCE)?;
     ensure!(tick.errors == 0, "the guest lost what it wrote: {tick:?}");
     let seen = downtime_seen(here, &there).unwrap_or_default();
-    let downtime_seconds = moved.downtime_seconds.unwrap_or_default();
-    eprintln!(
-        "running guest, {}: {:.2} s, downtime {downtime_seconds:.3} s",
-        contestant.name(),
-        moved.whole_seconds
-    );
     Ok((there, moved, seen))
 }
 
