@@ -43,8 +43,6 @@ use crate::publish::Publisher;
 use crate::request::{Request, fabric_on_the_wire, registration_mode};
 use crate::status::{TEXT_BYTES, Violation, causes, invalid_argument, precondition, status};
 
-/// Links of a migration whose caller and destination leave that open.
-pub(crate) const DEFAULT_STREAMS: u32 = 2;
 /// Of a fence, until one was measured.
 const FENCE_ESTIMATE: Duration = Duration::from_millis(1);
 /// Longest wait for the destination to confirm that it gave up.

@@ -16,7 +16,9 @@ const PROGRAM: &str = "qemu-system-x86_64";
 /// both end with it.
 pub(super) fn command(vm: &Vm, kernel: &KernelFiles, session: &Session, ends: Ends) -> Command {
     let mut command = keeper::command(Path::new(PROGRAM));
-    command.args(["-machine", "q35", "-accel", "tcg,thread=multi", "-cpu", "max"]);
+    // TCG carries out `rep stosb` byte by byte: with it, the kernel takes 60 us to clear a page, eight times what it
+    // takes with `rep stosq`.
+    command.args(["-machine", "q35", "-accel", "tcg,thread=multi", "-cpu", "max,-erms"]);
     command.args(["-smp", &vm.processors.to_string(), "-m", &format!("{}M", vm.memory_mib)]);
     command.args(["-nodefaults", "-no-user-config", "-display", "none", "-no-reboot"]);
     command.arg("-kernel").arg(&kernel.image).arg("-initrd").arg(&kernel.initramfs);

@@ -19,8 +19,17 @@ use crate::journal::{Created, SpecRecord, is_migration_id};
 use crate::migrations::Entry;
 use crate::publish::Publisher;
 use crate::request::{MAX_STREAMS, fabric_on_the_wire, registration_mode};
-use crate::source::{DEFAULT_STREAMS, refused, unix_milliseconds};
+use crate::source::{refused, unix_milliseconds};
 use crate::status::{Violation, causes, internal, invalid_argument, precondition, status};
+
+/// Links of a migration whose caller leaves that open. A queue pair waits for its acknowledgements,
+/// which others fill, and costs no processor; a stream or a copying thread does.
+fn default_streams(fabric: FabricKind) -> u32 {
+    match fabric {
+        FabricKind::Verbs => 4,
+        FabricKind::Tcp | FabricKind::Shm => 2,
+    }
+}
 
 /// Makes a session, or with `validate_only` only all its checks.
 pub(crate) async fn negotiate(
@@ -65,7 +74,7 @@ pub(crate) async fn negotiate(
         fabric: fabric_on_the_wire(chosen).into(),
         fabric_reason: reason.clone(),
         fabric_address: agent.fabrics.address(chosen),
-        streams: if request.streams == 0 { DEFAULT_STREAMS } else { request.streams },
+        streams: if request.streams == 0 { default_streams(chosen) } else { request.streams },
         vmm_version: format!("{} ({})", info.vmm, info.machine),
         agent_version: env!("CARGO_PKG_VERSION").into(),
     };

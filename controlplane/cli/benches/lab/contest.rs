@@ -15,11 +15,12 @@ use crate::measuring::own::{self, Way, event_time};
 use crate::measuring::report::Report;
 
 /// As many as ramferry's agents choose.
-pub(crate) const QUEUE_PAIRS: usize = 2;
+pub(crate) const QUEUE_PAIRS: usize = 4;
+pub(crate) const STREAMS: usize = 2;
 /// QEMU's default, and here everybody's.
 const MAX_DOWNTIME: Duration = Duration::from_millis(300);
 /// Looking costs processor time, of which emulation leaves little.
-const LOOK_INTERVAL: Duration = Duration::from_millis(20);
+const LOOK_INTERVAL: Duration = Duration::from_millis(100);
 const PATIENCE: Duration = Duration::from_secs(30);
 const GIB: f64 = (1_u64 << 30) as f64;
 
@@ -36,12 +37,13 @@ impl Contestant {
     pub(crate) const QEMU_DYNAMIC: Contestant = Contestant::Qemu { fabric: "rdma", registration: "dynamic" };
     pub(crate) const QEMU_PIN_ALL: Contestant = Contestant::Qemu { fabric: "rdma", registration: "pin-all" };
     pub(crate) const QEMU_TCP: Contestant = Contestant::Qemu { fabric: "tcp", registration: "dynamic" };
-    pub(crate) const DYNAMIC: Contestant = Contestant::ours("verbs", "dynamic");
-    pub(crate) const PIN_ALL: Contestant = Contestant::ours("verbs", "pin-all");
-    pub(crate) const TCP: Contestant = Contestant::ours("tcp", "dynamic");
+    pub(crate) const DYNAMIC: Contestant = Contestant::verbs("dynamic");
+    pub(crate) const PIN_ALL: Contestant = Contestant::verbs("pin-all");
+    pub(crate) const TCP: Contestant =
+        Contestant::Ours { fabric: "tcp", registration: "dynamic", streams: STREAMS, pin_budget_bytes: 0 };
 
-    const fn ours(fabric: &'static str, registration: &'static str) -> Contestant {
-        Contestant::Ours { fabric, registration, streams: QUEUE_PAIRS, pin_budget_bytes: 0 }
+    const fn verbs(registration: &'static str) -> Contestant {
+        Contestant::Ours { fabric: "verbs", registration, streams: QUEUE_PAIRS, pin_budget_bytes: 0 }
     }
 
     pub(crate) fn name(self) -> String {
@@ -50,7 +52,7 @@ impl Contestant {
             Contestant::Qemu { fabric, registration } => format!("qemu {fabric} {registration}"),
             Contestant::Ours { fabric, registration, streams, pin_budget_bytes } => {
                 let mut name = format!("{fabric} {registration}");
-                if streams != QUEUE_PAIRS {
+                if fabric == "verbs" && streams != QUEUE_PAIRS {
                     name.push_str(&format!(", {streams} queue pair"));
                 }
                 if pin_budget_bytes > 0 {
@@ -59,12 +61,6 @@ impl Contestant {
                 name
             }
         }
-    }
-
-    /// Whether it takes part: `BENCH_ONLY` may hold parts of names, with commas between them.
-    pub(crate) fn takes_part(self) -> bool {
-        std::env::var("BENCH_ONLY")
-            .map_or(true, |only| only.split(',').any(|part| self.name().contains(part.trim())))
     }
 
     /// A destination as this contestant needs it: QEMU resumes by itself.
@@ -190,7 +186,7 @@ fn by_qemu(fabric: &str, pin_all: bool, from: &Qemu, to: &Qemu) -> Result<Outcom
         // Its default limit of bandwidth is not what is measured.
         parameters: json!({ "max-bandwidth": 1_u64 << 40, "downtime-limit": MAX_DOWNTIME.as_millis() as u64 }),
     };
-    let moved = own::migrate(from, to, &way)?;
+    let moved = own::migrate(from, to, &way, LOOK_INTERVAL)?;
     let ended =
         wait_event(to, |event| event["event"] == "MIGRATION" && event["data"]["status"] == "completed")?;
     let setup_seconds = moved.seconds("setup-time")?;

@@ -1,6 +1,7 @@
 //! The two RDMA hosts of the VM: an agent on each, and the wire between them.
 
-use std::fs;
+use std::fs::File;
+use std::os::unix::fs::FileExt as _;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, SystemTime};
 
@@ -24,7 +25,7 @@ pub(crate) const DESTINATION: Host =
 
 /// More than what connects and agrees sends before it, less than a page set.
 const FIRST_BYTES: u64 = 64 << 10;
-const LOOK_INTERVAL: Duration = Duration::from_millis(2);
+const LOOK_INTERVAL: Duration = Duration::from_millis(5);
 
 /// Both hosts' agents.
 pub(crate) struct Hosts {
@@ -72,12 +73,14 @@ fn agent(host: Host, credentials: &Credentials, caller: &Credentials) -> Result<
 
 /// Runs something, and says when its first bytes had left the source host.
 pub(crate) fn watch_wire<T>(run: impl FnOnce() -> Result<T>) -> Result<(T, Option<SystemTime>)> {
-    let before = sent_bytes()?;
+    let path = format!("/sys/class/net/{}/statistics/tx_bytes", SOURCE.network);
+    let counter = File::open(&path).with_context(|| format!("cannot open {path}"))?;
+    let before = sent_bytes(&counter)?;
     let done = AtomicBool::new(false);
     std::thread::scope(|scope| {
         let watch = scope.spawn(|| {
             while !done.load(Ordering::Acquire) {
-                if sent_bytes().ok()? >= before + FIRST_BYTES {
+                if sent_bytes(&counter).ok()? >= before + FIRST_BYTES {
                     return Some(SystemTime::now());
                 }
                 std::thread::park_timeout(LOOK_INTERVAL);
@@ -92,8 +95,8 @@ pub(crate) fn watch_wire<T>(run: impl FnOnce() -> Result<T>) -> Result<(T, Optio
     })
 }
 
-fn sent_bytes() -> Result<u64> {
-    let path = format!("/sys/class/net/{}/statistics/tx_bytes", SOURCE.network);
-    let text = fs::read_to_string(&path).with_context(|| format!("cannot read {path}"))?;
-    Ok(text.trim().parse()?)
+fn sent_bytes(counter: &File) -> Result<u64> {
+    let mut text = [0; 32];
+    let length = counter.read_at(&mut text, 0)?;
+    Ok(std::str::from_utf8(&text[..length])?.trim().parse()?)
 }

@@ -9,6 +9,7 @@ use ramferry_lab::{Accel, Fill, Qemu, RamBlock, Workload, downtime_seen};
 use crate::contest::{self, Contestant, Move};
 use crate::hosts::Hosts;
 use crate::measuring::report::Report;
+use crate::measuring::takes_part;
 
 const MIB: u64 = 1 << 20;
 const GUEST_BYTES: u64 = 128 * MIB;
@@ -39,8 +40,9 @@ pub(crate) fn run(report: &mut Report, hosts: &Hosts, runs: usize) -> Result<Vec
     // It goes on from where it came to; after a failure another is booted.
     let mut guest = None;
     for run in 1..=runs {
-        for contestant in CONTESTANTS.into_iter().filter(|contestant| contestant.takes_part()) {
+        for contestant in CONTESTANTS.into_iter().filter(|contestant| takes_part(&contestant.name())) {
             let name = contestant.name();
+            eprintln!("running guest, {name}: run {run} of {runs}");
             let here = match guest.take() {
                 Some(guest) => guest,
                 None => boot()?,
@@ -74,12 +76,6 @@ fn measure(hosts: &Hosts, contestant: Contestant, here: &Qemu) -> Result<(Qemu, 
     let tick = there.next_tick(PATIENCE)?;
     ensure!(tick.errors == 0, "the guest lost what it wrote: {tick:?}");
     let seen = downtime_seen(here, &there).unwrap_or_default();
-    let downtime_seconds = moved.downtime_seconds.unwrap_or_default();
-    eprintln!(
-        "running guest, {}: {:.2} s, downtime {downtime_seconds:.3} s",
-        contestant.name(),
-        moved.whole_seconds
-    );
     Ok((there, moved, seen))
 }
 

@@ -7,16 +7,16 @@ use anyhow::{Context as _, Result};
 use ramferry_lab::{Accel, Qemu, QemuBuilder, RamBlock};
 use tempfile::NamedTempFile;
 
-use crate::contest::{self, Contestant, Move, QUEUE_PAIRS};
+use crate::contest::{self, Contestant, Move, QUEUE_PAIRS, STREAMS};
 use crate::hosts::Hosts;
 use crate::link::{measure_perftest, measure_sockets, perftest_name, sockets_name};
 use crate::measuring::report::Report;
+use crate::measuring::takes_part;
 
 const MIB: u64 = 1 << 20;
 const GUEST_BYTES: u64 = 256 * MIB;
 const FILL_BYTES: u64 = 200 * MIB;
 const FILL_ADDRESS: u64 = 32 * MIB;
-const STREAMS: [usize; 2] = [1, QUEUE_PAIRS];
 const ONE_QUEUE_PAIR: Contestant =
     Contestant::Ours { fabric: "verbs", registration: "dynamic", streams: 1, pin_budget_bytes: 0 };
 const BUDGET: Contestant = Contestant::Ours {
@@ -25,39 +25,71 @@ const BUDGET: Contestant = Contestant::Ours {
     streams: QUEUE_PAIRS,
     pin_budget_bytes: 64 * MIB,
 };
-const CONTESTANTS: [Contestant; 8] = [
-    Contestant::QEMU_DYNAMIC,
-    Contestant::DYNAMIC,
-    Contestant::QEMU_PIN_ALL,
-    Contestant::PIN_ALL,
-    ONE_QUEUE_PAIR,
-    BUDGET,
-    Contestant::QEMU_TCP,
-    Contestant::TCP,
+/// One case. Those that are compared are next to one another: the machine does other things, too.
+#[derive(Clone, Copy)]
+enum Case {
+    Perftest(usize),
+    Sockets(usize),
+    Move(Contestant),
+}
+
+const CASES: [Case; 12] = [
+    Case::Move(Contestant::QEMU_DYNAMIC),
+    Case::Move(Contestant::DYNAMIC),
+    Case::Perftest(QUEUE_PAIRS),
+    Case::Move(Contestant::PIN_ALL),
+    Case::Move(Contestant::QEMU_PIN_ALL),
+    Case::Move(ONE_QUEUE_PAIR),
+    Case::Perftest(1),
+    Case::Move(BUDGET),
+    Case::Sockets(1),
+    Case::Sockets(STREAMS),
+    Case::Move(Contestant::TCP),
+    Case::Move(Contestant::QEMU_TCP),
 ];
+
+impl Case {
+    fn name(self) -> String {
+        match self {
+            Case::Perftest(queue_pairs) => perftest_name(queue_pairs),
+            Case::Sockets(streams) => sockets_name(streams),
+            Case::Move(contestant) => contestant.name(),
+        }
+    }
+}
 
 /// Measures everything, `runs` times in turns; what failed.
 pub(crate) fn run(report: &mut Report, hosts: &Hosts, runs: usize) -> Result<Vec<String>> {
     let fill = random_file()?;
+    warm_up(hosts)?;
     let mut failures = Vec::new();
     for run in 1..=runs {
-        for streams in STREAMS {
-            eprintln!("the link, {streams} at once: run {run} of {runs}");
-            measure_perftest(report, FILL_BYTES, streams)?;
-            measure_sockets(report, fill.path(), FILL_BYTES, streams)?;
-        }
-        for contestant in CONTESTANTS.into_iter().filter(|contestant| contestant.takes_part()) {
-            let name = contestant.name();
-            match measure(hosts, contestant, &fill) {
-                Ok(moved) => add(report, &name, &moved),
-                Err(error) => {
-                    failures.push(hosts.failure(&format!("still guest, {name}, run {run}"), &error));
+        for case in CASES.into_iter().filter(|case| takes_part(&case.name())) {
+            let name = case.name();
+            eprintln!("still guest, {name}: run {run} of {runs}");
+            let measured = match case {
+                Case::Perftest(queue_pairs) => measure_perftest(report, FILL_BYTES, queue_pairs),
+                Case::Sockets(streams) => measure_sockets(report, fill.path(), FILL_BYTES, streams),
+                Case::Move(contestant) => {
+                    measure(hosts, contestant, &fill).map(|moved| add(report, &name, &moved))
                 }
+            };
+            if let Err(error) = measured {
+                failures.push(hosts.failure(&format!("still guest, {name}, run {run}"), &error));
             }
         }
     }
     compare(report);
     Ok(failures)
+}
+
+/// Programs are read from the host's files the first time that they run.
+fn warm_up(hosts: &Hosts) -> Result<()> {
+    for contestant in [Contestant::QEMU_DYNAMIC, Contestant::DYNAMIC] {
+        let empty = machine().paused(true).start()?;
+        contest::run(hosts, contestant, &empty, &contestant.destination(machine())?)?;
+    }
+    Ok(())
 }
 
 fn measure(hosts: &Hosts, contestant: Contestant, fill: &NamedTempFile) -> Result<Move> {
@@ -66,7 +98,6 @@ fn measure(hosts: &Hosts, contestant: Contestant, fill: &NamedTempFile) -> Resul
     let to = contestant.destination(machine())?;
     let moved = contest::run(hosts, contestant, &from, &to)?;
     anyhow::ensure!(is_there(&to, fill)?, "the guest's data did not arrive");
-    eprintln!("still guest, {}: {:.2} s", contestant.name(), moved.whole_seconds);
     Ok(moved)
 }
 
@@ -95,7 +126,7 @@ fn compare(report: &mut Report) {
         report.compare(&of(ours, "copy"), &pair);
     }
     report.compare(&of(ONE_QUEUE_PAIR, "copy"), &perftest_name(1));
-    let sockets = STREAMS.map(sockets_name);
+    let sockets = [1, STREAMS].map(sockets_name);
     if let Some(sockets) = report.fastest(&sockets.each_ref().map(String::as_str)).map(str::to_owned) {
         report.compare(&of(Contestant::TCP, "copy"), &sockets);
     }

@@ -8,6 +8,11 @@ pub(crate) mod report;
 
 use anyhow::{Context as _, Result, ensure};
 
+/// Whether a case takes part: `BENCH_ONLY` may hold parts of names, with `|` between them.
+pub(crate) fn takes_part(name: &str) -> bool {
+    std::env::var("BENCH_ONLY").map_or(true, |only| only.split('|').any(|part| name.contains(part.trim())))
+}
+
 /// How often to measure, as `BENCH_RUNS` says, and which of the parts: those that are named, else all.
 pub(crate) fn asked<'a>(
     arguments: &[String],

@@ -7,7 +7,6 @@ use ramferry_lab::Qemu;
 use serde_json::{Value, json};
 
 const PATIENCE: Duration = Duration::from_secs(120);
-const LOOK_INTERVAL: Duration = Duration::from_millis(20);
 
 /// How it is done.
 #[derive(Debug)]
@@ -40,8 +39,8 @@ impl Moved {
     }
 }
 
-/// Has QEMU move its guest to a QEMU that waits for one.
-pub(crate) fn migrate(guest: &Qemu, destination: &Qemu, way: &Way<'_>) -> Result<Moved> {
+/// Has QEMU move its guest to a QEMU that waits for one, looking whether it is done at every `interval`.
+pub(crate) fn migrate(guest: &Qemu, destination: &Qemu, way: &Way<'_>, interval: Duration) -> Result<Moved> {
     for side in [guest, destination] {
         // A migration before this one may have left any of them on.
         let off = ["x-ignore-shared", "pause-before-switchover", "return-path", "multifd", "rdma-pin-all"];
@@ -64,7 +63,7 @@ pub(crate) fn migrate(guest: &Qemu, destination: &Qemu, way: &Way<'_>) -> Result
     };
     let called = SystemTime::now();
     guest.qmp(&json!({ "execute": "migrate", "arguments": { "uri": uri } }))?;
-    Ok(Moved { called, status: wait_migrated(guest)? })
+    Ok(Moved { called, status: wait_migrated(guest, interval)? })
 }
 
 /// When a QEMU reported an event of that name, the last time, of those that it reported until now.
@@ -81,7 +80,7 @@ fn listening_port(destination: &Qemu) -> Result<String> {
     Ok(address["port"].as_str().context("an address without a port")?.to_owned())
 }
 
-fn wait_migrated(guest: &Qemu) -> Result<Value> {
+fn wait_migrated(guest: &Qemu, interval: Duration) -> Result<Value> {
     let deadline = Instant::now() + PATIENCE;
     loop {
         let status = guest.qmp(&json!({ "execute": "query-migrate" }))?;
@@ -90,7 +89,7 @@ fn wait_migrated(guest: &Qemu) -> Result<Value> {
             Some("completed") if status["total-time"] != 0 => return Ok(status),
             Some("failed" | "cancelled") => bail!("QEMU's own migration failed: {status}"),
             _ if Instant::now() > deadline => bail!("QEMU's own migration does not end: {status}"),
-            _ => std::thread::sleep(LOOK_INTERVAL),
+            _ => std::thread::sleep(interval),
         }
     }
 }

@@ -25,6 +25,8 @@ const GUEST_BYTES: u64 = 1 << 30;
 const TOUCHED_MIB: u64 = 960;
 const PIECE_BYTES: u64 = MIB;
 const STREAMS: usize = 2;
+/// Between two looks whether QEMU's own migration is done.
+const OWN_INTERVAL: Duration = Duration::from_millis(20);
 const PATIENCE: Duration = Duration::from_secs(120);
 
 /// The destination's memory before the copy.
@@ -134,7 +136,7 @@ fn measure_qemu(report: &mut Report, guest: &Qemu, state: State, way: &str) -> R
         // Its default limit of bandwidth is not what is measured.
         parameters: json!({ "max-bandwidth": 1_u64 << 40, "multifd-channels": STREAMS }),
     };
-    let moved = own::migrate(guest, &destination, &way_of_qemu)?;
+    let moved = own::migrate(guest, &destination, &way_of_qemu, OWN_INTERVAL)?;
     let name = format!("qemu {way}, whole, {}", state.as_str());
     report.add(&name, moved.transferred_bytes()?, moved.seconds("total-time")?);
     stand_still(guest)
