@@ -39,7 +39,6 @@ async fn move_once(
 }
 
 #[tokio::test(flavor = "multi_thread")]
-#[ignore = "not yet seen to pass from end to end on a quiet machine; scripts/lab-test -- --ignored runs it"]
 async fn running_guest_moves_in_every_mode() {
     let rdma = Rdma::start();
     for (mode, streams) in
@@ -51,7 +50,6 @@ async fn running_guest_moves_in_every_mode() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-#[ignore = "not yet seen to pass from end to end on a quiet machine; scripts/lab-test -- --ignored runs it"]
 async fn pin_budget_of_64_mib_is_kept_and_the_guest_arrives() {
     let rdma = Rdma::start();
     let parameters = v1::MigrationParameters { pin_budget_bytes: 64 * MIB, ..verbs() };
