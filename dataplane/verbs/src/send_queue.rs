@@ -1,8 +1,8 @@
 //! Which operations the requests of a send queue belong to, and how they ended,
 //! where only some of the requests have their end told.
 //!
-//! Requests end in the order posted. So the end of one that is told says that all
-//! before it ended well, until one fails: from then on the device tells the end of
+//! Requests end in the order posted. So one that ends well says that all before it
+//! did, and so does the first that fails. From then on the device tells the end of
 //! each, and what was skipped was not carried out.
 
 use std::collections::VecDeque;
@@ -55,7 +55,8 @@ impl<T> SendQueue<T> {
             return Err(UnknownRequest);
         }
         for _ in 0..index {
-            let skipped = if self.failed { Outcome::Flushed } else { Outcome::Done };
+            let carried_out = !self.failed || outcome == Outcome::Done;
+            let skipped = if carried_out { Outcome::Done } else { Outcome::Flushed };
             self.end_first(skipped, &mut end);
         }
         self.end_first(outcome, &mut end);
@@ -200,13 +201,16 @@ mod tests {
                         let number = pushed_requests - queue.len() as u64 + u64::from(skip);
                         if u64::from(skip) < queue.len() as u64 {
                             queue.ended(number, outcome, |operation, outcome| ends.push((operation, outcome))).unwrap();
-                            done_after_failure += usize::from(failed && outcome == Outcome::Done);
+                            if failed && outcome == Outcome::Done {
+                                // It, and what it skips.
+                                done_after_failure += usize::from(skip) + 1;
+                            }
                             failed |= outcome != Outcome::Done;
                         }
                     }
                     Step::AbandonFrom { back } => {
                         // Whole operations are left unposted, and nothing is pushed any more.
-                        abandoned = true;
+                        (abandoned, failed) = (true, true);
                         let number = pushed_requests.saturating_sub(u64::from(back));
                         let before = queue.len();
                         let mut late = Vec::new();
