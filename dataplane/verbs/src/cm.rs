@@ -23,10 +23,10 @@ const NOT_READY_RETRIES: u8 = 3;
 /// As many reads under way as the devices allow (`RDMA_MAX_RESP_RES`,
 /// `RDMA_MAX_INIT_DEPTH` of `rdma/rdma_cma.h`).
 const MAX_READS: u8 = 0xff;
-/// How long a packet may go unacknowledged: 4.096 us * 2^17 = 0.54 s. Sent 7
-/// times in all, so that a path that is gone is found within 3.8 s (devices may take up to
-/// four times that), and soft-RoCE on a host without a processor to spare is not taken
-/// for gone. Without it the kernel takes 2.1 s for RoCE, from a packet lifetime that it makes up.
+/// How long a packet may go unacknowledged: 4.096 us * 2^17 = 0.54 s, to which the kernel adds the
+/// devices' own delay. Sent 7 times in all, a path that is gone is found within 4 to 8 s (soft-RoCE:
+/// 6.4 s), and soft-RoCE on a host without a processor to spare is not taken for gone. Without
+/// it the kernel makes a packet's lifetime up for RoCE, and takes up to four times as long.
 const ACK_TIMEOUT_EXPONENT: u8 = 17;
 /// `RDMA_OPTION_ID` and `RDMA_OPTION_ID_ACK_TIMEOUT` of `rdma/rdma_cma.h`.
 const OPTION_ID: i32 = 0;

@@ -189,14 +189,18 @@ impl Signal {
     /// The reason behind an error, where this side's port being down is it.
     pub(crate) fn explain(&self, error: LinkError) -> LinkError {
         match error {
+            // Soft-RoCE that finds no route to the peer flushes its requests and tells no reason.
             LinkError::Hardware {
                 device,
-                fault: HardwareFault::PathLost | HardwareFault::LocalOperation,
-            } if self.port_down.load(Ordering::Relaxed) => {
-                LinkError::Hardware { device, fault: HardwareFault::PortDown }
-            }
+                fault: HardwareFault::PathLost | HardwareFault::LocalOperation | HardwareFault::QueuePair,
+            } if self.is_port_down() => LinkError::Hardware { device, fault: HardwareFault::PortDown },
             error => error,
         }
+    }
+
+    /// Whether the port was down when it was last heard of.
+    pub(crate) fn is_port_down(&self) -> bool {
+        self.port_down.load(Ordering::Relaxed)
     }
 
     pub(crate) fn fd(&self) -> BorrowedFd<'_> {

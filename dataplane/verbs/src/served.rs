@@ -226,6 +226,9 @@ impl<'s> Served<'s> {
             let left = deadline.saturating_duration_since(Instant::now());
             let fds = [self.channel.fd(), self.signal.fd()];
             if left.is_zero() || os::wait_readable(&fds, left).is_err() {
+                if self.signal.is_port_down() {
+                    return self.hardware(HardwareFault::PortDown);
+                }
                 // This side's requests only receive and answer. What else fails a queue pair is an
                 // operation of the peer that its device refused, and not every device tells more.
                 return LinkError::RefusedPeer(AccessFault::Unspecified);
