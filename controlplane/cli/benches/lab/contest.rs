@@ -89,8 +89,8 @@ pub(crate) struct Move {
 /// What its mover says of a move.
 struct Outcome {
     called: SystemTime,
-    /// When the destination had all of the guest.
-    ended: SystemTime,
+    /// When the destination had all of the guest; QEMU tells it by an event.
+    ended: Option<SystemTime>,
     transferred_bytes: u64,
     setup_seconds: f64,
     copy_seconds: f64,
@@ -110,13 +110,17 @@ pub(crate) fn run(hosts: &Hosts, contestant: Contestant, from: &Qemu, to: &Qemu)
         })
     })?;
     let machine_cpu_seconds = machine_cpu_seconds()? - before;
-    let (mut ended, mut downtime_seconds) = (outcome.ended, None);
-    if ran {
-        let stopped = event_time(&from.qmp_events()?, |event| event["event"] == "STOP");
-        let stopped = stopped.context("the source did not report that it stopped")?;
-        ended = wait_event(to, |event| event["event"] == "RESUME")?;
-        downtime_seconds = Some(between(stopped, ended)?);
-    }
+    let has_arrived = |event: &Value| event["event"] == "MIGRATION" && event["data"]["status"] == "completed";
+    let (ended, downtime_seconds) = match (ran, outcome.ended) {
+        (true, _) => {
+            let stopped = event_time(&from.qmp_events()?, |event| event["event"] == "STOP");
+            let stopped = stopped.context("the source did not report that it stopped")?;
+            let resumed = wait_event(to, |event| event["event"] == "RESUME")?;
+            (resumed, Some(between(stopped, resumed)?))
+        }
+        (false, Some(ended)) => (ended, None),
+        (false, None) => (wait_event(to, has_arrived)?, None),
+    };
     Ok(Move {
         transferred_bytes: outcome.transferred_bytes,
         whole_seconds: between(outcome.called, ended)?,
@@ -165,7 +169,7 @@ fn by_us(hosts: &Hosts, contestant: Contestant, from: &Qemu, to: &Qemu) -> Resul
     let voyage = migrate((&hosts.source, &hosts.destination), (from, to), parameters, LOOK_INTERVAL)?;
     Ok(Outcome {
         called: voyage.called,
-        ended: voyage.called + Duration::from_secs_f64(voyage.total_seconds()?),
+        ended: Some(voyage.called + Duration::from_secs_f64(voyage.total_seconds()?)),
         transferred_bytes: voyage.transferred_bytes(),
         setup_seconds: voyage.setup_seconds()?,
         copy_seconds: voyage.copy_seconds()?,
@@ -187,12 +191,10 @@ fn by_qemu(fabric: &str, pin_all: bool, from: &Qemu, to: &Qemu) -> Result<Outcom
         parameters: json!({ "max-bandwidth": 1_u64 << 40, "downtime-limit": MAX_DOWNTIME.as_millis() as u64 }),
     };
     let moved = own::migrate(from, to, &way, LOOK_INTERVAL)?;
-    let ended =
-        wait_event(to, |event| event["event"] == "MIGRATION" && event["data"]["status"] == "completed")?;
     let setup_seconds = moved.seconds("setup-time")?;
     Ok(Outcome {
         called: moved.called,
-        ended,
+        ended: None,
         transferred_bytes: moved.transferred_bytes()?,
         setup_seconds,
         copy_seconds: moved.seconds("total-time")? - setup_seconds,

@@ -31,12 +31,16 @@ enum Case {
     Perftest(usize),
     Sockets(usize),
     Move(Contestant),
+    /// Into memory that was written before, as `ib_write_bw`'s is: nobody has to allocate it.
+    Onto(Contestant),
 }
 
-const CASES: [Case; 12] = [
+const CASES: [Case; 14] = [
     Case::Move(Contestant::QEMU_DYNAMIC),
     Case::Move(Contestant::DYNAMIC),
+    Case::Onto(Contestant::DYNAMIC),
     Case::Perftest(QUEUE_PAIRS),
+    Case::Onto(Contestant::PIN_ALL),
     Case::Move(Contestant::PIN_ALL),
     Case::Move(Contestant::QEMU_PIN_ALL),
     Case::Move(ONE_QUEUE_PAIR),
@@ -54,6 +58,7 @@ impl Case {
             Case::Perftest(queue_pairs) => perftest_name(queue_pairs),
             Case::Sockets(streams) => sockets_name(streams),
             Case::Move(contestant) => contestant.name(),
+            Case::Onto(contestant) => format!("{}, touched", contestant.name()),
         }
     }
 }
@@ -70,8 +75,9 @@ pub(crate) fn run(report: &mut Report, hosts: &Hosts, runs: usize) -> Result<Vec
             let measured = match case {
                 Case::Perftest(queue_pairs) => measure_perftest(report, FILL_BYTES, queue_pairs),
                 Case::Sockets(streams) => measure_sockets(report, fill.path(), FILL_BYTES, streams),
-                Case::Move(contestant) => {
-                    measure(hosts, contestant, &fill).map(|moved| add(report, &name, &moved))
+                Case::Move(contestant) | Case::Onto(contestant) => {
+                    let touched = matches!(case, Case::Onto(_));
+                    measure(hosts, contestant, &fill, touched).map(|moved| add(report, &name, &moved))
                 }
             };
             if let Err(error) = measured {
@@ -92,10 +98,16 @@ fn warm_up(hosts: &Hosts) -> Result<()> {
     Ok(())
 }
 
-fn measure(hosts: &Hosts, contestant: Contestant, fill: &NamedTempFile) -> Result<Move> {
+fn measure(hosts: &Hosts, contestant: Contestant, fill: &NamedTempFile, touched: bool) -> Result<Move> {
     let loader = format!("loader,file={},addr={FILL_ADDRESS:#x},force-raw=on", fill.path().display());
     let from = machine().paused(true).arg("-device").arg(loader).start()?;
     let to = contestant.destination(machine())?;
+    if touched {
+        let piece = vec![0x5a; MIB as usize];
+        for offset in (0..FILL_BYTES).step_by(MIB as usize) {
+            to.write_ram(FILL_ADDRESS + offset, &piece)?;
+        }
+    }
     let moved = contest::run(hosts, contestant, &from, &to)?;
     anyhow::ensure!(is_there(&to, fill)?, "the guest's data did not arrive");
     Ok(moved)
@@ -124,6 +136,9 @@ fn compare(report: &mut Report) {
     let pair = perftest_name(QUEUE_PAIRS);
     for ours in [Contestant::DYNAMIC, Contestant::PIN_ALL, BUDGET] {
         report.compare(&of(ours, "copy"), &pair);
+    }
+    for ours in [Contestant::DYNAMIC, Contestant::PIN_ALL] {
+        report.compare(&of(ours, "touched, copy"), &pair);
     }
     report.compare(&of(ONE_QUEUE_PAIR, "copy"), &perftest_name(1));
     let sockets = [1, STREAMS].map(sockets_name);
