@@ -63,6 +63,10 @@ impl Host {
         }
     }
 
+    fn add_rdma_device(self) -> String {
+        format!("link add {} type rxe netdev {}\n", self.rdma_device(), self.network_device())
+    }
+
     fn number(self) -> u8 {
         match self {
             Host::A => 0,
@@ -105,10 +109,7 @@ impl Hosts {
         }
         batch("ip", &orders)?;
         hosts.set_up()?;
-        let links = Host::BOTH.map(|host| {
-            format!("link add {} type rxe netdev {}\n", host.rdma_device(), host.network_device())
-        });
-        batch("rdma", &links.concat())?;
+        batch("rdma", &Host::BOTH.map(Host::add_rdma_device).concat())?;
         hosts.await_ports()?;
         Ok(hosts)
     }
@@ -122,6 +123,30 @@ impl Hosts {
     pub fn mend(&self) -> Result<()> {
         self.set_up()?;
         self.await_ports()
+    }
+
+    /// Makes those RDMA devices anew whose connection manager is dead, as an operator would; says which. Soft-RoCE's queue
+    /// pair for it (GSI) fails for good when something is sent through it while the port is down.
+    ///
+    /// Waits until nobody has such a device open.
+    pub fn revive(&self) -> Result<Vec<Host>> {
+        let output = Command::new("rdma")
+            .args(["resource", "show", "qp"])
+            .stdin(Stdio::null())
+            .output()
+            .context("cannot run rdma: install iproute2")?;
+        ensure!(
+            output.status.success(),
+            "rdma resource show qp: {}",
+            String::from_utf8_lossy(&output.stderr).trim()
+        );
+        let shown = String::from_utf8_lossy(&output.stdout);
+        let dead: Vec<_> = Host::BOTH.into_iter().filter(|host| has_dead_manager(&shown, *host)).collect();
+        for host in &dead {
+            batch("rdma", &format!("link delete {}\n{}", host.rdma_device(), host.add_rdma_device()))?;
+        }
+        self.await_ports()?;
+        Ok(dead)
     }
 
     fn set_up(self) -> Result<()> {
@@ -162,6 +187,14 @@ impl Hosts {
         let text = fs::read_to_string(&path).with_context(|| format!("cannot read {path}"))?;
         text.trim().parse().with_context(|| format!("{path} holds no number"))
     }
+}
+
+/// Whether that host's queue pair of the connection manager is in error, of what `rdma resource show qp` prints.
+fn has_dead_manager(shown: &str, host: Host) -> bool {
+    let own = format!("link {}/", host.rdma_device());
+    shown
+        .lines()
+        .any(|line| line.starts_with(&own) && line.contains("type GSI") && line.contains("state ERR"))
 }
 
 /// What comes from one of the machine's own addresses is no forgery here; and each device answers for its address only.

@@ -14,11 +14,29 @@ const PATIENCE: Duration = Duration::from_secs(60);
 const MESSAGE_BYTES: u64 = 64 << 10;
 const MESSAGES: u64 = 64;
 
-/// One test at a time: they count what crosses the cable, and cut it.
-fn hosts() -> (Hosts, MutexGuard<'static, ()>) {
-    static ALONE: Mutex<()> = Mutex::new(());
-    let alone = ALONE.lock().unwrap_or_else(PoisonError::into_inner);
-    (Hosts::here().expect("these tests run in the lab VM: scripts/lab-test"), alone)
+/// One test at a time: they count what crosses the cable, and cut it. Leaves it whole, whatever became of the test.
+struct Alone {
+    hosts: Hosts,
+    _alone: MutexGuard<'static, ()>,
+}
+
+impl Alone {
+    fn new() -> Alone {
+        static ALONE: Mutex<()> = Mutex::new(());
+        let alone = ALONE.lock().unwrap_or_else(PoisonError::into_inner);
+        let hosts = Hosts::here().expect("these tests run in the lab VM: scripts/lab-test");
+        Alone { hosts, _alone: alone }
+    }
+}
+
+impl Drop for Alone {
+    fn drop(&mut self) {
+        let made_whole = self.hosts.mend().and_then(|()| self.hosts.revive());
+        match made_whole {
+            Ok(revived) => eprintln!("made anew: {revived:?}"),
+            Err(error) => eprintln!("the hosts are not whole again: {error:#}"),
+        }
+    }
 }
 
 fn loopback_bytes() -> u64 {
@@ -90,7 +108,8 @@ fn assert_success(output: &Output) {
 
 #[test]
 fn an_rdma_write_crosses_the_cable_in_either_direction() {
-    let (hosts, _alone) = hosts();
+    let alone = Alone::new();
+    let hosts = &alone.hosts;
     for from in Host::BOTH {
         let (before, loopback) = (hosts.sent_bytes(from).unwrap(), loopback_bytes());
         assert_success(&write_bandwidth(from, &[]));
@@ -102,7 +121,8 @@ fn an_rdma_write_crosses_the_cable_in_either_direction() {
 
 #[test]
 fn rdma_cm_takes_the_device_of_the_address_and_crosses_the_cable() {
-    let (hosts, _alone) = hosts();
+    let alone = Alone::new();
+    let hosts = &alone.hosts;
     for from in Host::BOTH {
         let (before, loopback) = (hosts.sent_bytes(from).unwrap(), loopback_bytes());
         assert_success(&exchange(from));
@@ -131,7 +151,8 @@ fn connect(from: Host, binds: bool) -> (TcpStream, TcpStream) {
 
 #[test]
 fn tcp_between_them_crosses_the_cable_too_whether_it_binds_or_not() {
-    let (hosts, _alone) = hosts();
+    let alone = Alone::new();
+    let hosts = &alone.hosts;
     for (from, binds) in [(Host::A, true), (Host::A, false), (Host::B, true), (Host::B, false)] {
         let (before, loopback) = (hosts.sent_bytes(from).unwrap(), loopback_bytes());
         let (mut stream, mut accepted) = connect(from, binds);
@@ -147,7 +168,8 @@ fn tcp_between_them_crosses_the_cable_too_whether_it_binds_or_not() {
 
 #[test]
 fn nothing_crosses_a_cable_that_is_cut_and_all_does_when_it_is_mended() {
-    let (hosts, _alone) = hosts();
+    let alone = Alone::new();
+    let hosts = &alone.hosts;
     for host in Host::BOTH {
         hosts.cut(host).unwrap();
         for from in Host::BOTH {
@@ -162,6 +184,7 @@ fn nothing_crosses_a_cable_that_is_cut_and_all_does_when_it_is_mended() {
         assert_eq!(links.matches("state DOWN").count(), 2, "both ports see it: {links}");
 
         hosts.mend().unwrap();
+        hosts.revive().unwrap();
         for from in Host::BOTH {
             assert_success(&exchange(from));
         }
@@ -170,7 +193,8 @@ fn nothing_crosses_a_cable_that_is_cut_and_all_does_when_it_is_mended() {
 
 #[test]
 fn an_rdma_write_under_way_fails_when_the_cable_is_cut() {
-    let (hosts, _alone) = hosts();
+    let alone = Alone::new();
+    let hosts = &alone.hosts;
     let (size, to) = (MESSAGE_BYTES.to_string(), Host::B.address().to_string());
     // Far more than is ever sent.
     let same = ["-R", "-F", "-s", &size, "-n", "1000000", "--retry_count", "1"];

@@ -127,24 +127,10 @@ impl Down {
 
 impl Drop for Down {
     fn drop(&mut self) {
-        Hosts::here().unwrap().mend().unwrap();
-        for host in Host::BOTH {
-            revive(&host.rdma_device(), &host.network_device());
-        }
-    }
-}
-
-/// Soft-RoCE's queue pair of the connection manager (GSI) fails for good when something is sent through it while the
-/// port is down. Then the device is made anew, as an operator would; the agents let go of it and listen again.
-fn revive(device: &str, interface: &str) {
-    let shown = system("rdma", &["resource", "show", "qp"]);
-    let own = format!("link {device}/");
-    let failed =
-        |line: &str| line.starts_with(&own) && line.contains("type GSI") && line.contains("state ERR");
-    if shown.lines().any(failed) {
-        eprintln!("{device}: its connection manager failed with the link; made anew");
-        system("rdma", &["link", "delete", device]);
-        system("rdma", &["link", "add", device, "type", "rxe", "netdev", interface]);
+        let hosts = Hosts::here().unwrap();
+        hosts.mend().unwrap();
+        // The agents let go of a device that goes, and listen again.
+        eprintln!("made anew: {:?}", hosts.revive().unwrap());
     }
 }
 
