@@ -30,6 +30,7 @@ use crate::guest_cell::GuestCell;
 use crate::journal::{Durability, MigrationLog, Record, Recovered};
 use crate::migrations::{Claim, Entry};
 use crate::publish::Publisher;
+use crate::source::blocking_step;
 use crate::status::causes;
 
 /// Time in which a session's source must open the control stream.
@@ -409,11 +410,13 @@ impl DestinationSession {
     async fn prepare(self: &Arc<Self>) -> Result<DestinationParts, Failure> {
         let plan = self.plan.lock().expect("no panic while it is held").take();
         let plan = plan.ok_or_else(|| Failure::new(Reason::Internal, "the migration was prepared twice"))?;
-        self.guest.get().await?.prepare_destination().await.map_err(|error| guest_failure(&error))?;
+        let guest = async {
+            self.guest.get().await?.prepare_destination().await.map_err(|error| guest_failure(&error))
+        };
         let session = Arc::clone(self);
-        tokio::task::spawn_blocking(move || session.build(plan))
-            .await
-            .map_err(|error| Failure::new(Reason::Internal, error.to_string()))?
+        // Neither is left behind half done where the other fails.
+        let (guest, parts) = tokio::join!(guest, blocking_step(move || session.build(plan)));
+        guest.and(parts)
     }
 
     fn build(self: &Arc<Self>, plan: Plan) -> Result<DestinationParts, Failure> {

@@ -22,6 +22,7 @@ use ramferry_tracking::{TrackedFile, TrackerKind};
 use tokio::net::UnixListener;
 use tokio::sync::mpsc;
 use tokio::task::{AbortHandle, JoinHandle};
+use tonic::transport::Channel;
 use tonic::{Code, Status};
 
 use self::outside::Outside;
@@ -90,7 +91,8 @@ pub(crate) async fn check(
     let tracker = blocking(move || works(TrackerKind::UffdWp).or_else(|_| works(TrackerKind::SoftDirty)))
         .await?
         .map_err(|error| precondition("TRACKING_UNAVAILABLE", causes(&error), [], []))?;
-    let response = negotiate(agent, "check", request, &info, true).await?;
+    let channel = peer::channel(&request.destination_agent, agent.config.tls.as_ref())?;
+    let response = negotiate(agent, channel, "check", request, &info, true).await?;
     let fabric = v1::FabricKind::try_from(response.fabric).unwrap_or_default();
     let mut present_bytes = 0;
     for (block, file) in info.layout.blocks().iter().zip(&files) {
@@ -123,9 +125,9 @@ pub(crate) async fn create(
     claim.claim_guest(info.pid).map_err(|refusal| refused(&refusal))?;
     let (pid, tracked) = (info.pid, tracked_files(&info, &files));
     let others = check_tracking(pid, tracked).await?;
-    let response = negotiate(agent, id, &request, &info, false).await?;
-    let token = Bytes::copy_from_slice(&response.session_token);
     let channel = peer::channel(&request.destination_agent, agent.config.tls.as_ref())?;
+    let response = negotiate(agent, channel.clone(), id, &request, &info, false).await?;
+    let token = Bytes::copy_from_slice(&response.session_token);
     let begun = agreed(&request, response)
         .and_then(|agreed| Ok((begin_log(agent, id, request_id, &request, &info)?, agreed)));
     let (log, agreed) = match begun {
@@ -326,52 +328,62 @@ impl Session {
         let plan = self.plan.lock().expect("no panic while it is held").take();
         let Plan { request, info, files, agreed } =
             plan.ok_or_else(|| Failure::new(Reason::Internal, "the migration was prepared twice"))?;
-        let refused = |status: Status| Failure::new(Reason::PeerLost, status.message());
-        self.peer.open().await.map_err(refused)?;
-        self.peer.wait(|said| said.presence.is_some()).await.map_err(refused)?;
-        let destination_presence = self.peer.said().presence.expect("it was waited for");
-        self.guest.get().await?.prepare_source().await.map_err(|error| guest_failure(&error))?;
+        let presence = async {
+            let refused = |status: Status| Failure::new(Reason::PeerLost, status.message());
+            self.peer.open().await.map_err(refused)?;
+            self.peer.wait(|said| said.presence.is_some()).await.map_err(refused)?;
+            Ok(self.peer.said().presence.expect("it was waited for"))
+        };
+        let guest =
+            async { self.guest.get().await?.prepare_source().await.map_err(|error| guest_failure(&error)) };
+        let memory = async {
+            let tracked = tracked_files(&info, &files);
+            let pid = info.pid;
+            let layout = info.layout.clone();
+            blocking_step(move || {
+                let ram = |error: ramferry_ram::RamError| Failure::new(Reason::GuestFailed, causes(&error));
+                let memory = Arc::new(Memory::new(layout, files, Access::Read).map_err(ram)?);
+                let tracker = ramferry_tracking::arm(None, pid, &tracked)
+                    .map_err(|error| Failure::new(Reason::TrackerFailed, causes(&error)))?;
+                Ok((memory, tracker))
+            })
+            .await
+        };
+        // None is left behind half done where another fails.
+        let (presence, guest, memory) = tokio::join!(presence, guest, memory);
+        let destination_presence = presence?;
+        guest?;
+        let (memory, tracker) = memory?;
 
+        let agent = Arc::clone(&self.agent);
+        let (to, reached) = (request.destination_agent, Arc::clone(&memory));
+        let connect = move || agent.fabrics.connect(&agreed, &reached, &to);
+        let Connected { domain, links } = blocking_step(connect).await?;
         let peer = Arc::clone(&self.peer);
         let config = &self.agent.config;
-        let (cpus, workers) = (config.poller_cpus.clone(), config.registration_workers);
-        let fixed_costs = FixedCosts {
-            fence: FENCE_ESTIMATE,
-            device_state: self.agent.device_state_cost(info.private_bytes),
-        };
-        let agent = Arc::clone(&self.agent);
-        let build = move || -> Result<SourceParts, Failure> {
-            let tracked = tracked_files(&info, &files);
-            let ram = |error: ramferry_ram::RamError| Failure::new(Reason::GuestFailed, causes(&error));
-            let memory = Arc::new(Memory::new(info.layout.clone(), files, Access::Read).map_err(ram)?);
-            let Connected { domain, links } =
-                agent.fabrics.connect(&agreed, &memory, &request.destination_agent)?;
-            let tracker = ramferry_tracking::arm(None, info.pid, &tracked)
-                .map_err(|error| Failure::new(Reason::TrackerFailed, causes(&error)))?;
-            Ok(SourceParts {
-                links,
-                domain,
-                tracker,
-                memory,
-                windows: WindowConfig {
-                    pin_budget_bytes: request.pin_budget_bytes,
-                    // Here registering a hole would allocate its pages, and a region more costs next to nothing.
-                    hole_tolerance_bytes: 0,
-                    ..WindowConfig::new(request.registration)
-                },
-                registration_workers: workers,
-                destination_presence: Arc::unwrap_or_clone(destination_presence),
-                late_writes: late_writes(&info),
-                fixed_costs,
-                order: Box::new(move |order| {
-                    peer::orders(&order).into_iter().all(|order| peer.send_blocking(order))
-                }),
-                poller_cpus: cpus,
-            })
-        };
-        tokio::task::spawn_blocking(build)
-            .await
-            .map_err(|error| Failure::new(Reason::Internal, error.to_string()))?
+        Ok(SourceParts {
+            links,
+            domain,
+            tracker,
+            memory,
+            windows: WindowConfig {
+                pin_budget_bytes: request.pin_budget_bytes,
+                // Here registering a hole would allocate its pages, and a region more costs next to nothing.
+                hole_tolerance_bytes: 0,
+                ..WindowConfig::new(request.registration)
+            },
+            registration_workers: config.registration_workers,
+            destination_presence: Arc::unwrap_or_clone(destination_presence),
+            late_writes: late_writes(&info),
+            fixed_costs: FixedCosts {
+                fence: FENCE_ESTIMATE,
+                device_state: self.agent.device_state_cost(info.private_bytes),
+            },
+            order: Box::new(move |order| {
+                peer::orders(&order).into_iter().all(|order| peer.send_blocking(order))
+            }),
+            poller_cpus: config.poller_cpus.clone(),
+        })
     }
 
     /// Brings the guest to its pause: the destination's VMM listens, the
@@ -550,12 +562,12 @@ async fn inspect(
 
 async fn negotiate(
     agent: &Agent,
+    channel: Channel,
     id: &str,
     request: &Request,
     info: &GuestInfo,
     validate_only: bool,
 ) -> Result<v1::NegotiateSessionResponse, Status> {
-    let channel = peer::channel(&request.destination_agent, agent.config.tls.as_ref())?;
     let (offered, verbs_unavailable) = agent.fabrics.offer();
     let call = v1::NegotiateSessionRequest {
         protocol_version: PROTOCOL_VERSION,
@@ -755,6 +767,15 @@ pub(crate) async fn blocking<T: Send + 'static>(
     work: impl FnOnce() -> T + Send + 'static,
 ) -> Result<T, Status> {
     tokio::task::spawn_blocking(work).await.map_err(|error| crate::status::internal("INTERNAL", &error))
+}
+
+/// A step of a migration that waits on the kernel.
+pub(crate) async fn blocking_step<T: Send + 'static>(
+    work: impl FnOnce() -> Result<T, Failure> + Send + 'static,
+) -> Result<T, Failure> {
+    tokio::task::spawn_blocking(work)
+        .await
+        .map_err(|error| Failure::new(Reason::Internal, error.to_string()))?
 }
 
 pub(crate) fn unix_milliseconds() -> u64 {
