@@ -141,7 +141,8 @@ async fn a_stream_that_is_none_ends_the_load_and_can_be_given_up() {
             let _ = stream.write_all(bytes).await;
             drop(stream);
             let error = qemu.wait_loaded().await.unwrap_err();
-            assert!(matches!(error.reason(), "VMM_GONE" | "DEVICE_STATE_FAILED"), "{error}");
+            // A busy host takes its time to end a process that has closed its sockets.
+            assert!(matches!(error.reason(), "VMM_GONE" | "DEVICE_STATE_FAILED" | "QMP_LOST"), "{error}");
             qemu.discard().await.unwrap();
         }
     }
