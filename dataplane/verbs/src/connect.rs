@@ -4,7 +4,7 @@ use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use ramferry_fabric::{FabricKind, Link, LinkError, MAX_TRANSFER_BYTES, SessionToken, hello};
+use ramferry_fabric::{FabricKind, HardwareFault, Link, LinkError, MAX_TRANSFER_BYTES, SessionToken, hello};
 use ramferry_ram::Memory;
 use rustix::io::Errno;
 
@@ -102,9 +102,18 @@ fn resolve(
         let left = deadline.saturating_duration_since(Instant::now());
         match resolve_once(to, from, patience.min(left), deadline, timeout) {
             Err(LinkError::Connect { source: Errno::TIMEDOUT, .. }) if patience < left => patience *= 2,
+            Err(error) => return Err(port_down(from).unwrap_or(error)),
             resolved => return resolved,
         }
     }
+}
+
+/// The device that leads nowhere for want of a port: of `from`, or any where all are down.
+fn port_down(from: Option<IpAddr>) -> Option<LinkError> {
+    let devices = info::devices().ok()?;
+    let mut own = devices.iter().filter(|info| from.is_none_or(|from| info.addresses.contains(&from)));
+    let device = own.clone().next()?.name.clone();
+    own.all(|info| !info.active).then(|| LinkError::Hardware { device, fault: HardwareFault::PortDown })
 }
 
 fn resolve_once(

@@ -111,7 +111,6 @@ async fn auto_takes_verbs_between_hosts_that_both_have_a_device_and_tcp_where_on
 }
 
 #[tokio::test(flavor = "multi_thread")]
-#[ignore = "not yet seen to pass from end to end on a quiet machine; scripts/lab-test -- --ignored runs it"]
 async fn twenty_migrations_in_a_row_leave_nothing_behind() {
     let mut rdma = Rdma::start();
     let workload = Workload { mib: 4, touch_mib: 12, rate_mib: 8, ..Workload::default() };

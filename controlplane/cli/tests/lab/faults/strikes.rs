@@ -50,7 +50,6 @@ async fn kill_at(fault: Fault, step: &str) {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-#[ignore = "not yet seen to pass from end to end on a quiet machine; scripts/lab-test -- --ignored runs it"]
 async fn source_agent_killed_leaves_one_guest_running_and_a_retry_succeeds() {
     for step in KILLS {
         kill_at(Fault::SourceAgentKilled, step).await;
@@ -65,7 +64,6 @@ async fn destination_agent_killed_leaves_one_guest_running_and_a_retry_succeeds(
 }
 
 #[tokio::test(flavor = "multi_thread")]
-#[ignore = "not yet seen to pass from end to end on a quiet machine; scripts/lab-test -- --ignored runs it"]
 async fn vmm_killed_never_leaves_two_guests_running() {
     for fault in [Fault::SourceVmmKilled, Fault::DestinationVmmKilled] {
         for step in ["source copy 1", "source copy last 3"] {
@@ -135,7 +133,6 @@ impl Drop for Down {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-#[ignore = "not yet seen to pass from end to end on a quiet machine; scripts/lab-test -- --ignored runs it"]
 async fn link_taken_down_in_any_phase_leaves_one_guest_running_and_a_retry_succeeds() {
     for step in CUTS {
         cut_at(step).await;
