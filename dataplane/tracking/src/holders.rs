@@ -78,6 +78,21 @@ pub(crate) fn find_holders(files: &[TrackedFile], known: &[u32]) -> io::Result<V
         .collect())
 }
 
+/// Whether any process that can be seen has a userfaultfd open. Where that cannot be told, it may.
+pub(crate) fn is_userfaultfd_open() -> bool {
+    let Ok(mut processes) = process::other_processes() else { return true };
+    processes.push(std::process::id());
+    let is_open = |pid: u32| {
+        let entries = match fs::read_dir(format!("/proc/{pid}/fd")) {
+            Ok(entries) => entries,
+            Err(error) => return error.kind() == io::ErrorKind::PermissionDenied,
+        };
+        let mut targets = entries.flatten().filter_map(|entry| fs::read_link(entry.path()).ok());
+        targets.any(|target| target.as_os_str() == "anon_inode:[userfaultfd]")
+    };
+    processes.into_iter().any(is_open)
+}
+
 fn lasting_holder(pid: u32, files: &[TrackedFile]) -> Option<Holder> {
     let deadline = Instant::now() + FORK_PATIENCE;
     loop {

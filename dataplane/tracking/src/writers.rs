@@ -12,7 +12,7 @@ use std::io::{self, Read};
 use ramferry_ram::BlockIndex;
 
 use crate::error::{TrackError, WriterError};
-use crate::holders::find_holders;
+use crate::holders::{self, find_holders};
 use crate::maps::{self, MapsError};
 use crate::process;
 use crate::remote_call::RemoteCallError;
@@ -166,6 +166,12 @@ fn obstacle(pid: u32, segments: &[Segment]) -> Option<WriterError> {
     }
     if !runs_64_bit(pid) {
         return refused(RemoteCallError::NotSixtyFourBit { pid });
+    }
+    // To make `smaps` the kernel visits every page that is mapped, which for a large guest takes seconds. A mapping is
+    // registered no longer than its userfaultfd is open, in whatever process; one of another PID namespace is
+    // found when the mapping is to be registered again.
+    if !holders::is_userfaultfd_open() {
+        return None;
     }
     match fs::read_to_string(format!("/proc/{pid}/smaps")) {
         Ok(smaps) => {

@@ -113,7 +113,7 @@ fn port_down(from: Option<IpAddr>) -> Option<LinkError> {
     let devices = info::devices().ok()?;
     let mut own = devices.iter().filter(|info| from.is_none_or(|from| info.addresses.contains(&from)));
     let device = own.clone().next()?.name.clone();
-    own.all(|info| !info.active).then(|| LinkError::Hardware { device, fault: HardwareFault::PortDown })
+    own.all(|info| !info.active).then_some(LinkError::Hardware { device, fault: HardwareFault::PortDown })
 }
 
 fn resolve_once(

@@ -3,8 +3,8 @@
 
 use std::time::Duration;
 
-use anyhow::{Result, ensure};
-use ramferry_lab::{Accel, Fill, Qemu, RamBlock, Workload, downtime_seen};
+use anyhow::{Result, bail};
+use ramferry_lab::{Accel, Fill, PAGE_BYTES, Qemu, RamBlock, Workload, downtime_seen};
 
 use crate::contest::{self, Contestant, Move};
 use crate::hosts::Hosts;
@@ -24,7 +24,7 @@ const WORKLOAD: Workload = Workload {
     fill: Fill::Random,
     place: ramferry_lab::Place::Spread,
 };
-const PATIENCE: Duration = Duration::from_secs(120);
+const PATIENCE: Duration = Duration::from_secs(60);
 const CONTESTANTS: [Contestant; 6] = [
     Contestant::QEMU_DYNAMIC,
     Contestant::DYNAMIC,
@@ -83,17 +83,31 @@ struct Arrived {
 fn measure(hosts: &Hosts, contestant: Contestant, here: &Qemu) -> Result<Arrived> {
     let there = contestant.destination(here.destination())?;
     let moved = contest::run(hosts, contestant, here, &there)?;
-    let tick = there.next_tick(PATIENCE)?;
-    let lost_pages = tick.errors + there.verify(PATIENCE)?.errors;
-    if lost_pages > 0 {
-        let lost = there.lines().into_iter().find(|line| line.text.starts_with("LOST"));
-        let first = lost.map(|line| line.text).unwrap_or_default();
-        eprintln!("{}: {lost_pages} pages are lost: {first}", contestant.name());
-    }
-    let is_ours = matches!(contestant, Contestant::Ours { .. });
-    ensure!(lost_pages == 0 || !is_ours, "the guest lost {lost_pages} pages of what it wrote: {tick:?}");
+    let lost_pages = match (contestant, lost_pages(&there)) {
+        (_, Ok(0)) => 0,
+        // QEMU's own migration over soft-RoCE is known to lose some; its time counts all the same.
+        (Contestant::Qemu { .. }, Ok(lost_pages)) => lost_pages,
+        (Contestant::Qemu { .. }, Err(error)) => {
+            eprintln!("{}: the guest is broken: {error:#}", contestant.name());
+            GUEST_BYTES / PAGE_BYTES
+        }
+        (Contestant::Ours { .. }, Ok(lost_pages)) => {
+            bail!("the guest lost {lost_pages} pages of what it wrote")
+        }
+        (Contestant::Ours { .. }, Err(error)) => return Err(error),
+    };
     let seen = downtime_seen(here, &there).unwrap_or_default();
     Ok(Arrived { guest: there, moved, seen, lost_pages })
+}
+
+/// Pages that do not hold what the guest wrote there: it is asked to look at all of them.
+fn lost_pages(guest: &Qemu) -> Result<u64> {
+    let tick = guest.next_tick(PATIENCE)?;
+    let lost_pages = tick.errors + guest.verify(PATIENCE)?.errors;
+    if let Some(line) = guest.lines().into_iter().find(|line| line.text.starts_with("LOST")) {
+        eprintln!("{lost_pages} pages are lost, the first: {}", line.text);
+    }
+    Ok(lost_pages)
 }
 
 fn add(report: &mut Report, name: &str, arrived: &Arrived) {

@@ -3,7 +3,7 @@
 use std::os::unix::fs::FileExt;
 use std::time::{Duration, Instant};
 
-use ramferry_tracking::{TrackError, Tracker, TrackerKind, arm, check};
+use ramferry_tracking::{TrackError, Tracker, TrackerKind, WriterError, arm, check, self_test};
 
 use crate::file::{PAGE, RamFile, Random, Replica, members, sets};
 use crate::helper::{Helper, protected};
@@ -39,6 +39,7 @@ suite! {
     page_sets_of_another_layout_are_refused
     dropping_the_tracker_leaves_the_guest_alone
     a_tracker_can_be_armed_again_after_it_was_dropped
+    memory_tracked_by_a_userfaultfd_is_told_from_memory_that_is_free
     memory_never_touched_costs_nothing_to_arm_and_is_tracked
     a_harvest_shared_among_threads_is_as_exact
 }
@@ -364,6 +365,21 @@ fn readers_and_private_mappers_are_no_writers(kind: TrackerKind) {
     private.write("c", &[3], 3);
     assert_eq!(armed.harvest_one(), [0; 0]);
     assert_eq!(armed.recheck(), [0; 0]);
+}
+
+fn memory_tracked_by_a_userfaultfd_is_told_from_memory_that_is_free(kind: TrackerKind) {
+    let file = RamFile::new(10);
+    let mut guest = Helper::spawn();
+    guest.map("a", &file, 0, 10);
+    let obstacle = || check(guest.pid(), &[file.tracked()]).unwrap().remove(0).obstacle;
+    assert!(obstacle().is_none());
+    let armed = Armed::new(kind, &guest, &[&file]);
+    // Where soft-dirty works, that would do instead.
+    let is_in_the_way = kind == TrackerKind::UffdWp && self_test(TrackerKind::SoftDirty).is_err();
+    let found = obstacle();
+    assert_eq!(matches!(found, Some(WriterError::AlreadyRegistered { .. })), is_in_the_way, "{found:?}");
+    drop(armed);
+    assert!(obstacle().is_none());
 }
 
 fn a_file_that_the_guest_has_not_mapped_is_refused(kind: TrackerKind) {
