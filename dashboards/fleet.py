@@ -77,8 +77,7 @@ def outcomes(sheet: Sheet) -> None:
     sheet.add(
         rows(at_once(reasons)),
         "Why they failed",
-        "Failures in the time shown, by the reason that the caller was given. The first failure of a kind that an agent "
-        "counts is seen from the second scrape on.",
+        "Failures in the time shown, by the reason that the caller was given.",
         "RamferryMigrationFailures",
     )
     sheet.add(

@@ -12,6 +12,7 @@ use std::time::Duration;
 
 use ::metrics::{Key, Label, Level, Metadata, Recorder as _};
 use metrics_exporter_prometheus::{Matcher, PrometheusBuilder, PrometheusHandle, PrometheusRecorder};
+use ramferry_engine::Reason;
 use ramferry_proto::v1::MigrationState;
 use rustix::io::Errno;
 
@@ -239,6 +240,10 @@ impl Metrics {
         for role in [MigrationRole::Source, MigrationRole::Destination] {
             for errno in ERRNOS.iter().map(|(_, name)| *name).chain(["other", "none"]) {
                 self.counter(MetricName::RegistrationErrorsTotal, &[role.as_str(), errno], 0);
+            }
+            for reason in Reason::ALL.into_iter().filter(|reason| *reason != Reason::Cancelled) {
+                let labels = [role.as_str(), "precopy", MigrationResult::Failed.as_str(), reason.as_str()];
+                self.counter(MetricName::MigrationsTotal, &labels, 0);
             }
             for result in [MigrationResult::Succeeded, MigrationResult::Failed, MigrationResult::Cancelled] {
                 let key = key(MetricName::MigrationDurationSeconds, &[role.as_str(), result.as_str()]);

@@ -150,14 +150,15 @@ fn seconds_keep_their_fraction() {
 #[test]
 fn reasons_of_a_hostile_peer_stay_bounded() {
     let metrics = Metrics::new();
+    let count = || metrics.render().matches("ramferry_migrations_total{").count();
+    let at_first = count();
     for n in 0..1000 {
         let active = metrics.migration_started(MigrationRole::Source, "m");
         active.ended(MigrationMode::Precopy, MigrationResult::Failed, Some(&format!("REASON_{n}")));
     }
     let active = metrics.migration_started(MigrationRole::Source, "m");
     active.ended(MigrationMode::Precopy, MigrationResult::Failed, Some("not a \"reason\""));
-    let series = metrics.render().matches("ramferry_migrations_total{").count();
-    assert_eq!(series, REASONS_LIMIT + 1);
+    assert_eq!(count() - at_first, REASONS_LIMIT + 1);
 }
 
 #[test]
