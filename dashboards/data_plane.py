@@ -1,6 +1,6 @@
 """Registration and data plane: what does registering cost, where does throughput go, what do devices say?"""
 
-from panels import CHOSEN, Sheet, at_once, bars, buckets, lines, number, quantile, query, rows
+from panels import CHOSEN, Sheet, at_once, bars, buckets, lines, number, quantile, query, rows, where_any
 
 
 def sheet() -> Sheet:
@@ -38,8 +38,8 @@ def registration(sheet: Sheet) -> None:
             ),
             query(quantile(0.99, "ramferry_deregistration_duration_seconds", "side"), "deregistering, {{side}}"),
         ),
-        "99 of 100 took no longer",
-        "Registrations, and the deregistrations that a pin budget has done while the copy is under way.",
+        "Registering a region, p99",
+        "99 of 100 took no longer: registrations, and the deregistrations that a pin budget has done while the copy is under way.",
         "RamferrySlowRegistration",
     )
     sheet.add(
@@ -65,8 +65,9 @@ def registration(sheet: Sheet) -> None:
         bars(
             "none",
             query(
-                f"sum by (side, errno) (increase(ramferry_registration_errors_total{{{CHOSEN}}}[$__rate_interval])) > 0"
-                f" or sum(increase(ramferry_registration_errors_total{{{CHOSEN}}}[$__rate_interval]))",
+                where_any(
+                    f"increase(ramferry_registration_errors_total{{{CHOSEN}}}[$__rate_interval])", "side, errno", "errno"
+                ),
                 "{{side}} {{errno}}",
             ),
         ),
@@ -78,7 +79,7 @@ def registration(sheet: Sheet) -> None:
     sheet.add(
         lines(
             "bytes",
-            query(f"sum by (instance, fabric) (ramferry_pinned_bytes{{{CHOSEN}}})", "{{instance}}, {{fabric}}"),
+            query(f"sum by (instance, fabric) (ramferry_pinned_bytes{{{CHOSEN}}}) > 0", "{{instance}}, {{fabric}}"),
             query(f"ramferry_memlock_limit_bytes{{{CHOSEN}}}", "limit of {{instance}}"),
         ),
         "Registered against the limit of locked memory",
@@ -86,7 +87,7 @@ def registration(sheet: Sheet) -> None:
         "RamferryMemlockHeadroom",
     )
     sheet.add(
-        lines("none", query(f"sum by (instance, side) (ramferry_regions{{{CHOSEN}}})", "{{instance}}, {{side}}")),
+        lines("none", query(f"sum by (instance, side) (ramferry_regions{{{CHOSEN}}}) > 0", "{{instance}}, {{side}}")),
         "Regions",
         "Windows that are registered now.",
         "RamferryRegistrationErrors",
@@ -173,12 +174,13 @@ def data_plane(sheet: Sheet) -> None:
         "RamferryMigrationStalled",
         width=8,
     )
-    failed = (
-        f'sum by (fabric, opcode, status) (increase(ramferry_completions_total{{{CHOSEN},status!="success"}}'
-        "[$__rate_interval]))"
+    failed = where_any(
+        f'increase(ramferry_completions_total{{{CHOSEN},status!="success"}}[$__rate_interval])',
+        "fabric, opcode, status",
+        "status",
     )
     sheet.add(
-        bars("none", query(failed, "{{fabric}}, {{opcode}}: {{status}}")),
+        bars("none", query(failed, "{{fabric}} {{opcode}} {{status}}")),
         "Operations that failed",
         "By how they ended; those that a dying link did not carry out count under what killed it. retry_exceeded: the peer "
         "or the path to it is gone.",
@@ -206,8 +208,8 @@ def data_plane(sheet: Sheet) -> None:
                 "{{fabric}}, {{opcode}}",
             ),
         ),
-        "99 of 100 completed within",
-        "Fences wait for all writes before them, and for the peer's answer. Above 16 ms this shows 16 ms.",
+        "From posting to completion, p99",
+        "99 of 100 took no longer. Fences wait for all writes before them, and for the peer's answer. Above 16 ms this shows 16 ms.",
         "RamferryRetryExceeded",
     )
 

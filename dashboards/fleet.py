@@ -1,6 +1,6 @@
 """The fleet: are the agents there, do migrations succeed, and what do their guests notice?"""
 
-from panels import CHOSEN, FIRING, Sheet, at_once, bars, lines, number, quantile, query, rows
+from panels import CHOSEN, FIRING, Sheet, at_once, bars, lines, number, quantile, query, rows, where_any
 
 SOURCE = CHOSEN + ',role="source"'
 ENDED = "ramferry_migration_duration_seconds_count{" + SOURCE + "}"
@@ -66,7 +66,7 @@ def now(sheet: Sheet) -> None:
 
 def outcomes(sheet: Sheet) -> None:
     sheet.row("Migrations")
-    ended = f"sum by (result) (increase({ENDED}[$__rate_interval]))"
+    ended = where_any(f"increase({ENDED}[$__rate_interval])", "result", "result")
     sheet.add(
         bars("none", query(ended, "{{result}}")),
         "How migrations ended",
@@ -83,8 +83,8 @@ def outcomes(sheet: Sheet) -> None:
     sheet.add(
         lines(
             "s",
-            query(quantile(0.5, "ramferry_migration_duration_seconds", "result", SOURCE), "half, {{result}}"),
-            query(quantile(0.99, "ramferry_migration_duration_seconds", "result", SOURCE), "99 %, {{result}}"),
+            query(quantile(0.5, "ramferry_migration_duration_seconds", "result", SOURCE), "median, {{result}}"),
+            query(quantile(0.99, "ramferry_migration_duration_seconds", "result", SOURCE), "p99, {{result}}"),
         ),
         "How long migrations took",
         "From the call that created a migration to its end: half of them, and 99 of 100, took no longer.",
@@ -92,7 +92,7 @@ def outcomes(sheet: Sheet) -> None:
     )
     phases = f"sum by (phase) (increase(ramferry_migration_phase_duration_seconds_sum{{{SOURCE}}}[$__rate_interval]))"
     sheet.add(
-        lines("s", query(phases, "{{phase}}"), stacked=True),
+        bars("s", query(phases, "{{phase}}")),
         "Where their time went",
         "Seconds that migrations spent in each state, counted when they left it. A long precopy is a guest that writes "
         "fast or a slow link; a long preparing is the destination or registration.",
@@ -105,8 +105,8 @@ def downtime(sheet: Sheet) -> None:
     sheet.add(
         lines(
             "s",
-            query(quantile(0.5, "ramferry_migration_downtime_seconds", ""), "half"),
-            query(quantile(0.99, "ramferry_migration_downtime_seconds", ""), "99 %"),
+            query(quantile(0.5, "ramferry_migration_downtime_seconds", ""), "median"),
+            query(quantile(0.99, "ramferry_migration_downtime_seconds", ""), "p99"),
         ),
         "Downtime",
         "How long guests stood still: half of them, and 99 of 100, no longer. Buckets double, so that a figure is exact "
@@ -125,9 +125,9 @@ def downtime(sheet: Sheet) -> None:
         "RamferryDowntimeOverBudget",
         width=8,
     )
-    over = f"sum by (instance) (increase(ramferry_migrations_over_max_downtime_total{{{CHOSEN}}}[$__rate_interval]))"
+    over = f"increase(ramferry_migrations_over_max_downtime_total{{{CHOSEN}}}[$__rate_interval])"
     sheet.add(
-        bars("none", query(over, "{{instance}}")),
+        bars("none", query(where_any(over, "instance", "instance"), "{{instance}}")),
         "Longer than was asked for",
         "Migrations whose guest stood still for longer than their max_downtime, without what verify took.",
         "RamferryDowntimeOverBudget",
@@ -168,9 +168,13 @@ def service(sheet: Sheet) -> None:
     )
     left = f"min by (instance, certificate) (ramferry_certificate_expiry_timestamp_seconds{{{CHOSEN}}}) - time()"
     sheet.add(
-        rows(at_once(left)),
-        "Certificates: seconds left",
-        "How long the certificates that an agent read at its start are still valid. A renewed file counts after a restart.",
+        number(
+            "s",
+            at_once(left, "{{instance}}, {{certificate}}"),
+            steps=[(None, "red"), (3 * 86400, "yellow"), (14 * 86400, "green")],
+        ),
+        "Certificates are valid for",
+        "How long the certificates that an agent read at its start still hold; none where it serves loopback alone. A renewed file counts after a restart.",
         "RamferryCertificateExpiring",
         width=6,
     )

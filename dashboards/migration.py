@@ -1,6 +1,6 @@
 """One migration while it is under way: how far is it, will it converge, what holds it up?"""
 
-from panels import CHOSEN, Sheet, at_once, lines, number, query
+from panels import CHOSEN, Sheet, at_once, lines, number, query, steps_of
 
 ONE = CHOSEN + ',migration=~"$migration"'
 SOURCE = ONE + ',role="source"'
@@ -31,7 +31,7 @@ def progress(sheet: Sheet) -> None:
     sheet.row("Progress")
     states = f"sum by (state) (ramferry_migrations_active{{{CHOSEN},role=\"source\"}} {HERE}) > 0"
     sheet.add(
-        lines("none", query(states, "{{state}}"), stacked=True),
+        steps_of(lines("none", query(states, "{{state}}"), stacked=True)),
         "State",
         "In which state the source's agent has its migrations: of all that it has under way.",
         "RamferryMigrationStalled",
@@ -68,7 +68,7 @@ def progress(sheet: Sheet) -> None:
         "RamferryMigrationStalled",
     )
     sheet.add(
-        lines("none", query(gauge("round"), "{{migration}}")),
+        steps_of(lines("none", query(gauge("round"), "{{migration}}"))),
         "Rounds",
         "Rounds become shorter as a migration converges.",
         "RamferryMigrationNotConverging",
@@ -137,7 +137,7 @@ def holdups(sheet: Sheet) -> None:
         "Pages moved as data, and pages that were zero and only named.",
         "RamferryMigrationStalled",
     )
-    pinned = f"sum by (side, fabric) (ramferry_pinned_bytes{{{CHOSEN}}} {HERE})"
+    pinned = f"sum by (side, fabric) (ramferry_pinned_bytes{{{CHOSEN}}} {HERE}) > 0"
     sheet.add(
         lines("bytes", query(pinned, "{{side}}, {{fabric}}")),
         "Registered now",

@@ -13,6 +13,7 @@ CHOSEN = 'job=~"$job",instance=~"$instance"'
 COLUMNS = 24
 HEIGHT = 8
 TAG = "ramferry"
+RESULTS = {"succeeded": "green", "failed": "red", "cancelled": "yellow"}
 
 
 class Sheet:
@@ -91,8 +92,16 @@ def lines(unit: str, *queries: prometheus.Dataquery, stacked: bool = False, leas
 
 
 def bars(unit: str, *queries: prometheus.Dataquery) -> timeseries.Panel:
-    panel = lines(unit, *queries, stacked=True)
+    """Counts in spans of time. Spans of a minute at least, or what happened once would stand in several bars."""
+    panel = lines(unit, *queries, stacked=True).interval("1m")
+    for result, color in RESULTS.items():
+        panel.override_by_name(result, [models.DynamicConfigValue("color", {"mode": "fixed", "fixedColor": color})])
     return panel.draw_style(common_models.GraphDrawStyle.BARS).fill_opacity(80).line_width(1)
+
+
+def steps_of(panel: timeseries.Panel) -> timeseries.Panel:
+    """Of values that hold until they change."""
+    return panel.line_interpolation(common_models.LineInterpolation.STEP_AFTER)
 
 
 def number(unit: str, *queries: prometheus.Dataquery, steps: list[tuple[float | None, str]]) -> stat.Panel:
@@ -145,6 +154,12 @@ def buckets(unit: str, expr: str) -> heatmap.Panel:
 def quantile(share: float, histogram: str, by: str, chosen: str = CHOSEN) -> str:
     labels = ", ".join(filter(None, ["le", by]))
     return f"histogram_quantile({share}, sum by ({labels}) (rate({histogram}_bucket{{{chosen}}}[$__rate_interval])))"
+
+
+def where_any(counts: str, by: str, label: str) -> str:
+    """What was counted by its labels; `none` where nothing was."""
+    some = f"sum by ({by}) ({counts}) > 0"
+    return f'({some}) or on () label_replace(sum({counts}), "{label}", "none", "", "")'
 
 
 def lettered(queries) -> list[prometheus.Dataquery]:

@@ -215,7 +215,9 @@ fn render_sums(entries: &BTreeMap<Key, Entry>, text: &mut Exposition) {
     let mut pinned: BTreeMap<(MigrationRole, &str), u64> = sides.collect();
     for ((_, role), entry) in entries {
         let (fabric, bytes) = entry.pinned_bytes;
-        *pinned.entry((*role, fabric)).or_default() += bytes;
+        if bytes > 0 {
+            *pinned.entry((*role, fabric)).or_default() += bytes;
+        }
     }
     text.family(MetricName::PinnedBytes);
     for ((side, fabric), bytes) in pinned {

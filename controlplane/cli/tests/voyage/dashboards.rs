@@ -151,7 +151,8 @@ fn keep_answers(prometheus: &Prometheus, file: &Path) {
     let mut answered = sheets();
     for (_, sheet) in &mut answered {
         for panel in sheet["panels"].as_array_mut().unwrap() {
-            for target in panel["targets"].as_array_mut().into_iter().flatten() {
+            let targets = panel.get_mut("targets").and_then(Value::as_array_mut);
+            for target in targets.into_iter().flatten() {
                 let series = answer(prometheus, target);
                 target["series"] = series.into();
             }

@@ -16,6 +16,8 @@ use crate::harness::{Agent, PATIENCE};
 const LOOK: Duration = Duration::from_millis(100);
 /// Between two points of a range.
 const STEP_SECONDS: f64 = 0.5;
+/// The same of counts over a time: that time, so that nothing is counted twice.
+const COUNT_STEP_SECONDS: f64 = 2.0;
 
 /// A file of the repository.
 pub(super) fn repository(path: &str) -> PathBuf {
@@ -65,8 +67,9 @@ impl Prometheus {
     /// What it gave from the start until now.
     pub(super) fn all_along(&self, query: &str) -> Vec<Value> {
         let (start, end) = self.time_seconds();
+        let step = if query.contains("increase(") { COUNT_STEP_SECONDS } else { STEP_SECONDS };
         let query = encoded(query);
-        self.result(&format!("/api/v1/query_range?query={query}&start={start}&end={end}&step={STEP_SECONDS}"))
+        self.result(&format!("/api/v1/query_range?query={query}&start={start}&end={end}&step={step}"))
     }
 
     /// Its start and now, since 1970.
