@@ -1,12 +1,12 @@
 # `make help` says what there is.
 .DEFAULT_GOAL := help
-.PHONY: help demo test lab-test soak fuzz bench lab-bench lint clean
+.PHONY: help demo test lab-test soak fuzz bench lab-bench lint dashboard-pictures clean
 
 # Tests that boot QEMU take a processor each.
 TEST_THREADS ?= 2
 
 help: ## This list
-	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 10
+	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 20
 
 demo: ## Migrate a running guest between two agents on this machine
 	scripts/setup demo
@@ -40,6 +40,10 @@ bench: ## Speed and cost beside this host's limits, into target/bench/native.jso
 lab-bench: ## Speed over RDMA beside QEMU's own, in the lab VM, into target/bench/lab.json (PARTS="still running")
 	scripts/setup test
 	scripts/lab-bench $(PARTS)
+
+dashboard-pictures: ## The dashboards over real migrations, drawn into docs/pictures
+	scripts/setup pictures
+	scripts/dashboard-pictures
 
 clean: ## Remove everything that was built or fetched
 	rm -rf target

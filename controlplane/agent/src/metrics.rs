@@ -6,11 +6,13 @@
 //! there are few.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::path::Path;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use ::metrics::{Key, Label, Level, Metadata, Recorder as _};
 use metrics_exporter_prometheus::{Matcher, PrometheusBuilder, PrometheusHandle, PrometheusRecorder};
+use ramferry_engine::Reason;
 use ramferry_proto::v1::MigrationState;
 use rustix::io::Errno;
 
@@ -32,6 +34,8 @@ mod docs;
 mod endpoint;
 mod grpc;
 mod names;
+mod operations;
+mod rdma_ports;
 mod text;
 
 /// Most distinct reasons; later ones are counted as `OTHER`.
@@ -48,6 +52,21 @@ const ACTIVE_STATES: [MigrationState; 6] = [
     MigrationState::Cancelling,
 ];
 
+/// What registering may fail with, by name.
+const ERRNOS: [(Errno, &str); 11] = [
+    (Errno::NOMEM, "ENOMEM"),
+    (Errno::PERM, "EPERM"),
+    (Errno::ACCESS, "EACCES"),
+    (Errno::AGAIN, "EAGAIN"),
+    (Errno::INVAL, "EINVAL"),
+    (Errno::FAULT, "EFAULT"),
+    (Errno::HWPOISON, "EHWPOISON"),
+    (Errno::IO, "EIO"),
+    (Errno::NODEV, "ENODEV"),
+    (Errno::NOSPC, "ENOSPC"),
+    (Errno::OPNOTSUPP, "EOPNOTSUPP"),
+];
+
 /// The metrics of one agent.
 #[derive(Clone)]
 pub struct Metrics(Arc<Inner>);
@@ -56,6 +75,8 @@ struct Inner {
     recorder: PrometheusRecorder,
     handle: PrometheusHandle,
     active: Active,
+    operations: operations::OperationTotals,
+    rdma_ports: Mutex<Vec<rdma_ports::Port>>,
     seconds: Mutex<BTreeMap<(MetricName, &'static str), Duration>>,
     reasons: Mutex<BTreeSet<String>>,
 }
@@ -152,12 +173,15 @@ impl Metrics {
             handle: recorder.handle(),
             recorder,
             active: Active::default(),
+            operations: operations::OperationTotals::default(),
+            rdma_ports: Mutex::default(),
             seconds: Mutex::default(),
             reasons: Mutex::default(),
         }));
         metrics.gauge(MetricName::BuildInfo, &[env!("CARGO_PKG_VERSION")], 1.0);
         metrics.poller(Duration::ZERO, Duration::ZERO);
         metrics.refresh_limits();
+        metrics.begin_at_zero();
         metrics
     }
 
@@ -174,6 +198,8 @@ impl Metrics {
             text.sample(metric, &labels[..metric.info().labels.len()], total.as_secs_f64());
         }
         self.0.active.render(&mut text);
+        self.0.operations.render(&mut text);
+        rdma_ports::render(&self.0.rdma_ports.lock().unwrap_or_else(PoisonError::into_inner), &mut text);
         text.finish()
     }
 
@@ -188,6 +214,42 @@ impl Metrics {
         let limit = rustix::process::getrlimit(rustix::process::Resource::Memlock).current;
         #[allow(clippy::cast_precision_loss, reason = "a gauge is a float")]
         self.gauge(MetricName::MemlockLimitBytes, &[], limit.map_or(f64::INFINITY, |bytes| bytes as f64));
+    }
+
+    /// Reads what the kernel tells of this host again. Blocks on files.
+    pub fn refresh_host(&self) {
+        self.refresh_limits();
+        self.refresh_rdma_ports(Path::new(rdma_ports::SYSFS));
+    }
+
+    fn refresh_rdma_ports(&self, sysfs: &Path) {
+        let ports = rdma_ports::read(sysfs);
+        *self.0.rdma_ports.lock().unwrap_or_else(PoisonError::into_inner) = ports;
+    }
+
+    /// When a certificate is no longer valid, in seconds since 1970.
+    pub(crate) fn certificate(&self, certificate: &'static str, expiry_seconds: i64) {
+        #[allow(clippy::cast_precision_loss, reason = "a gauge is a float")]
+        self.gauge(MetricName::CertificateExpiry, &[certificate], expiry_seconds as f64);
+    }
+
+    /// Counts that alerts watch are there before there is anything to count: the first would
+    /// otherwise be no increase.
+    fn begin_at_zero(&self) {
+        self.counter(MetricName::MigrationsOverMaxDowntimeTotal, &[], 0);
+        for role in [MigrationRole::Source, MigrationRole::Destination] {
+            for errno in ERRNOS.iter().map(|(_, name)| *name).chain(["other", "none"]) {
+                self.counter(MetricName::RegistrationErrorsTotal, &[role.as_str(), errno], 0);
+            }
+            for reason in Reason::ALL.into_iter().filter(|reason| *reason != Reason::Cancelled) {
+                let labels = [role.as_str(), "precopy", MigrationResult::Failed.as_str(), reason.as_str()];
+                self.counter(MetricName::MigrationsTotal, &labels, 0);
+            }
+            for result in [MigrationResult::Succeeded, MigrationResult::Failed, MigrationResult::Cancelled] {
+                let key = key(MetricName::MigrationDurationSeconds, &[role.as_str(), result.as_str()]);
+                let _ = self.0.recorder.register_histogram(&key, &METADATA);
+            }
+        }
     }
 
     /// A state that a migration has left; [`ActiveMigration::state`] calls it.
@@ -217,6 +279,11 @@ impl Metrics {
         for (part, duration) in parts {
             self.histogram(MetricName::MigrationDowntimePartSeconds, &[part.as_str()], *duration);
         }
+    }
+
+    /// A guest stood still for longer than was asked for.
+    pub fn over_max_downtime(&self) {
+        self.counter(MetricName::MigrationsOverMaxDowntimeTotal, &[], 1);
     }
 
     /// A region that was registered.
@@ -347,20 +414,8 @@ fn state_name(state: MigrationState) -> &'static str {
 }
 
 fn errno_name(raw: i32) -> &'static str {
-    match Errno::from_raw_os_error(raw) {
-        Errno::NOMEM => "ENOMEM",
-        Errno::PERM => "EPERM",
-        Errno::ACCESS => "EACCES",
-        Errno::AGAIN => "EAGAIN",
-        Errno::INVAL => "EINVAL",
-        Errno::FAULT => "EFAULT",
-        Errno::HWPOISON => "EHWPOISON",
-        Errno::IO => "EIO",
-        Errno::NODEV => "ENODEV",
-        Errno::NOSPC => "ENOSPC",
-        Errno::OPNOTSUPP => "EOPNOTSUPP",
-        _ => "other",
-    }
+    let errno = Errno::from_raw_os_error(raw);
+    ERRNOS.iter().find(|(known, _)| *known == errno).map_or("other", |(_, name)| name)
 }
 
 #[cfg(test)]

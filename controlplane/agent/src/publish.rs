@@ -1,7 +1,8 @@
 //! From what the data plane counts to the metrics: the one place that does so.
 
-use ramferry_engine::{Progress, Reason};
-use ramferry_mover::{Counted, DestinationSnapshot, Registered, SourceSnapshot, Stall};
+use ramferry_mover::{
+    Counted, DestinationSnapshot, Opcode, OperationCounts, RegistrationEvents, SourceSnapshot, Stall,
+};
 use ramferry_proto::v1;
 
 use crate::MigrationRole;
@@ -40,7 +41,7 @@ impl Publisher {
     }
 
     pub(crate) fn source(&mut self, snapshot: &SourceSnapshot, view: &v1::MigrationProgress) {
-        self.count(&snapshot.counted, &snapshot.registrations);
+        self.count(&snapshot.counted, &snapshot.recent);
         if let (Some((elapsed, pages)), Some(tracker), true) =
             (snapshot.last_harvest, snapshot.tracker, snapshot.harvests > self.harvests)
         {
@@ -57,23 +58,27 @@ impl Publisher {
                 dirty_rate_bytes_per_second: view.dirty_rate_bytes_per_second,
                 throughput_bytes_per_second: view.throughput_bits_per_second / 8,
                 round: view.round,
+                expected_downtime: snapshot.progress.expected_downtime,
+                max_downtime: Some(snapshot.max_downtime),
             });
-            active.set_pinned(snapshot.regions, snapshot.pinned_bytes);
+            active.set_pinned(self.fabric, snapshot.regions, snapshot.pinned_bytes);
+            let in_flight = snapshot.counted.operations.iter().map(OperationCounts::in_flight);
+            active.set_send_queue_depth(in_flight.sum());
         }
     }
 
     pub(crate) fn destination(&mut self, snapshot: &DestinationSnapshot) {
-        self.count(&snapshot.counted, &snapshot.registrations);
+        self.count(&snapshot.counted, &snapshot.recent);
         if let Some(active) = &mut self.active {
             if !snapshot.state.is_final() {
                 active.state(crate::source::state_on_the_wire(snapshot.state));
             }
             active.set(MigrationGauges { memory_bytes: snapshot.ram_bytes, ..Default::default() });
-            active.set_pinned(snapshot.regions, snapshot.pinned_bytes);
+            active.set_pinned(self.fabric, snapshot.regions, snapshot.pinned_bytes);
         }
     }
 
-    pub(crate) fn downtime(&self, progress: &Progress) {
+    pub(crate) fn downtime(&self, snapshot: &SourceSnapshot) {
         const PARTS: [DowntimePart; 10] = [
             DowntimePart::Pause,
             DowntimePart::Harvest,
@@ -86,6 +91,7 @@ impl Publisher {
             DowntimePart::Journal,
             DowntimePart::Commit,
         ];
+        let progress = &snapshot.progress;
         let parts = progress.downtime_parts.named();
         let parts: Vec<_> = PARTS
             .into_iter()
@@ -94,7 +100,11 @@ impl Publisher {
                 Some((part, named.1))
             })
             .collect();
-        self.metrics.downtime(progress.downtime.unwrap_or_default(), &parts);
+        let downtime = progress.downtime.unwrap_or_default();
+        self.metrics.downtime(downtime, &parts);
+        if downtime.saturating_sub(progress.downtime_parts.verify) > snapshot.max_downtime {
+            self.metrics.over_max_downtime();
+        }
     }
 
     pub(crate) fn ended(&mut self, state: v1::MigrationState, reason: Option<&str>) {
@@ -103,15 +113,12 @@ impl Publisher {
             v1::MigrationState::Cancelled => MigrationResult::Cancelled,
             _ => MigrationResult::Failed,
         };
-        if reason == Some(Reason::RegistrationFailed.as_str()) {
-            self.metrics.registration_error(self.role, None);
-        }
         if let Some(active) = self.active.take() {
             active.ended(MigrationMode::Precopy, result, reason);
         }
     }
 
-    fn count(&mut self, now: &Counted, registrations: &[Registered]) {
+    fn count(&mut self, now: &Counted, recent: &RegistrationEvents) {
         let before = std::mem::replace(&mut self.counted, *now);
         if self.role == MigrationRole::Source {
             self.metrics.transfer(
@@ -127,8 +134,19 @@ impl Publisher {
                 now.poller_busy.saturating_sub(before.poller_busy),
                 now.poller_idle.saturating_sub(before.poller_idle),
             );
+            for (opcode, (now, before)) in
+                Opcode::ALL.into_iter().zip(now.operations.iter().zip(&before.operations))
+            {
+                self.metrics.operations(self.fabric, opcode, &now.since(before));
+            }
         }
-        for registered in registrations {
+        for errno in &recent.failed {
+            self.metrics.registration_error(self.role, *errno);
+        }
+        for elapsed in &recent.deregistered {
+            self.metrics.deregistration(self.role, self.fabric, *elapsed);
+        }
+        for registered in &recent.registered {
             self.metrics.registration(
                 self.role,
                 self.mode,

@@ -158,6 +158,9 @@ impl Server {
         let mut metrics_tls = None;
         if let Some(tls) = &config.tls {
             authorize = Authorize::MUTUAL_TLS;
+            for (certificate, expiry_seconds) in auth::expiries(tls)? {
+                metrics.certificate(certificate, expiry_seconds);
+            }
             grpc = grpc
                 .tls_config(auth::server_tls(tls)?)
                 .map_err(|source| ServerError::TlsRefused { source })?;
@@ -268,6 +271,9 @@ async fn upkeep(metrics: Metrics) {
     loop {
         ticks.tick().await;
         metrics.upkeep();
+        let host = metrics.clone();
+        // Fails only when it panics or the runtime ends: the next tick tries again.
+        let _ = tokio::task::spawn_blocking(move || host.refresh_host()).await;
     }
 }
 

@@ -154,6 +154,11 @@ impl Source {
         &self.progress
     }
 
+    /// The downtime that is aimed at.
+    pub fn max_downtime(&self) -> Duration {
+        self.parameters.max_downtime
+    }
+
     /// Whether `Cancel` keeps the guest here: not from the order to write HANDED_OVER on.
     pub fn can_cancel(&self) -> bool {
         match &self.phase {

@@ -4,6 +4,7 @@ use std::io;
 use std::time::Duration;
 
 use ramferry_ram::{BlockRange, RamError};
+use rustix::io::Errno;
 use thiserror::Error;
 
 use crate::RegionKey;
@@ -146,11 +147,41 @@ pub enum RegisterError {
     },
 }
 
+impl RegisterError {
+    /// The kernel's error number, where the kernel was asked.
+    pub fn raw_os_error(&self) -> Option<i32> {
+        match self {
+            RegisterError::PinLimit { .. } => Some(Errno::NOMEM.raw_os_error()),
+            RegisterError::PinsWritableOnly => Some(Errno::FAULT.raw_os_error()),
+            error => std::iter::successors(std::error::Error::source(error), |error| error.source())
+                .find_map(|error| error.downcast_ref::<io::Error>()?.raw_os_error()),
+        }
+    }
+}
+
 impl From<RamError> for RegisterError {
     fn from(error: RamError) -> Self {
         match error {
             RamError::ReadOnly => RegisterError::ReadOnly,
             other => RegisterError::Ram(other),
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_failed_registration_names_the_kernels_error_where_there_is_one() {
+        let refused = io::Error::from_raw_os_error(Errno::PERM.raw_os_error());
+        let system = RegisterError::System { what: "register memory", source: refused };
+        assert_eq!(system.raw_os_error(), Some(Errno::PERM.raw_os_error()));
+        let limit = RegisterError::PinLimit { needed_bytes: 1, pinned_bytes: 0, limit_bytes: 0 };
+        assert_eq!(limit.raw_os_error(), Some(Errno::NOMEM.raw_os_error()));
+        let full = io::Error::from_raw_os_error(Errno::NOSPC.raw_os_error());
+        let ram = RegisterError::from(RamError::File { what: "allocate", source: full });
+        assert_eq!(ram.raw_os_error(), Some(Errno::NOSPC.raw_os_error()));
+        assert_eq!(RegisterError::TooManyRegions.raw_os_error(), None);
     }
 }

@@ -267,8 +267,10 @@ impl Copy {
     fn register(&self, windows: &[Window]) {
         let register = |window: &Window| {
             let started = Instant::now();
-            let region =
-                self.domain.register(window.range, Rights::LOCAL).map_err(MoverError::Registration)?;
+            let region = self.domain.register(window.range, Rights::LOCAL).map_err(|error| {
+                self.counters.add_failed_registration(&error);
+                MoverError::Registration(error)
+            })?;
             self.counters.add_registration(window.range.length, started.elapsed());
             Ok(region.key)
         };
@@ -277,7 +279,11 @@ impl Copy {
     }
 
     fn deregister(self: &Arc<Self>, id: WindowId, local: Option<RegionKey>) {
+        let started = Instant::now();
         let result: Result<(), RegisterError> = local.map_or(Ok(()), |key| self.domain.deregister(key));
+        if local.is_some() && result.is_ok() {
+            self.counters.add_deregistration(started.elapsed());
+        }
         match result {
             Ok(()) => self.released(id, |holders| holders.local = false),
             Err(error) => (self.failed)(MoverError::Registration(error)),

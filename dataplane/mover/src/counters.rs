@@ -1,9 +1,18 @@
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
-use std::sync::{Mutex, OnceLock};
+use std::sync::{Mutex, MutexGuard, OnceLock};
 use std::time::{Duration, Instant};
 
-/// Registrations that are kept for the next publication; more are only counted.
-const REGISTRATIONS_KEPT: usize = 1 << 16;
+use ramferry_fabric::RegisterError;
+
+use operations::Operations;
+
+pub use operations::{CompletionStatus, Opcode, OperationCounts};
+
+mod operations;
+
+/// Registrations, failures and deregistrations, of each so many, that are kept for the next publication; more are
+/// only counted.
+const EVENTS_KEPT: usize = 1 << 16;
 
 /// What one migration's threads did so far, on one side.
 #[derive(Debug, Default)]
@@ -13,13 +22,11 @@ pub(crate) struct Counters {
     data_pages: AtomicU64,
     zero_bytes: AtomicU64,
     zero_pages: AtomicU64,
-    writes: AtomicU64,
-    fences: AtomicU64,
-    failed: AtomicU64,
+    operations: [Operations; Opcode::ALL.len()],
     registration_nanoseconds: AtomicU64,
     registered_bytes: AtomicU64,
     registrations: AtomicU64,
-    recent_registrations: Mutex<Vec<Registered>>,
+    recent: Mutex<RegistrationEvents>,
     stalled_nanoseconds: [AtomicU64; Stall::ALL.len()],
     busy_nanoseconds: AtomicU64,
     idle_nanoseconds: AtomicU64,
@@ -32,6 +39,17 @@ pub struct Registered {
     pub elapsed: Duration,
     /// Its length.
     pub bytes: u64,
+}
+
+/// What was registered and deregistered locally since it was asked before.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct RegistrationEvents {
+    /// Registrations that succeeded.
+    pub registered: Vec<Registered>,
+    /// Those that failed, each with the kernel's error number where the kernel was asked.
+    pub failed: Vec<Option<i32>>,
+    /// What each deregistration took.
+    pub deregistered: Vec<Duration>,
 }
 
 /// Why a copying thread had to wait.
@@ -72,12 +90,8 @@ pub struct Counted {
     pub zero_bytes: u64,
     /// Pages that were zero and not sent.
     pub zero_pages: u64,
-    /// Writes completed.
-    pub writes: u64,
-    /// Fences completed.
-    pub fences: u64,
-    /// Writes and fences that completed with an error.
-    pub failed: u64,
+    /// Operations, in the order of [`Opcode::ALL`].
+    pub operations: [OperationCounts; Opcode::ALL.len()],
     /// Time of all local registrations, added up over threads.
     pub registration: Duration,
     /// Bytes registered locally.
@@ -102,9 +116,7 @@ impl Counters {
             data_pages: self.data_pages.load(Relaxed),
             zero_bytes: self.zero_bytes.load(Relaxed),
             zero_pages: self.zero_pages.load(Relaxed),
-            writes: self.writes.load(Relaxed),
-            fences: self.fences.load(Relaxed),
-            failed: self.failed.load(Relaxed),
+            operations: std::array::from_fn(|opcode| self.operations[opcode].read()),
             registration: nanoseconds(&self.registration_nanoseconds),
             registered_bytes: self.registered_bytes.load(Relaxed),
             registrations: self.registrations.load(Relaxed),
@@ -128,31 +140,36 @@ impl Counters {
         self.zero_pages.fetch_add(pages, Relaxed);
     }
 
-    pub(crate) fn add_write(&self) {
-        self.writes.fetch_add(1, Relaxed);
+    pub(crate) fn add_posted(&self, opcode: Opcode) {
+        self.operations[opcode as usize].add_posted();
     }
 
-    pub(crate) fn add_fence(&self) {
-        self.fences.fetch_add(1, Relaxed);
-    }
-
-    pub(crate) fn add_failed(&self) {
-        self.failed.fetch_add(1, Relaxed);
+    pub(crate) fn add_completed(&self, opcode: Opcode, status: CompletionStatus, took: Duration) {
+        self.operations[opcode as usize].add_completed(status, took);
     }
 
     pub(crate) fn add_registration(&self, bytes: u64, elapsed: Duration) {
         self.registrations.fetch_add(1, Relaxed);
         self.registered_bytes.fetch_add(bytes, Relaxed);
         add_duration(&self.registration_nanoseconds, elapsed);
-        let mut recent = self.recent_registrations.lock().expect("no panic while it is held");
-        if recent.len() < REGISTRATIONS_KEPT {
-            recent.push(Registered { elapsed, bytes });
-        }
+        keep(&mut self.recent().registered, Registered { elapsed, bytes });
     }
 
-    /// Local registrations since the last call.
-    pub(crate) fn take_registrations(&self) -> Vec<Registered> {
-        std::mem::take(&mut self.recent_registrations.lock().expect("no panic while it is held"))
+    pub(crate) fn add_failed_registration(&self, error: &RegisterError) {
+        keep(&mut self.recent().failed, error.raw_os_error());
+    }
+
+    pub(crate) fn add_deregistration(&self, elapsed: Duration) {
+        keep(&mut self.recent().deregistered, elapsed);
+    }
+
+    /// What was registered and deregistered since the last call.
+    pub(crate) fn take_recent(&self) -> RegistrationEvents {
+        std::mem::take(&mut self.recent())
+    }
+
+    fn recent(&self) -> MutexGuard<'_, RegistrationEvents> {
+        self.recent.lock().expect("no panic while it is held")
     }
 
     pub(crate) fn add_stall(&self, cause: Stall, elapsed: Duration) {
@@ -162,6 +179,12 @@ impl Counters {
 
     pub(crate) fn add_busy(&self, elapsed: Duration) {
         add_duration(&self.busy_nanoseconds, elapsed);
+    }
+}
+
+fn keep<T>(events: &mut Vec<T>, event: T) {
+    if events.len() < EVENTS_KEPT {
+        events.push(event);
     }
 }
 

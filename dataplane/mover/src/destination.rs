@@ -16,7 +16,7 @@ use ramferry_ram::{BlockIndex, BlockRange, Digest, Memory, PageRun, PageSet, Pag
 use crate::batch::batches;
 use crate::counters::Counters;
 use crate::pool::Pool;
-use crate::{Counted, MoverError, Registered, Step, wait_until_gone};
+use crate::{Counted, MoverError, RegistrationEvents, Step, wait_until_gone};
 
 /// Between two publications, and two looks at the links.
 const PUBLISH_INTERVAL: Duration = Duration::from_millis(100);
@@ -46,7 +46,7 @@ pub struct DestinationSnapshot {
     /// Length of all blocks.
     pub ram_bytes: u64,
     /// Registrations since the last publication.
-    pub registrations: Vec<Registered>,
+    pub recent: RegistrationEvents,
     /// Windows registered now.
     pub regions: u64,
     /// Bytes registered now.
@@ -153,6 +153,7 @@ pub fn spawn_destination<O: DestinationOutside + 'static>(
         started: Instant::now(),
         plane: None,
         counted: Counted::default(),
+        recent: RegistrationEvents::default(),
         ram_bytes: 0,
         events: VecDeque::new(),
         feeding: false,
@@ -170,6 +171,8 @@ struct Driver {
     started: Instant,
     plane: Option<Plane>,
     counted: Counted,
+    /// What was not published when the plane was taken down.
+    recent: RegistrationEvents,
     ram_bytes: u64,
     events: VecDeque<DestinationEvent>,
     feeding: bool,
@@ -380,6 +383,7 @@ impl Driver {
     fn release(&mut self) {
         if let Some(plane) = self.plane.take() {
             self.counted = plane.shared.counters.read();
+            self.recent = plane.shared.counters.take_recent();
             drop(plane.links);
             plane.pool.close();
             let memory = Arc::downgrade(&plane.shared.memory);
@@ -389,10 +393,10 @@ impl Driver {
     }
 
     fn publish(&mut self) {
-        let (mut registrations, mut regions, mut pinned_bytes) = (Vec::new(), 0, 0);
+        let (mut recent, mut regions, mut pinned_bytes) = (std::mem::take(&mut self.recent), 0, 0);
         if let Some(plane) = &self.plane {
             self.counted = plane.shared.counters.read();
-            registrations = plane.shared.counters.take_registrations();
+            recent = plane.shared.counters.take_recent();
             regions = plane.shared.regions().len() as u64;
             pinned_bytes = plane.shared.domain.pinned_bytes();
         }
@@ -400,7 +404,7 @@ impl Driver {
             state: self.engine.state(),
             counted: self.counted,
             ram_bytes: self.ram_bytes,
-            registrations,
+            recent,
             regions,
             pinned_bytes,
         };
@@ -449,7 +453,8 @@ impl Shared {
                 self.counters.add_registration(window.range.length, elapsed);
                 self.regions().insert(window.id, Some(*key));
             }
-            Err(_) => {
+            Err(error) => {
+                self.counters.add_failed_registration(error);
                 self.regions().remove(&window.id);
             }
         }
@@ -458,9 +463,11 @@ impl Shared {
 
     fn release(&self, ids: Vec<WindowId>) {
         for id in &ids {
-            let key = self.regions().remove(id).flatten();
-            if let Some(Err(error)) = key.map(|key| self.domain.deregister(key)) {
-                tracing::warn!(%error, "a window could not be deregistered");
+            let Some(key) = self.regions().remove(id).flatten() else { continue };
+            let started = Instant::now();
+            match self.domain.deregister(key) {
+                Ok(()) => self.counters.add_deregistration(started.elapsed()),
+                Err(error) => tracing::warn!(%error, "a window could not be deregistered"),
             }
         }
         (self.answer)(PeerAnswer::WindowsReleased(ids));

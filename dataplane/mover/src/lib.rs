@@ -26,7 +26,9 @@ use ramferry_tracking::TrackError;
 use thiserror::Error;
 
 pub use copy::SendOrder;
-pub use counters::{Counted, Registered, Stall};
+pub use counters::{
+    CompletionStatus, Counted, Opcode, OperationCounts, Registered, RegistrationEvents, Stall,
+};
 pub use destination::{
     DestinationHandle, DestinationInput, DestinationOutside, DestinationParts, DestinationSnapshot,
     PeerAnswer, Place, RegisteredWindow, spawn_destination,

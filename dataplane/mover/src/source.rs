@@ -23,7 +23,7 @@ use self::plane::Plane;
 use crate::copy::SendOrder;
 use crate::recheck::Recheck;
 use crate::worker::Job;
-use crate::{Counted, MoverError, Registered, Step};
+use crate::{Counted, MoverError, RegistrationEvents, Step};
 
 /// Between two publications of progress.
 const PUBLISH_INTERVAL: Duration = Duration::from_millis(100);
@@ -52,6 +52,8 @@ pub struct SourceSnapshot {
     pub phase: &'static str,
     /// What the engine measured.
     pub progress: Progress,
+    /// The downtime that is aimed at.
+    pub max_downtime: Duration,
     /// What the threads counted.
     pub counted: Counted,
     /// Bytes to copy in the round under way when it began.
@@ -61,7 +63,7 @@ pub struct SourceSnapshot {
     /// Bytes that were ever touched when the migration began.
     pub present_bytes: u64,
     /// Local registrations since the last publication.
-    pub registrations: Vec<Registered>,
+    pub recent: RegistrationEvents,
     /// Windows registered now.
     pub regions: u64,
     /// Bytes registered now.
@@ -170,7 +172,7 @@ pub fn spawn_source<O: SourceOutside + 'static>(
         verified: None,
         counted: Counted::default(),
         pinned_peak_bytes: 0,
-        registrations: Vec::new(),
+        recent: RegistrationEvents::default(),
         sizes: (0, 0),
         tracker_kind: None,
         late_writes: LateWrites::None,
@@ -197,8 +199,8 @@ struct Driver {
     verified: Option<bool>,
     counted: Counted,
     pinned_peak_bytes: u64,
-    /// Those that were not published when the plane was taken down.
-    registrations: Vec<Registered>,
+    /// What was not published when the plane was taken down.
+    recent: RegistrationEvents,
     /// RAM and present bytes.
     sizes: (u64, u64),
     tracker_kind: Option<TrackerKind>,
@@ -403,7 +405,7 @@ impl Driver {
         plane.unsent_holes.subtract(&pages);
         self.round_bytes = pages.bytes();
         let pass = plane.copy.begin(pages, guest_paused);
-        let before = plane.copy.counters.read();
+        let before = Box::new(plane.copy.counters.read());
         self.start_job(JobKind::Copy { pass: Arc::clone(&pass), before }, || Job::Copy(Arc::clone(&pass)));
     }
 
@@ -433,22 +435,23 @@ impl Driver {
     }
 
     fn publish(&mut self) {
-        let mut registrations = std::mem::take(&mut self.registrations);
+        let mut recent = std::mem::take(&mut self.recent);
         let (mut regions, mut pinned_bytes) = (0, 0);
         if let Some(plane) = &self.plane {
             self.counted = plane.copy.counters.read();
-            registrations = plane.copy.counters.take_registrations();
+            recent = plane.copy.counters.take_recent();
             (regions, pinned_bytes, self.pinned_peak_bytes) = plane.copy.pinned();
         }
         let snapshot = SourceSnapshot {
             state: self.engine.state(),
             phase: self.engine.phase(),
             progress: self.engine.progress().clone(),
+            max_downtime: self.engine.max_downtime(),
             counted: self.counted,
             round_bytes: self.round_bytes,
             ram_bytes: self.sizes.0,
             present_bytes: self.sizes.1,
-            registrations,
+            recent,
             regions,
             pinned_bytes,
             pinned_peak_bytes: self.pinned_peak_bytes,

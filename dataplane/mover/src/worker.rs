@@ -1,7 +1,7 @@
 //! A copying thread: drives one link through the passes and fences that the
 //! migration's driver orders.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, VecDeque};
 use std::sync::Arc;
 use std::sync::mpsc::Receiver;
 use std::thread;
@@ -13,7 +13,7 @@ use ramferry_ram::{BlockIndex, BlockRange, PageHasher, PageRun};
 
 use crate::MoverError;
 use crate::copy::{Chunk, Copy, Next, Pass};
-use crate::counters::Stall;
+use crate::counters::{CompletionStatus, Opcode, Stall};
 use crate::recheck::Recheck;
 
 /// Longest operation that is posted at once.
@@ -42,7 +42,10 @@ pub(crate) enum Job {
 /// Operations of one chunk, or a fence, on their way.
 struct InFlight {
     purpose: Purpose,
-    operations: u32,
+    /// When each of those under way was posted. A link completes them in that order.
+    posted: VecDeque<Instant>,
+    /// More are being posted.
+    is_open: bool,
 }
 
 enum Purpose {
@@ -50,6 +53,15 @@ enum Purpose {
     Writes(WindowId),
     /// A fence; it proves what was written into these windows.
     Fence(Vec<WindowId>),
+}
+
+impl Purpose {
+    fn opcode(&self) -> Opcode {
+        match self {
+            Purpose::Writes(_) => Opcode::Write,
+            Purpose::Fence(_) => Opcode::Fence,
+        }
+    }
 }
 
 pub(crate) struct Worker {
@@ -149,7 +161,7 @@ impl Worker {
         let windows = std::mem::take(&mut self.unproven);
         let id = self.begin(Purpose::Fence(windows));
         self.post(|link| link.post_fence(OpId(id)))?;
-        self.count_operation(id);
+        self.posted(id, Instant::now());
         self.finish_posting(id);
         Ok(())
     }
@@ -178,8 +190,9 @@ impl Worker {
                 };
                 self.post(|link| link.post_write(transfer))?;
                 self.copy.counters.note_first_write();
-                self.count_operation(id);
-                self.copy.pacer.spend(Instant::now(), length);
+                let now = Instant::now();
+                self.posted(id, now);
+                self.copy.pacer.spend(now, length);
                 offset += length;
             }
             self.copy.counters.add_data(end - start, run.count);
@@ -250,33 +263,41 @@ impl Worker {
 
     fn begin(&mut self, purpose: Purpose) -> u64 {
         self.next_id += 1;
-        // One more than is posted, until posting is finished.
-        self.in_flight.insert(self.next_id, InFlight { purpose, operations: 1 });
+        self.in_flight.insert(self.next_id, InFlight { purpose, posted: VecDeque::new(), is_open: true });
         self.next_id
     }
 
-    fn count_operation(&mut self, id: u64) {
+    fn posted(&mut self, id: u64, now: Instant) {
         if let Some(in_flight) = self.in_flight.get_mut(&id) {
-            in_flight.operations += 1;
+            in_flight.posted.push_back(now);
+            self.copy.counters.add_posted(in_flight.purpose.opcode());
         }
     }
 
     fn finish_posting(&mut self, id: u64) {
-        self.one_completed(id);
+        if let Some(in_flight) = self.in_flight.get_mut(&id) {
+            in_flight.is_open = false;
+        }
+        self.settle_if_done(id);
     }
 
-    fn one_completed(&mut self, id: u64) {
+    fn completed(&mut self, id: u64, status: CompletionStatus, now: Instant) {
         let Some(in_flight) = self.in_flight.get_mut(&id) else {
             return;
         };
-        in_flight.operations -= 1;
-        if in_flight.operations > 0 {
+        let took = in_flight.posted.pop_front().map_or(Duration::ZERO, |posted| now - posted);
+        self.copy.counters.add_completed(in_flight.purpose.opcode(), status, took);
+        self.settle_if_done(id);
+    }
+
+    fn settle_if_done(&mut self, id: u64) {
+        let is_done = |in_flight: &InFlight| in_flight.posted.is_empty() && !in_flight.is_open;
+        if !self.in_flight.get(&id).is_some_and(is_done) {
             return;
         }
         match self.in_flight.remove(&id).map(|in_flight| in_flight.purpose) {
             Some(Purpose::Writes(window)) => self.unproven.push(window),
             Some(Purpose::Fence(windows)) => {
-                self.copy.counters.add_fence();
                 for window in windows {
                     self.copy.give_back(window);
                 }
@@ -289,19 +310,14 @@ impl Worker {
     fn reap(&mut self) -> Result<(), MoverError> {
         let mut completions = std::mem::take(&mut self.completions);
         self.link.poll(&mut completions);
+        let now = Instant::now();
         let mut result = Ok(());
         for completion in completions.drain(..) {
             self.progressed();
-            match completion.result {
-                Ok(()) => self.copy.counters.add_write(),
-                Err(error) => {
-                    self.copy.counters.add_failed();
-                    if result.is_ok() {
-                        result = Err(MoverError::Operation(error));
-                    }
-                }
+            self.completed(completion.id.0, CompletionStatus::from(&completion.result), now);
+            if let (Err(error), Ok(())) = (completion.result, &result) {
+                result = Err(MoverError::Operation(error));
             }
-            self.one_completed(completion.id.0);
         }
         self.completions = completions;
         result

@@ -17,7 +17,8 @@ use ramferry_fabric::{
     Completion, Domain, Link, LinkError, MappedDomain, OpId, PostError, Rights, SessionToken, Transfer, tcp,
 };
 use ramferry_mover::{
-    PeerOrder, SourceHandle, SourceInput, SourceOutside, SourceParts, SourceSnapshot, spawn_source,
+    CompletionStatus, Counted, PeerOrder, SourceHandle, SourceInput, SourceOutside, SourceParts,
+    SourceSnapshot, spawn_source,
 };
 use ramferry_ram::{Access, PageSets};
 use ramferry_tracking::{Harvest, TrackError, Tracker, TrackerKind};
@@ -85,7 +86,8 @@ struct Outside {
     handle: SourceHandle,
     peer: Arc<Peer>,
     parts: Option<Box<SourceParts>>,
-    finished: Sender<Outcome>,
+    counted: Counted,
+    finished: Sender<(Outcome, Counted)>,
 }
 
 impl SourceOutside for Outside {
@@ -100,13 +102,15 @@ impl SourceOutside for Outside {
             SourceAction::SendCommit => SourceEvent::DestinationRunning.into(),
             SourceAction::ResumeGuest => SourceEvent::GuestResumed.into(),
             SourceAction::AbortPeer(_) => SourceEvent::PeerAborted.into(),
-            SourceAction::Finish(outcome) => return self.finished.send(outcome).unwrap(),
+            SourceAction::Finish(outcome) => return self.finished.send((outcome, self.counted)).unwrap(),
             action => unreachable!("{action:?}"),
         };
         self.handle.send(input);
     }
 
-    fn publish(&mut self, _: &SourceSnapshot) {}
+    fn publish(&mut self, snapshot: &SourceSnapshot) {
+        self.counted = snapshot.counted;
+    }
 }
 
 /// Moves memory over links that `wrap` makes faulty; the outcome, and whether it arrived.
@@ -146,11 +150,20 @@ fn move_over(mode: RegistrationMode, wrap: impl Fn(Box<dyn Link>) -> Box<dyn Lin
             }),
             poller_cpus: None,
         };
-        Outside { handle, peer: Arc::clone(&peer), parts: Some(Box::new(parts)), finished }
+        let counted = Counted::default();
+        Outside { handle, peer: Arc::clone(&peer), parts: Some(Box::new(parts)), counted, finished }
     });
-    let outcome = outcome.recv_timeout(PATIENCE).expect("it ends in time");
+    let (outcome, counted) = outcome.recv_timeout(PATIENCE).expect("it ends in time");
     thread.join().unwrap();
     let arrived = source.all() == peer.memory.all();
+    for operations in counted.operations {
+        let ended: u64 = operations.completed.iter().sum();
+        assert!(ended <= operations.posted && operations.latency.iter().sum::<u64>() == ended);
+        if outcome == Outcome::Succeeded {
+            assert_eq!(operations.completed[CompletionStatus::Success as usize], operations.posted);
+            assert!(operations.posted > 0 && operations.in_flight() == 0);
+        }
+    }
     (outcome, arrived)
 }
 

@@ -11,6 +11,8 @@ use tokio_rustls::rustls::server::{VerifierBuilderError, WebPkiClientVerifier};
 use tokio_rustls::rustls::{self, RootCertStore, ServerConfig};
 use tonic::transport::{Certificate, ClientTlsConfig, Identity, ServerTlsConfig};
 
+use x509_parser::prelude::{FromDer as _, X509Certificate};
+
 use crate::config::TlsConfig;
 
 /// Longest handshake.
@@ -55,6 +57,26 @@ pub(crate) fn metrics_tls(config: &TlsConfig) -> Result<Arc<ServerConfig>, TlsEr
         .map_err(|source| TlsError::Identity { path: config.cert.clone(), source })?;
     server.alpn_protocols.push(b"http/1.1".to_vec());
     Ok(Arc::new(server))
+}
+
+/// When the agent's own certificates, and those of its authorities, are no longer valid: the
+/// first of each, in seconds since 1970.
+pub(crate) fn expiries(config: &TlsConfig) -> Result<[(&'static str, i64); 2], TlsError> {
+    let files = Files::read(config)?;
+    let own = first_expiry(&config.cert, &files.cert)?;
+    Ok([("agent", own), ("authority", first_expiry(&config.ca, &files.ca)?)])
+}
+
+fn first_expiry(path: &Path, pem: &[u8]) -> Result<i64, TlsError> {
+    let unreadable =
+        || TlsError::Pem { path: path.to_owned(), what: "certificate", source: pem::Error::NoItemsFound };
+    let expiry = |certificate: &CertificateDer<'_>| {
+        let parsed = X509Certificate::from_der(certificate).map_err(|_| unreadable())?;
+        Ok(parsed.1.validity().not_after.timestamp())
+    };
+    let found = certificates(path, pem)?;
+    let expiries = found.iter().map(expiry).collect::<Result<Vec<_>, _>>()?;
+    expiries.into_iter().min().ok_or_else(unreadable)
 }
 
 struct Files {

@@ -5,6 +5,7 @@ use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
+use ramferry_fabric::FabricKind;
 use ramferry_proto::v1::MigrationState;
 
 use super::text::Exposition;
@@ -13,7 +14,7 @@ use crate::MigrationRole;
 
 type Key = (String, MigrationRole);
 /// A metric and where its value is.
-type Field<T> = (MetricName, fn(&T) -> u64);
+type Field<T, V = u64> = (MetricName, fn(&T) -> V);
 
 /// All migrations under way.
 #[derive(Debug, Default)]
@@ -25,7 +26,9 @@ struct Entry {
     state: MigrationState,
     gauges: MigrationGauges,
     regions: u64,
-    pinned_bytes: u64,
+    /// Of its fabric.
+    pinned_bytes: (&'static str, u64),
+    send_queue_depth: u64,
 }
 
 /// The gauges of one migration.
@@ -41,6 +44,10 @@ pub struct MigrationGauges {
     pub throughput_bytes_per_second: u64,
     /// From 1; 0 before the first.
     pub round: u32,
+    /// If it switched over now; `None` before it was measured, and at a destination.
+    pub expected_downtime: Option<Duration>,
+    /// What is aimed at; `None` at a destination.
+    pub max_downtime: Option<Duration>,
 }
 
 /// A migration that is under way, to the metrics. Dropping it ends that.
@@ -66,7 +73,8 @@ impl Metrics {
             state,
             gauges: MigrationGauges::default(),
             regions: 0,
-            pinned_bytes: 0,
+            pinned_bytes: ("unknown", 0),
+            send_queue_depth: 0,
         };
         self.active().lock().insert(key.clone(), entry);
         ActiveMigration { metrics: self.clone(), key, owner, started: now, state_entered: now, state }
@@ -97,8 +105,13 @@ impl ActiveMigration {
     }
 
     /// Sets what its side has registered now.
-    pub fn set_pinned(&self, regions: u64, pinned_bytes: u64) {
-        self.update(|entry| (entry.regions, entry.pinned_bytes) = (regions, pinned_bytes));
+    pub fn set_pinned(&self, fabric: &'static str, regions: u64, pinned_bytes: u64) {
+        self.update(|entry| (entry.regions, entry.pinned_bytes) = (regions, (fabric, pinned_bytes)));
+    }
+
+    /// Sets how many operations are under way.
+    pub fn set_send_queue_depth(&self, operations: u64) {
+        self.update(|entry| entry.send_queue_depth = operations);
     }
 
     /// It ended: counts it, and takes its gauges away. `reason` is that of its
@@ -153,6 +166,7 @@ impl Active {
                 text.sample(metric, &[id, role.as_str()], value(&entry.gauges));
             }
         }
+        render_downtimes(&entries, text);
     }
 }
 
@@ -172,15 +186,44 @@ fn render_counts(entries: &BTreeMap<Key, Entry>, text: &mut Exposition) {
     }
 }
 
-fn render_sums(entries: &BTreeMap<Key, Entry>, text: &mut Exposition) {
-    let sums: [Field<Entry>; 2] =
-        [(MetricName::Regions, |entry| entry.regions), (MetricName::PinnedBytes, |entry| entry.pinned_bytes)];
-    for (metric, value) in sums {
-        text.family(metric);
-        for side in [MigrationRole::Source, MigrationRole::Destination] {
-            let sum: u64 =
-                entries.iter().filter(|((_, role), _)| *role == side).map(|(_, entry)| value(entry)).sum();
-            text.sample(metric, &[side.as_str()], sum);
+fn render_downtimes(entries: &BTreeMap<Key, Entry>, text: &mut Exposition) {
+    let downtimes: [Field<MigrationGauges, Option<Duration>>; 2] = [
+        (MetricName::MigrationExpectedDowntime, |gauges| gauges.expected_downtime),
+        (MetricName::MigrationMaxDowntime, |gauges| gauges.max_downtime),
+    ];
+    for (metric, value) in downtimes {
+        let known = entries.iter().filter_map(|(key, entry)| Some((key, value(&entry.gauges)?)));
+        for (index, ((id, role), downtime)) in known.enumerate() {
+            if index == 0 {
+                text.family(metric);
+            }
+            text.sample(metric, &[id, role.as_str()], downtime.as_secs_f64());
         }
     }
+}
+
+fn render_sums(entries: &BTreeMap<Key, Entry>, text: &mut Exposition) {
+    const SIDES: [MigrationRole; 2] = [MigrationRole::Source, MigrationRole::Destination];
+    text.family(MetricName::Regions);
+    for side in SIDES {
+        let of_side = entries.iter().filter(|((_, role), _)| *role == side);
+        let sum: u64 = of_side.map(|(_, entry)| entry.regions).sum();
+        text.sample(MetricName::Regions, &[side.as_str()], sum);
+    }
+    let fabrics = [FabricKind::Verbs, FabricKind::Shm, FabricKind::Tcp].map(FabricKind::as_str);
+    let sides = SIDES.into_iter().flat_map(|side| fabrics.map(|fabric| ((side, fabric), 0)));
+    let mut pinned: BTreeMap<(MigrationRole, &str), u64> = sides.collect();
+    for ((_, role), entry) in entries {
+        let (fabric, bytes) = entry.pinned_bytes;
+        if bytes > 0 {
+            *pinned.entry((*role, fabric)).or_default() += bytes;
+        }
+    }
+    text.family(MetricName::PinnedBytes);
+    for ((side, fabric), bytes) in pinned {
+        text.sample(MetricName::PinnedBytes, &[side.as_str(), fabric], bytes);
+    }
+    let depth: u64 = entries.values().map(|entry| entry.send_queue_depth).sum();
+    text.family(MetricName::SendQueueDepth);
+    text.sample(MetricName::SendQueueDepth, &[], depth);
 }

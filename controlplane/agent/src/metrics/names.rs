@@ -81,6 +81,21 @@ metrics! {
         "Always 1; the agent's version is its label.";
     MemlockLimitBytes: Gauge, "ramferry_memlock_limit_bytes", "bytes", [],
         "RLIMIT_MEMLOCK of the agent; a fabric whose device pins memory can register no more. +Inf is no limit.";
+    CertificateExpiry: Gauge, "ramferry_certificate_expiry_timestamp_seconds", "seconds", ["certificate"],
+        "When the first certificate of the chain served, or of the authorities trusted, is no longer valid, since 1970. As read at the start: a renewed file counts after a restart.";
+    RdmaDeviceInfo: Gauge, "ramferry_rdma_device_info", "1", ["device", "port", "link_layer", "transport", "firmware"],
+        "Always 1, for each port of this host's RDMA devices.";
+    RdmaPortActive: Gauge, "ramferry_rdma_port_active", "1", ["device", "port"],
+        "Whether the port carries traffic: 1 or 0.";
+    RdmaPortRateBytesPerSecond: Gauge, "ramferry_rdma_port_rate_bytes_per_second", "bytes per second",
+        ["device", "port"],
+        "What the port says it carries; 0 where that is not known.";
+    RdmaPortTransmittedBytesTotal: Counter, "ramferry_rdma_port_transmitted_bytes_total", "bytes", ["device", "port"],
+        "Bytes that the port sent, of anybody; soft-RoCE does not count them.";
+    RdmaPortReceivedBytesTotal: Counter, "ramferry_rdma_port_received_bytes_total", "bytes", ["device", "port"],
+        "Bytes that the port received, of anybody; soft-RoCE does not count them.";
+    RdmaPortEventsTotal: Counter, "ramferry_rdma_port_events_total", "events", ["device", "port", "counter"],
+        "Loss, congestion and errors at the port, of anybody. counter is the kernel's name; those that the device has.";
 
     MigrationsTotal: Counter, "ramferry_migrations_total", "migrations", ["role", "mode", "result", "reason"],
         "Migrations that ended. reason is empty when they succeeded.";
@@ -97,6 +112,8 @@ metrics! {
     MigrationDowntimePartSeconds: Histogram(buckets::DOWNTIME), "ramferry_migration_downtime_part_seconds",
         "seconds", ["part"],
         "The parts that a downtime is made of.";
+    MigrationsOverMaxDowntimeTotal: Counter, "ramferry_migrations_over_max_downtime_total", "migrations", [],
+        "Migrations that succeeded with a downtime above their max_downtime. The time that verify took is not counted.";
 
     MigrationMemoryBytes: MigrationGauge, "ramferry_migration_memory_bytes", "bytes", ["migration", "role"],
         "RAM of the guest.";
@@ -110,11 +127,25 @@ metrics! {
         "Bytes moved over the time of the copy itself.";
     MigrationRound: MigrationGauge, "ramferry_migration_round", "rounds", ["migration", "role"],
         "The round under way, from 1.";
+    MigrationExpectedDowntime: MigrationGauge, "ramferry_migration_expected_downtime_seconds", "seconds",
+        ["migration", "role"],
+        "The downtime if it switched over now; of sources, once it was measured.";
+    MigrationMaxDowntime: MigrationGauge, "ramferry_migration_max_downtime_seconds", "seconds", ["migration", "role"],
+        "The downtime that is aimed at; of sources.";
 
     TransferBytesTotal: Counter, "ramferry_transfer_bytes_total", "bytes", ["fabric"],
         "RAM moved by this agent's sources.";
     TransferPagesTotal: Counter, "ramferry_transfer_pages_total", "pages", ["kind"],
         "Pages dealt with by this agent's sources: data was moved, zero was only named.";
+    WorkRequestsTotal: Counter, "ramferry_work_requests_total", "operations", ["fabric", "opcode"],
+        "Operations that links of this agent's sources took.";
+    CompletionsTotal: Counter, "ramferry_completions_total", "operations", ["fabric", "opcode", "status"],
+        "Operations that ended. Those that a dying link did not carry out count under what killed the link.";
+    PostToCompletionSeconds: Histogram(buckets::WORK_REQUEST), "ramferry_post_to_completion_seconds", "seconds",
+        ["fabric", "opcode"],
+        "From an operation's posting to its completion being taken.";
+    SendQueueDepth: SummedGauge, "ramferry_send_queue_depth", "operations", [],
+        "Operations posted and not completed now.";
     StallSecondsTotal: SecondsCounter, "ramferry_stall_seconds_total", "seconds", ["cause"],
         "Time in which a copy had pages to move and could not.";
     PollerBusySecondsTotal: SecondsCounter, "ramferry_poller_busy_seconds_total", "seconds", [],
@@ -127,15 +158,15 @@ metrics! {
         "Time to register one region of memory.";
     DeregistrationDurationSeconds: Histogram(buckets::REGISTRATION), "ramferry_deregistration_duration_seconds",
         "seconds", ["side", "fabric"],
-        "Time to deregister one region of memory.";
+        "Time to deregister one region of memory while its migration is under way, as a pin budget has it done.";
     RegisteredBytesTotal: Counter, "ramferry_registered_bytes_total", "bytes", ["side", "mode", "fabric"],
         "Memory registered, each time anew.";
     RegistrationErrorsTotal: Counter, "ramferry_registration_errors_total", "errors", ["side", "errno"],
-        "Regions that could not be registered.";
+        "Regions that could not be registered. errno is none where the kernel was not asked.";
     Regions: SummedGauge, "ramferry_regions", "regions", ["side"],
         "Regions registered now.";
-    PinnedBytes: SummedGauge, "ramferry_pinned_bytes", "bytes", ["side"],
-        "Memory in registered regions now.";
+    PinnedBytes: SummedGauge, "ramferry_pinned_bytes", "bytes", ["side", "fabric"],
+        "Memory in registered regions now; only over verbs is it locked, and counts against the limit.";
 
     TrackingHarvestDurationSeconds: Histogram(buckets::REGISTRATION), "ramferry_tracking_harvest_duration_seconds",
         "seconds", ["tracker"],

@@ -37,6 +37,38 @@ impl Exposition {
         }
     }
 
+    /// A histogram of one set of labels, from the number of observations up to each bound and above the one before; the
+    /// last number, one more than there are bounds, is of those above all.
+    pub(super) fn histogram(
+        &mut self,
+        metric: MetricName,
+        labels: &[&str],
+        bounds: &[f64],
+        counts: &[u64],
+        sum_seconds: f64,
+    ) {
+        let info = metric.info();
+        assert_eq!(labels.len(), info.labels.len(), "{} has other labels", info.name);
+        assert_eq!(counts.len(), bounds.len() + 1, "{} has other buckets", info.name);
+        let pairs: Vec<_> = info
+            .labels
+            .iter()
+            .zip(labels)
+            .map(|(name, value)| format!("{name}=\"{}\"", escaped(value)))
+            .collect();
+        let pairs = pairs.join(",");
+        let comma = if pairs.is_empty() { "" } else { "," };
+        let mut total = 0;
+        let bounds = bounds.iter().map(ToString::to_string).chain(["+Inf".to_owned()]);
+        for (bound, count) in bounds.zip(counts) {
+            total += count;
+            self.line(format_args!("{}_bucket{{{pairs}{comma}le=\"{bound}\"}} {total}", info.name));
+        }
+        let braced = if pairs.is_empty() { pairs } else { format!("{{{pairs}}}") };
+        self.line(format_args!("{}_sum{braced} {sum_seconds}", info.name));
+        self.line(format_args!("{}_count{braced} {total}", info.name));
+    }
+
     pub(super) fn finish(self) -> String {
         self.0
     }
@@ -62,5 +94,21 @@ mod tests {
             text.finish(),
             "ramferry_migration_round{migration=\"a\\\"} 1\\nb\\\\\",role=\"source\"} 3\n"
         );
+    }
+
+    #[test]
+    fn buckets_of_a_histogram_are_cumulative() {
+        let mut text = Exposition::default();
+        let metric = MetricName::GrpcRequestDurationSeconds;
+        text.histogram(metric, &["Get"], &[0.001, 0.002], &[2, 0, 1], 0.5);
+        let name = metric.info().name;
+        let expected = [
+            format!("{name}_bucket{{method=\"Get\",le=\"0.001\"}} 2\n"),
+            format!("{name}_bucket{{method=\"Get\",le=\"0.002\"}} 2\n"),
+            format!("{name}_bucket{{method=\"Get\",le=\"+Inf\"}} 3\n"),
+            format!("{name}_sum{{method=\"Get\"}} 0.5\n"),
+            format!("{name}_count{{method=\"Get\"}} 3\n"),
+        ];
+        assert_eq!(text.finish(), expected.concat());
     }
 }

@@ -134,7 +134,7 @@ impl Outside {
         };
         self.publisher.ended(state, failure.as_ref().map(|failure| failure.reason.as_str()));
         if let (Outcome::Succeeded, Some(snapshot)) = (outcome, &self.last) {
-            self.publisher.downtime(&snapshot.progress);
+            self.publisher.downtime(snapshot);
             self.session.agent.note_device_state_cost(snapshot.progress.downtime_parts.device_state);
         }
         match &failure {

@@ -6,6 +6,7 @@
 mod authority;
 mod cancel;
 mod crash;
+mod dashboards;
 mod disk;
 mod downtime;
 mod faults;

@@ -21,7 +21,7 @@ pub(super) struct RunningJob {
 }
 
 pub(super) enum JobKind {
-    Copy { pass: Arc<Pass>, before: Counted },
+    Copy { pass: Arc<Pass>, before: Box<Counted> },
     Recheck(Arc<Recheck>),
     Fence,
 }

@@ -112,7 +112,7 @@ impl Driver {
             job.stop();
         }
         self.counted = plane.copy.counters.read();
-        self.registrations = plane.copy.counters.take_registrations();
+        self.recent = plane.copy.counters.take_recent();
         self.pinned_peak_bytes = plane.copy.pinned().2;
         plane.copy.close();
         let threads: Vec<_> = plane.workers.into_iter().map(|(_, thread)| thread).collect();

@@ -224,3 +224,13 @@ async fn connections_that_say_nothing_keep_nobody_out() {
     let _ = running.stop.take().unwrap().send(());
     running.served.await.unwrap().unwrap();
 }
+
+#[test]
+fn the_end_of_each_certificate_is_told() {
+    let authority = Authority::new();
+    let tls = authority.issue("server", &["peer"], Valid::InThePast);
+    let [agent, of_authority] = auth::expiries(&tls).unwrap();
+    let first_of_january_2002 = 1_009_843_200;
+    assert_eq!(agent, ("agent", first_of_january_2002));
+    assert!(of_authority.0 == "authority" && of_authority.1 > first_of_january_2002, "{of_authority:?}");
+}

@@ -1,0 +1,51 @@
+//! Operations of the data plane, counted there in exact buckets: the recorder
+//! would take each of them one by one.
+
+use std::collections::BTreeMap;
+use std::sync::{Mutex, PoisonError};
+
+use ramferry_mover::{CompletionStatus, Opcode, OperationCounts};
+
+use super::text::Exposition;
+use super::{MetricKind, MetricName, Metrics};
+
+/// What all migrations of an agent posted, by fabric and opcode.
+#[derive(Debug, Default)]
+pub(super) struct OperationTotals(Mutex<BTreeMap<(&'static str, &'static str), OperationCounts>>);
+
+impl Metrics {
+    /// Operations since the last call.
+    pub(crate) fn operations(&self, fabric: &'static str, opcode: Opcode, counts: &OperationCounts) {
+        let mut totals = self.0.operations.0.lock().unwrap_or_else(PoisonError::into_inner);
+        totals.entry((fabric, opcode.as_str())).or_default().add(counts);
+    }
+}
+
+impl OperationTotals {
+    pub(super) fn render(&self, text: &mut Exposition) {
+        let totals = self.0.lock().unwrap_or_else(PoisonError::into_inner).clone();
+        if totals.is_empty() {
+            return;
+        }
+        text.family(MetricName::WorkRequestsTotal);
+        for ((fabric, opcode), counts) in &totals {
+            text.sample(MetricName::WorkRequestsTotal, &[fabric, opcode], counts.posted);
+        }
+        text.family(MetricName::CompletionsTotal);
+        for ((fabric, opcode), counts) in &totals {
+            for (status, count) in CompletionStatus::ALL.into_iter().zip(counts.completed) {
+                let labels = [*fabric, *opcode, status.as_str()];
+                text.sample(MetricName::CompletionsTotal, &labels, count);
+            }
+        }
+        let metric = MetricName::PostToCompletionSeconds;
+        let MetricKind::Histogram(buckets) = metric.info().kind else {
+            unreachable!("{metric:?} is listed as a histogram");
+        };
+        text.family(metric);
+        for ((fabric, opcode), counts) in &totals {
+            let sum_seconds = counts.latency_sum.as_secs_f64();
+            text.histogram(metric, &[fabric, opcode], &buckets.bounds(), &counts.latency, sum_seconds);
+        }
+    }
+}

@@ -1,0 +1,153 @@
+"""One migration while it is under way: how far is it, will it converge, what holds it up?"""
+
+from panels import CHOSEN, Sheet, at_once, lines, number, query, steps_of
+
+ONE = CHOSEN + ',migration=~"$migration"'
+SOURCE = ONE + ',role="source"'
+# Gauges of the migration name the agents that have it; what only agents count is held to those.
+AGENTS = "(group by (job, instance) (ramferry_migration_memory_bytes{" + ONE + "}))"
+HERE = "and on (job, instance) " + AGENTS
+
+
+def sheet() -> Sheet:
+    sheet = Sheet(
+        "ramferry-migration",
+        "ramferry: one migration",
+        "How far is a migration, will it converge, and what holds it up? Figures of a migration are there while it is under "
+        "way; choose a time when it was.",
+        of_one_migration=True,
+    )
+    progress(sheet)
+    convergence(sheet)
+    holdups(sheet)
+    return sheet
+
+
+def gauge(name: str) -> str:
+    return f"max by (migration) (ramferry_migration_{name}{{{SOURCE}}})"
+
+
+def progress(sheet: Sheet) -> None:
+    sheet.row("Progress")
+    states = f"sum by (state) (ramferry_migrations_active{{{CHOSEN},role=\"source\"}} {HERE}) > 0"
+    sheet.add(
+        steps_of(lines("none", query(states, "{{state}}"), stacked=True)),
+        "State",
+        "In which state the source's agent has its migrations: of all that it has under way.",
+        "RamferryMigrationStalled",
+        width=12,
+    )
+    steps = [(None, "blue")]
+    sheet.add(
+        number("bytes", at_once(f"last_over_time({gauge('memory_bytes')}[$__range:])", "{{migration}}"), steps=steps),
+        "RAM of the guest",
+        "All of it, touched or not. Cost follows what was touched.",
+        "RamferryMigrationStalled",
+        width=4,
+    )
+    sheet.add(
+        number("none", at_once(f"last_over_time({gauge('round')}[$__range:])", "{{migration}}"), steps=steps),
+        "Round",
+        "The round under way. The first copies everything, each further one what the guest wrote meanwhile.",
+        "RamferryMigrationNotConverging",
+        width=4,
+    )
+    left = f"last_over_time({gauge('max_downtime_seconds')}[$__range:])"
+    sheet.add(
+        number("s", at_once(left, "{{migration}}"), steps=steps),
+        "Downtime aimed at",
+        "max_downtime, as it was asked for or changed since.",
+        "RamferryDowntimeOverBudget",
+        width=4,
+    )
+    sheet.add(
+        lines("bytes", query(gauge("remaining_bytes"), "{{migration}}")),
+        "Remaining in the round",
+        "A saw-tooth: each round begins with what the guest wrote in the one before. Teeth that do not shrink do not "
+        "converge; a flat line is a stall.",
+        "RamferryMigrationStalled",
+    )
+    sheet.add(
+        steps_of(lines("none", query(gauge("round"), "{{migration}}"))),
+        "Rounds",
+        "Rounds become shorter as a migration converges.",
+        "RamferryMigrationNotConverging",
+    )
+
+
+def convergence(sheet: Sheet) -> None:
+    sheet.row("Will it converge?")
+    sheet.add(
+        lines(
+            "Bps",
+            query(gauge("throughput_bytes_per_second"), "copied, {{migration}}"),
+            query(gauge("dirty_rate_bytes_per_second"), "written by the guest, {{migration}}"),
+        ),
+        "Copy against guest",
+        "A migration converges while it copies faster than the guest writes pages that were clean. Throughput is known "
+        "from the end of the first round.",
+        "RamferryMigrationNotConverging",
+    )
+    sheet.add(
+        lines(
+            "s",
+            query(gauge("expected_downtime_seconds"), "expected, {{migration}}"),
+            query(gauge("max_downtime_seconds"), "aimed at, {{migration}}"),
+        ),
+        "Expected downtime",
+        "If it switched over now. The switchover comes when this falls below what is aimed at.",
+        "RamferryMigrationNotConverging",
+    )
+    dirty = f"sum by (tracker) (rate(ramferry_tracking_dirty_pages_total{{{CHOSEN}}}[$__rate_interval]) {HERE})"
+    sheet.add(
+        lines("none", query(dirty, "{{tracker}}")),
+        "Pages found written, a second",
+        "What harvests found, at the agents that have the migration.",
+        "RamferryMigrationNotConverging",
+    )
+    harvest = (
+        "histogram_quantile(0.99, sum by (le, tracker) (rate(ramferry_tracking_harvest_duration_seconds_bucket{"
+        + CHOSEN
+        + "}[$__rate_interval]) "
+        + HERE
+        + "))"
+    )
+    sheet.add(
+        lines("s", query(harvest, "{{tracker}}")),
+        "Harvest",
+        "99 of 100 harvests took no longer. The last one is part of the downtime.",
+        "RamferryDowntimeOverBudget",
+    )
+
+
+def holdups(sheet: Sheet) -> None:
+    sheet.row("What holds it up?")
+    stalls = f"sum by (cause) (rate(ramferry_stall_seconds_total{{{CHOSEN}}}[$__rate_interval]) {HERE})"
+    sheet.add(
+        lines("none", query(stalls, "waits for {{cause}}"), stacked=True),
+        "Copying threads that wait",
+        "How many threads wait at a time, and for what: registration is late, the link is full (the best there is), or the "
+        "bandwidth limit holds.",
+        "RamferrySlowRegistration",
+    )
+    pages = f"sum by (kind) (rate(ramferry_transfer_pages_total{{{CHOSEN}}}[$__rate_interval]) {HERE})"
+    sheet.add(
+        lines("none", query(pages, "{{kind}}"), stacked=True),
+        "Pages, a second",
+        "Pages moved as data, and pages that were zero and only named.",
+        "RamferryMigrationStalled",
+    )
+    pinned = f"sum by (side, fabric) (ramferry_pinned_bytes{{{CHOSEN}}} {HERE}) > 0"
+    sheet.add(
+        lines("bytes", query(pinned, "{{side}}, {{fabric}}")),
+        "Registered now",
+        "Memory in registered regions at each side; over verbs it is locked.",
+        "RamferryMemlockHeadroom",
+    )
+    depth = f"sum by (instance) (ramferry_send_queue_depth{{{CHOSEN}}} {HERE})"
+    sheet.add(
+        lines("none", query(depth, "{{instance}}")),
+        "Operations on their way",
+        "Posted to links and not completed. 0 while there is something to copy: see what the threads wait for.",
+        "RamferryMigrationStalled",
+    )
