@@ -2,6 +2,8 @@ use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 use std::sync::{Mutex, OnceLock};
 use std::time::{Duration, Instant};
 
+use crate::marks;
+
 /// Registrations that are kept for the next publication; more are only counted.
 const REGISTRATIONS_KEPT: usize = 1 << 16;
 
@@ -141,6 +143,7 @@ impl Counters {
     }
 
     pub(crate) fn add_registration(&self, bytes: u64, elapsed: Duration) {
+        marks::window_registered(bytes, elapsed);
         self.registrations.fetch_add(1, Relaxed);
         self.registered_bytes.fetch_add(bytes, Relaxed);
         add_duration(&self.registration_nanoseconds, elapsed);
