@@ -1,5 +1,7 @@
 //! Which probes there are.
 
+use std::collections::BTreeMap;
+
 use crate::Absence;
 
 /// A place that is probed.
@@ -117,6 +119,17 @@ impl ProbeState {
             Self::Absent(absence) => Some(absence),
         }
     }
+}
+
+/// The probes that are absent, by the reason.
+pub fn absences(states: &BTreeMap<Probe, ProbeState>) -> BTreeMap<String, Vec<&'static str>> {
+    let mut absences: BTreeMap<String, Vec<&'static str>> = BTreeMap::new();
+    for (probe, state) in states {
+        if let Some(absence) = state.absence() {
+            absences.entry(absence.to_string()).or_default().push(probe.as_str());
+        }
+    }
+    absences
 }
 
 #[cfg(test)]

@@ -17,6 +17,7 @@ use rustix::io::Errno;
 use crate::MigrationRole;
 
 use active::Active;
+use ebpf::Ebpf;
 use text::Exposition;
 
 pub use active::{ActiveMigration, MigrationGauges};
@@ -29,6 +30,7 @@ pub use names::{MetricInfo, MetricKind, MetricName};
 mod active;
 mod buckets;
 mod docs;
+mod ebpf;
 mod endpoint;
 mod grpc;
 mod names;
@@ -56,6 +58,7 @@ struct Inner {
     recorder: PrometheusRecorder,
     handle: PrometheusHandle,
     active: Active,
+    ebpf: Mutex<Ebpf>,
     seconds: Mutex<BTreeMap<(MetricName, &'static str), Duration>>,
     reasons: Mutex<BTreeSet<String>>,
 }
@@ -129,7 +132,9 @@ impl Metrics {
         let mut builder = PrometheusBuilder::new();
         for metric in MetricName::ALL {
             let info = metric.info();
-            if let MetricKind::Histogram(buckets) = info.kind {
+            if let MetricKind::Histogram(buckets) = info.kind
+                && !metric.is_of_ebpf()
+            {
                 builder = builder
                     .set_buckets_for_metric(Matcher::Full(info.name.to_owned()), &buckets.bounds())
                     .expect("every histogram has buckets");
@@ -139,6 +144,7 @@ impl Metrics {
         for metric in MetricName::ALL {
             let info = metric.info();
             match info.kind {
+                _ if metric.is_of_ebpf() => {}
                 MetricKind::Counter => recorder.describe_counter(info.name.into(), None, info.help.into()),
                 MetricKind::Gauge => recorder.describe_gauge(info.name.into(), None, info.help.into()),
                 MetricKind::Histogram(_) => {
@@ -152,6 +158,7 @@ impl Metrics {
             handle: recorder.handle(),
             recorder,
             active: Active::default(),
+            ebpf: Mutex::default(),
             seconds: Mutex::default(),
             reasons: Mutex::default(),
         }));
@@ -174,6 +181,7 @@ impl Metrics {
             text.sample(metric, &labels[..metric.info().labels.len()], total.as_secs_f64());
         }
         self.0.active.render(&mut text);
+        self.0.ebpf.lock().unwrap_or_else(PoisonError::into_inner).render(&mut text);
         text.finish()
     }
 
@@ -346,12 +354,14 @@ fn state_name(state: MigrationState) -> &'static str {
     }
 }
 
-fn errno_name(raw: i32) -> &'static str {
+/// An errno's name in labels; `other` for those that registering gives rarely.
+pub fn errno_name(raw: i32) -> &'static str {
     match Errno::from_raw_os_error(raw) {
         Errno::NOMEM => "ENOMEM",
         Errno::PERM => "EPERM",
         Errno::ACCESS => "EACCES",
         Errno::AGAIN => "EAGAIN",
+        Errno::BUSY => "EBUSY",
         Errno::INVAL => "EINVAL",
         Errno::FAULT => "EFAULT",
         Errno::HWPOISON => "EHWPOISON",

@@ -23,6 +23,7 @@ fn exercised() -> (Metrics, ActiveMigration) {
     metrics.stall("registration", Duration::from_millis(1500));
     metrics.harvest("uffd_wp", SECOND, 7);
     metrics.grpc("other", "OK", SECOND);
+    metrics.set_ebpf(&ebpf::tests::states(), ebpf::tests::snapshot());
     (metrics, active)
 }
 
