@@ -212,8 +212,8 @@ impl Reader {
             self.is_first_namespace.then(|| std::fs::read(format!("/proc/{tgid}/comm")).ok()).flatten();
         let named = named.map(|name| text_of(&name)).filter(|name| !name.is_empty());
         let mut name = named.or_else(|| thread.cloned()).unwrap_or_else(|| "unknown".to_owned());
-        if !self.given.contains(&name) && self.given.len() >= NAMES_LIMIT && self.filter == Filter::default()
-        {
+        let is_wanted = self.filter.name.as_ref() == Some(&name);
+        if !is_wanted && !self.given.contains(&name) && self.given.len() >= NAMES_LIMIT {
             OTHER.clone_into(&mut name);
         }
         self.given.insert(name.clone());
@@ -304,18 +304,26 @@ impl OfProcess for u32 {
 }
 
 fn tgids_in(object: &Ebpf) -> BTreeSet<u32> {
-    let series = entries::<SeriesKey, HistogramRecord>(object, "series").into_keys().map(|key| key.tgid);
-    let failures = entries::<FailureKey, u64>(object, "failures").into_keys().map(|key| key.tgid);
-    series.chain(failures).collect()
+    let series = keys(table::<SeriesKey, HistogramRecord>(object, "series").as_ref());
+    let failures = keys(table::<FailureKey, u64>(object, "failures").as_ref());
+    series.iter().map(OfProcess::tgid).chain(failures.iter().map(OfProcess::tgid)).collect()
 }
 
 /// Every entry of a map, each once; none of a map that the object has not.
 fn entries<K: Pod + Ord, V: Pod>(object: &Ebpf, name: &str) -> BTreeMap<K, V> {
-    let map = object.map(name).and_then(|map| HashMap::<&MapData, K, V>::try_from(map).ok());
-    let Some(map) = map else { return BTreeMap::new() };
-    // New ones may come while it is walked, and the walk may begin anew: bounded, by the largest of the maps.
-    let keys: BTreeSet<K> = map.keys().take(2 * 4096).map_while(Result::ok).collect();
-    keys.into_iter().filter_map(|key| Some((key, map.get(&key, 0).ok()?))).collect()
+    let table = table::<K, V>(object, name);
+    let value = |key: K| Some((key, table.as_ref()?.get(&key, 0).ok()?));
+    keys(table.as_ref()).into_iter().filter_map(value).collect()
+}
+
+fn table<'a, K: Pod, V: Pod>(object: &'a Ebpf, name: &str) -> Option<HashMap<&'a MapData, K, V>> {
+    object.map(name).and_then(|map| HashMap::try_from(map).ok())
+}
+
+/// New ones may come while a table is walked, and the walk may begin anew: bounded, by twice the largest of them.
+fn keys<K: Pod + Ord, V: Pod>(table: Option<&HashMap<&MapData, K, V>>) -> BTreeSet<K> {
+    let keys = table.into_iter().flat_map(HashMap::keys);
+    keys.take(2 * 4096).map_while(Result::ok).collect()
 }
 
 fn remove<K: Pod, V: Pod>(object: &mut Ebpf, name: &str, key: &K) -> bool {
