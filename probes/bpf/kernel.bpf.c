@@ -8,6 +8,8 @@
 struct task_struct {
     unsigned long min_flt;
     unsigned long maj_flt;
+    struct task_struct *group_leader;
+    char comm[16];
 } RELOCATED;
 
 struct call {
@@ -44,6 +46,15 @@ struct {
 } pressures SEC(".maps");
 
 static const struct pressure none = {};
+
+/* As in /proc/PID/comm. */
+INLINE void name_current(struct name *name)
+{
+    struct task_struct *task = (void *)bpf_get_current_task(), *leader = task;
+
+    bpf_probe_read_kernel(&leader, sizeof(leader), &task->group_leader);
+    bpf_probe_read_kernel(name, sizeof(*name), &leader->comm);
+}
 
 INLINE struct call *call_of(u64 thread)
 {

@@ -50,7 +50,7 @@ struct {
     __type(value, u64);
 } failures SEC(".maps");
 
-/* The thread that was seen first: a name for processes that are gone before anybody asks /proc. */
+/* For processes that are gone before anybody asks /proc. */
 struct {
     __uint(type, BPF_MAP_TYPE_HASH);
     __uint(max_entries, 1024);
@@ -100,11 +100,14 @@ INLINE void raise(u64 *most, u64 value)
     }
 }
 
+/* What the current process is called, as far as the object can tell. */
+INLINE void name_current(struct name *name);
+
 INLINE void remember_name(u32 tgid)
 {
     struct name name = {};
 
-    bpf_get_current_comm(&name, sizeof(name));
+    name_current(&name);
     bpf_map_update_elem(&names, &tgid, &name, BPF_NOEXIST);
 }
 

@@ -34,6 +34,12 @@ struct {
     __type(value, u64);
 } regions SEC(".maps");
 
+/* The thread's name: the process' own would take the kernel's type information. */
+INLINE void name_current(struct name *name)
+{
+    bpf_get_current_comm(name, sizeof(*name));
+}
+
 /* A call inside a call is part of it: ibv_reg_mr goes on as ibv_reg_mr_iova2. */
 INLINE void enter(u64 function, u16 operation, u64 bytes, u64 region)
 {

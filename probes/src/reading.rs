@@ -253,7 +253,8 @@ impl Tables {
             pressure.compaction += Duration::from_nanos(record.compaction_ns);
         });
         for (tgid, record) in entries::<u32, NameRecord>(object, "names") {
-            self.threads.entry(tgid).or_insert_with(|| text_of(&record.text));
+            // The kernel's object is read last, and knows better.
+            self.threads.insert(tgid, text_of(&record.text));
             if ended.contains(&tgid) {
                 remove::<u32, NameRecord>(object, "names", &tgid);
             }
