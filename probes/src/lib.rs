@@ -1,5 +1,4 @@
-//! What registering memory costs on this host, of any process, seen through
-//! eBPF; and marks in our own binary for other tracers.
+//! What registering memory costs on this host, of any process, seen through eBPF.
 //!
 //! ```text
 //!   any process        ibv_reg_mr, ibv_dereg_mr ... <-- uprobes (objects/uprobes.bpf.o)
