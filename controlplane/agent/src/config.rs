@@ -85,6 +85,9 @@ pub struct Options {
     /// Threads that register memory, a migration and side.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub registration_workers: Option<usize>,
+    /// "auto" or "off".
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub probes: Option<String>,
     /// A hook for tests: where whoever holds migrations before their steps listens.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub step_socket: Option<PathBuf>,
@@ -110,6 +113,7 @@ const KEYS: &[&str] = &[
     "shutdown_grace",
     "poller_cpus",
     "registration_workers",
+    "probes",
     "step_socket",
 ];
 
@@ -145,8 +149,19 @@ pub struct Config {
     pub poller_cpus: Option<Vec<usize>>,
     /// Threads that register memory, a migration and side.
     pub registration_workers: usize,
+    /// Whether registration is measured through eBPF, as far as this host allows.
+    pub probes: ProbesMode,
     /// A hook for tests: where whoever holds migrations before their steps listens.
     pub step_socket: Option<PathBuf>,
+}
+
+/// Whether eBPF probes are attached.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum ProbesMode {
+    /// Those that can be.
+    Auto,
+    /// None.
+    Off,
 }
 
 /// Where guests arrive over verbs.
@@ -254,6 +269,7 @@ impl Config {
                 options.registration_workers.unwrap_or(2),
                 REGISTRATION_WORKERS_LIMIT,
             )?,
+            probes: probes(options.probes.as_deref().unwrap_or("auto"))?,
             step_socket: options.step_socket.clone(),
         })
     }
@@ -368,6 +384,18 @@ fn log(options: &Options) -> Result<LogConfig, ConfigError> {
         });
     }
     Ok(LogConfig { format, filter })
+}
+
+fn probes(text: &str) -> Result<ProbesMode, ConfigError> {
+    match text {
+        "auto" => Ok(ProbesMode::Auto),
+        "off" => Ok(ProbesMode::Off),
+        other => Err(ConfigError::Invalid {
+            key: "probes",
+            value: other.to_owned(),
+            remedy: "give \"auto\" or \"off\"",
+        }),
+    }
 }
 
 fn shutdown_grace(text: &str) -> Result<Duration, ConfigError> {

@@ -24,6 +24,7 @@ mod migration_service;
 mod migrations;
 mod node_service;
 mod peer_service;
+mod probes;
 mod publish;
 mod request;
 pub mod role;

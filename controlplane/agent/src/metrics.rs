@@ -19,6 +19,7 @@ use rustix::io::Errno;
 use crate::MigrationRole;
 
 use active::Active;
+use ebpf::Ebpf;
 use text::Exposition;
 
 pub use active::{ActiveMigration, MigrationGauges};
@@ -31,6 +32,7 @@ pub use names::{MetricInfo, MetricKind, MetricName};
 mod active;
 mod buckets;
 mod docs;
+mod ebpf;
 mod endpoint;
 mod grpc;
 mod names;
@@ -53,11 +55,12 @@ const ACTIVE_STATES: [MigrationState; 6] = [
 ];
 
 /// What registering may fail with, by name.
-const ERRNOS: [(Errno, &str); 11] = [
+const ERRNOS: [(Errno, &str); 12] = [
     (Errno::NOMEM, "ENOMEM"),
     (Errno::PERM, "EPERM"),
     (Errno::ACCESS, "EACCES"),
     (Errno::AGAIN, "EAGAIN"),
+    (Errno::BUSY, "EBUSY"),
     (Errno::INVAL, "EINVAL"),
     (Errno::FAULT, "EFAULT"),
     (Errno::HWPOISON, "EHWPOISON"),
@@ -77,6 +80,7 @@ struct Inner {
     active: Active,
     operations: operations::OperationTotals,
     rdma_ports: Mutex<Vec<rdma_ports::Port>>,
+    ebpf: Mutex<Ebpf>,
     seconds: Mutex<BTreeMap<(MetricName, &'static str), Duration>>,
     reasons: Mutex<BTreeSet<String>>,
 }
@@ -150,7 +154,9 @@ impl Metrics {
         let mut builder = PrometheusBuilder::new();
         for metric in MetricName::ALL {
             let info = metric.info();
-            if let MetricKind::Histogram(buckets) = info.kind {
+            if let MetricKind::Histogram(buckets) = info.kind
+                && !metric.is_of_ebpf()
+            {
                 builder = builder
                     .set_buckets_for_metric(Matcher::Full(info.name.to_owned()), &buckets.bounds())
                     .expect("every histogram has buckets");
@@ -160,6 +166,7 @@ impl Metrics {
         for metric in MetricName::ALL {
             let info = metric.info();
             match info.kind {
+                _ if metric.is_of_ebpf() => {}
                 MetricKind::Counter => recorder.describe_counter(info.name.into(), None, info.help.into()),
                 MetricKind::Gauge => recorder.describe_gauge(info.name.into(), None, info.help.into()),
                 MetricKind::Histogram(_) => {
@@ -175,6 +182,7 @@ impl Metrics {
             active: Active::default(),
             operations: operations::OperationTotals::default(),
             rdma_ports: Mutex::default(),
+            ebpf: Mutex::default(),
             seconds: Mutex::default(),
             reasons: Mutex::default(),
         }));
@@ -200,6 +208,7 @@ impl Metrics {
         self.0.active.render(&mut text);
         self.0.operations.render(&mut text);
         rdma_ports::render(&self.0.rdma_ports.lock().unwrap_or_else(PoisonError::into_inner), &mut text);
+        self.0.ebpf.lock().unwrap_or_else(PoisonError::into_inner).render(&mut text);
         text.finish()
     }
 
@@ -413,7 +422,8 @@ fn state_name(state: MigrationState) -> &'static str {
     }
 }
 
-fn errno_name(raw: i32) -> &'static str {
+/// An errno's name in labels; `other` for those that registering gives rarely.
+pub fn errno_name(raw: i32) -> &'static str {
     let errno = Errno::from_raw_os_error(raw);
     ERRNOS.iter().find(|(known, _)| *known == errno).map_or("other", |(_, name)| name)
 }

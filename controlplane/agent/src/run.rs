@@ -17,6 +17,7 @@ use crate::metrics::Metrics;
 use crate::migration_service::Migrations;
 use crate::node_service::Node;
 use crate::peer_service::Peers;
+use crate::probes;
 use crate::server::{self, Bound, MESSAGE_LIMIT_BYTES, Server, ServerError, Services};
 
 /// Runs an agent until SIGTERM or SIGINT.
@@ -51,8 +52,11 @@ pub async fn run_until(
         "agent started"
     );
     let health = services.health();
+    let probes = probes::watch(config.probes, &metrics);
     let stopping = async {
         shutdown.await;
+        // Detaching takes a second, of which nobody waits for any here.
+        drop(probes);
         server::tell(&[NotifyState::Stopping]);
         health.not_serving().await;
         core.shut_down(config.shutdown_grace).await;

@@ -9,12 +9,14 @@ use self::agent::AgentArgs;
 use self::bench::BenchArgs;
 use self::connection::OutputFormat;
 use self::migration::{CheckArgs, DeleteArgs, IdArgs, ListArgs, MigrateArgs, SetArgs, WatchArgs};
+use self::probe::ProbeArgs;
 
 pub(crate) mod agent;
 pub(crate) mod bench;
 pub(crate) mod connection;
 pub(crate) mod migration;
 pub(crate) mod names;
+pub(crate) mod probe;
 pub(crate) mod units;
 
 /// What the exit codes mean, below every command's help.
@@ -74,6 +76,8 @@ pub(crate) enum Command {
     Delete(DeleteArgs),
     /// Measure what migrations are made of on this host, or between two, beside what it can do.
     Bench(BenchArgs),
+    /// Watch what registering memory costs on this host, in any process.
+    Probe(ProbeArgs),
     /// Print the completions of a shell.
     #[command(after_help = "Example:\n  ramferry completions bash > /etc/bash_completion.d/ramferry")]
     Completions {
@@ -104,6 +108,7 @@ impl Command {
             Self::Set(args) => &args.connection,
             Self::Delete(args) => &args.connection,
             Self::Bench(args) => return args.output(),
+            Self::Probe(args) => return Some(args.output),
             Self::Agent(_) | Self::Completions { .. } | Self::Man(_) => return None,
         };
         Some(connection.output)
@@ -187,6 +192,17 @@ mod tests {
             let error = parse(line).expect_err(line).to_string();
             assert!(error.contains(expected), "{line}: {error}");
         }
+    }
+
+    #[test]
+    fn probe_takes_what_its_help_promises() {
+        let command = parse(
+            "ramferry probe --pid 4711 --comm qemu-system-x86_64 --duration 30s --interval 500ms --library /a --library /b \
+             --output json",
+        );
+        let Ok(Command::Probe(args)) = command else { panic!("{command:?}") };
+        assert_eq!((args.comm.as_deref(), args.library.len()), (Some("qemu-system-x86"), 2));
+        assert!(parse("ramferry probe --pid 0").is_err() && parse("ramferry probe --interval 0s").is_err());
     }
 
     #[test]

@@ -13,6 +13,7 @@ mod documents;
 mod list;
 mod migrate;
 mod one;
+mod probe;
 mod watch;
 
 /// Carries out `command`.
@@ -29,6 +30,7 @@ pub(crate) fn run(command: Command) -> Result<Exit, Failure> {
         Command::Switchover(args) => block_on(one::switchover(args)),
         Command::Delete(args) => block_on(one::delete(args)),
         Command::Bench(args) => bench::run(args),
+        Command::Probe(args) => block_on(probe::run(args)),
         Command::Completions { shell } => documents::completions(shell),
         Command::Man(args) => documents::man(&args),
     }

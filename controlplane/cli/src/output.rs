@@ -8,27 +8,46 @@ use serde::Serialize;
 use crate::failure::Failure;
 
 pub(crate) mod bench;
+pub(crate) mod probe;
 pub(crate) mod report;
 pub(crate) mod summary;
 pub(crate) mod table;
 
+/// Whether what was printed is read.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Printed {
+    /// As far as can be told.
+    Read,
+    /// The reader has gone.
+    NobodyReads,
+}
+
 /// Prints on stdout. A reader that has gone (`| head`) wants no more.
 pub(crate) fn print(text: &str) -> Result<(), Failure> {
+    print_while_read(text).map(|_| ())
+}
+
+/// Prints on stdout, where more is to come if somebody reads it.
+pub(crate) fn print_while_read(text: &str) -> Result<Printed, Failure> {
     let mut stdout = io::stdout().lock();
     match stdout.write_all(text.as_bytes()).and_then(|()| stdout.flush()) {
-        Err(source) if source.kind() != io::ErrorKind::BrokenPipe => {
-            Err(Failure::System { what: "cannot write to stdout", source })
-        }
-        _ => Ok(()),
+        Ok(()) => Ok(Printed::Read),
+        Err(source) if source.kind() == io::ErrorKind::BrokenPipe => Ok(Printed::NobodyReads),
+        Err(source) => Err(Failure::System { what: "cannot write to stdout", source }),
     }
 }
 
 /// Prints one JSON object on a line of its own.
 pub(crate) fn print_json(value: &impl Serialize) -> Result<(), Failure> {
+    print(&to_json_line(value)?)
+}
+
+/// One JSON object, and the end of its line.
+pub(crate) fn to_json_line(value: &impl Serialize) -> Result<String, Failure> {
     let mut line = serde_json::to_string(value)
         .map_err(|source| Failure::System { what: "cannot write JSON", source: source.into() })?;
     line.push('\n');
-    print(&line)
+    Ok(line)
 }
 
 /// Text from elsewhere with its control characters shown, so that it cannot drive the terminal.

@@ -6,6 +6,8 @@ use ramferry_fabric::RegisterError;
 
 use operations::Operations;
 
+use crate::marks;
+
 pub use operations::{CompletionStatus, Opcode, OperationCounts};
 
 mod operations;
@@ -149,6 +151,7 @@ impl Counters {
     }
 
     pub(crate) fn add_registration(&self, bytes: u64, elapsed: Duration) {
+        marks::window_registered(bytes, elapsed);
         self.registrations.fetch_add(1, Relaxed);
         self.registered_bytes.fetch_add(bytes, Relaxed);
         add_duration(&self.registration_nanoseconds, elapsed);

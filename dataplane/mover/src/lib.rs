@@ -10,6 +10,7 @@ mod batch;
 mod copy;
 mod counters;
 mod destination;
+pub mod marks;
 mod pacer;
 mod pool;
 mod recheck;

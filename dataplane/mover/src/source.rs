@@ -21,6 +21,7 @@ use ramferry_tracking::{Tracker, TrackerKind};
 use self::jobs::{JobKind, RunningJob};
 use self::plane::Plane;
 use crate::copy::SendOrder;
+use crate::marks::Marked;
 use crate::recheck::Recheck;
 use crate::worker::Job;
 use crate::{Counted, MoverError, RegistrationEvents, Step};
@@ -179,6 +180,7 @@ pub fn spawn_source<O: SourceOutside + 'static>(
         events: VecDeque::new(),
         feeding: false,
         finished: false,
+        marked: Marked::default(),
     };
     let builder = thread::Builder::new().name("source".into());
     let thread = builder.spawn(move || driver.run(&inputs)).expect("the kernel gives a thread");
@@ -208,6 +210,7 @@ struct Driver {
     events: VecDeque<(Duration, SourceEvent)>,
     feeding: bool,
     finished: bool,
+    marked: Marked,
 }
 
 impl Driver {
@@ -296,6 +299,7 @@ impl Driver {
         while let Some((now, event)) = self.events.pop_front() {
             let mut actions = Vec::new();
             self.engine.handle(now, event, &mut actions);
+            self.marked.follow(self.engine.progress());
             for action in actions {
                 self.carry_out(action);
             }

@@ -15,6 +15,18 @@ fn defaults_serve_loopback_only() {
 }
 
 #[test]
+fn probes_are_on_unless_they_are_off() {
+    let mode = |text: Option<&str>| {
+        Config::check(&Options { probes: text.map(str::to_owned), ..Options::default() })
+            .map(|config| config.probes)
+    };
+    assert_eq!(mode(None).unwrap(), ProbesMode::Auto);
+    assert_eq!(mode(Some("off")).unwrap(), ProbesMode::Off);
+    let error = mode(Some("on")).unwrap_err().to_string();
+    assert!(error.contains("\"auto\" or \"off\""), "{error}");
+}
+
+#[test]
 fn keys_are_the_fields_of_options() {
     let path = || Some(PathBuf::from("/x"));
     let text = || Some("x".to_owned());
@@ -38,6 +50,7 @@ fn keys_are_the_fields_of_options() {
         shutdown_grace: text(),
         poller_cpus: Some(vec![]),
         registration_workers: Some(1),
+        probes: text(),
         step_socket: path(),
     };
     let json = serde_json::to_value(&full).unwrap();

@@ -174,11 +174,45 @@ metrics! {
     TrackingDirtyPagesTotal: Counter, "ramferry_tracking_dirty_pages_total", "pages", ["tracker"],
         "Pages that harvests found written.";
 
+    EbpfRegMrDurationSeconds: Histogram(buckets::REGISTRATION), "ramferry_ebpf_reg_mr_duration_seconds", "seconds",
+        ["process"],
+        "Time of ibv_reg_mr and its kin in any process of this host, failed calls too, by process name.";
+    EbpfDeregMrDurationSeconds: Histogram(buckets::REGISTRATION), "ramferry_ebpf_dereg_mr_duration_seconds",
+        "seconds", ["process"],
+        "Time of ibv_dereg_mr, likewise.";
+    EbpfPinDurationSeconds: Histogram(buckets::REGISTRATION), "ramferry_ebpf_pin_duration_seconds", "seconds",
+        ["process"],
+        "Time that the kernel took of it to pin pages.";
+    EbpfPinnedBytesTotal: Counter, "ramferry_ebpf_pinned_bytes_total", "bytes", ["process"],
+        "Memory that any process of this host registered, each time anew.";
+    EbpfRegMrErrorsTotal: Counter, "ramferry_ebpf_reg_mr_errors_total", "errors", ["process", "errno"],
+        "Registrations of any process of this host that failed. errno is unknown where only the library knew.";
+    EbpfProbeAttached: Gauge, "ramferry_ebpf_probe_attached", "1", ["probe"],
+        "1 where the eBPF probe is attached; the agent's log says why one is not.";
+    EbpfEventsDroppedTotal: Counter, "ramferry_ebpf_events_dropped_total", "events", [],
+        "Calls that the probes saw and could not count: a table was full, or a return was never seen.";
+
     GrpcRequestsTotal: Counter, "ramferry_grpc_requests_total", "requests", ["method", "code"],
         "gRPC calls that ended. method is other for one that is not served.";
     GrpcRequestDurationSeconds: Histogram(buckets::GRPC), "ramferry_grpc_request_duration_seconds", "seconds",
         ["method"],
         "From a call's arrival to its last byte; a stream counts when it ends.";
+}
+
+impl MetricName {
+    /// Whether the eBPF probes count it: it is rendered from what they hold, exactly, not through the recorder.
+    pub(super) const fn is_of_ebpf(self) -> bool {
+        matches!(
+            self,
+            Self::EbpfRegMrDurationSeconds
+                | Self::EbpfDeregMrDurationSeconds
+                | Self::EbpfPinDurationSeconds
+                | Self::EbpfPinnedBytesTotal
+                | Self::EbpfRegMrErrorsTotal
+                | Self::EbpfProbeAttached
+                | Self::EbpfEventsDroppedTotal
+        )
+    }
 }
 
 #[cfg(test)]

@@ -34,6 +34,7 @@ fn exercised() -> (Metrics, ActiveMigration) {
     };
     active.set(downtimes);
     metrics.grpc("other", "OK", SECOND);
+    metrics.set_ebpf(&ebpf::tests::states(), ebpf::tests::snapshot());
     (metrics, active)
 }
 

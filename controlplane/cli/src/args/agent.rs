@@ -83,6 +83,10 @@ pub(crate) struct AgentArgs {
     /// Threads that register memory, on each side of a migration [default: 2].
     #[arg(long, value_name = "NUMBER", help_heading = "Tuning")]
     pub(crate) registration_workers: Option<usize>,
+    /// Whether registration of any process on this host is measured through eBPF, as far as the host allows:
+    /// auto or off [default: auto].
+    #[arg(long, value_name = "auto|off", help_heading = "Tuning")]
+    pub(crate) probes: Option<String>,
     /// For tests: migrations wait before each step for whoever listens at this unix socket.
     #[arg(long, value_name = "PATH", hide = true)]
     pub(crate) step_socket: Option<PathBuf>,
@@ -111,6 +115,7 @@ impl AgentArgs {
             shutdown_grace: self.shutdown_grace,
             poller_cpus: self.poller_cpus,
             registration_workers: self.registration_workers,
+            probes: self.probes,
             step_socket: self.step_socket,
         }
     }

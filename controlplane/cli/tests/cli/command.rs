@@ -31,6 +31,11 @@ pub(crate) struct Ended {
 pub(crate) fn start(agent: impl std::fmt::Display, line: &str) -> Running {
     let mut command = Command::new(env!("CARGO_BIN_EXE_ramferry"));
     command.env_clear().env("RAMFERRY_AGENT", agent.to_string()).args(line.split_whitespace());
+    start_command(command)
+}
+
+/// Starts a command that runs `ramferry`.
+pub(crate) fn start_command(mut command: Command) -> Running {
     let mut child = command
         .stdin(Stdio::null())
         .stdout(Stdio::piped())
@@ -65,7 +70,22 @@ fn lines(pipe: impl Read + Send + 'static) -> Receiver<String> {
 impl Running {
     /// Presses Ctrl-C.
     pub(crate) fn interrupt(&self) {
-        kill_process(Pid::from_child(&self.child), Signal::INT).expect("it is not reaped yet");
+        self.signal(Signal::INT);
+    }
+
+    pub(crate) fn signal(&self, signal: Signal) {
+        kill_process(Pid::from_child(&self.child), signal).expect("it is not reaped yet");
+    }
+
+    /// The next line of stdout.
+    pub(crate) fn next_line(&mut self) -> String {
+        self.stdout.recv_timeout(PATIENCE).expect("another line")
+    }
+
+    /// Stops reading stdout.
+    pub(crate) fn close_stdout(&mut self) {
+        // The thread that reads lets go of the pipe when it cannot pass a line on.
+        self.stdout = mpsc::channel().1;
     }
 
     /// Returns once stderr has said `text`.

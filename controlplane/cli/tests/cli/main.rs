@@ -15,6 +15,7 @@ use crate::scripted::{Agent, Call, Script, Step};
 
 mod bench;
 mod command;
+mod probe;
 mod scripted;
 mod tls;
 

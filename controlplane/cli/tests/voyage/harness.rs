@@ -118,6 +118,8 @@ impl Agent {
             .arg("--run-dir")
             .arg(path("run"))
             .args(if arguments.contains(&"--log-filter") { &[][..] } else { &LOG_FILTER })
+            // Detaching them keeps a process that is killed from ending for a second.
+            .args(if arguments.contains(&"--probes") { &[][..] } else { &["--probes", "off"] })
             .args(arguments)
             .stdout(Stdio::null())
             .stderr(Stdio::piped())
