@@ -19,8 +19,8 @@ use x509_parser::prelude::{FromDer as _, X509Certificate};
 
 pub use hint::tls_hint;
 pub use layer::{Authorize, Authorized};
-pub(crate) use tls::metrics_tls;
 pub use tls::{TlsError, client_tls, server_tls};
+pub(crate) use tls::{client_config, metrics_tls};
 
 mod hint;
 mod layer;

@@ -25,7 +25,6 @@ use tokio::task::{AbortHandle, JoinHandle};
 use tonic::{Code, Status};
 
 use self::outside::Outside;
-#[cfg(test)]
 pub(crate) use self::peer::channel as peer_channel;
 pub(crate) use self::peer::{ORDER_ITEMS, failure_of};
 use self::peer::{Peer, PeerSetup};

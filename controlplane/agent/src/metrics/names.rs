@@ -143,6 +143,9 @@ metrics! {
     TrackingDirtyPagesTotal: Counter, "ramferry_tracking_dirty_pages_total", "pages", ["tracker"],
         "Pages that harvests found written.";
 
+    DoctorCheckStatus: Gauge, "ramferry_doctor_check_status", "1", ["check"],
+        "What each check of docs/doctor.md found, at the start and every 3 minutes: 0 ok, 1 warn, 2 fail, -1 skipped.";
+
     GrpcRequestsTotal: Counter, "ramferry_grpc_requests_total", "requests", ["method", "code"],
         "gRPC calls that ended. method is other for one that is not served.";
     GrpcRequestDurationSeconds: Histogram(buckets::GRPC), "ramferry_grpc_request_duration_seconds", "seconds",

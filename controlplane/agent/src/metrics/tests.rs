@@ -4,6 +4,7 @@ use std::path::Path;
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 
 use super::*;
+use crate::diagnostics::{Check, Status, Verdict};
 
 const SECOND: Duration = Duration::from_secs(1);
 
@@ -23,6 +24,8 @@ fn exercised() -> (Metrics, ActiveMigration) {
     metrics.stall("registration", Duration::from_millis(1500));
     metrics.harvest("uffd_wp", SECOND, 7);
     metrics.grpc("other", "OK", SECOND);
+    let verdict = Verdict { status: Status::Warn, evidence: "1".into(), remedy: "2".into() };
+    metrics.diagnosed(&[Finding { check: Check::Memlock, verdict }]);
     (metrics, active)
 }
 
