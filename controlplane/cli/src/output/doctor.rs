@@ -41,8 +41,8 @@ impl Examination {
     /// What is wrong comes last: that is what a terminal shows.
     pub(crate) fn text(&self) -> String {
         let width = self.checks.iter().map(|check| check.id.chars().count()).max().unwrap_or(0);
-        let mut text = String::new();
-        for status in ["skip", "ok", "warn", "fail"] {
+        let mut text = self.skipped_text();
+        for status in ["ok", "warn", "fail"] {
             for check in self.checks.iter().filter(|check| check.status == status) {
                 let (id, evidence) = (one_line(&check.id), one_line(&check.evidence));
                 let _ = writeln!(text, "{status:4}  {id:width$}  {evidence}");
@@ -66,6 +66,21 @@ impl Examination {
         );
         text
     }
+
+    /// What was skipped, those for one reason together: on a host without RDMA they are many.
+    fn skipped_text(&self) -> String {
+        let mut reasons: Vec<(&str, Vec<String>)> = Vec::new();
+        for check in self.checks.iter().filter(|check| check.status == "skip") {
+            let id = one_line(&check.id);
+            match reasons.iter_mut().find(|(reason, _)| *reason == check.evidence) {
+                Some((_, ids)) => ids.push(id),
+                None => reasons.push((&check.evidence, vec![id])),
+            }
+        }
+        let line =
+            |(reason, ids): (&str, Vec<String>)| format!("skip  {}: {}\n", ids.join(", "), one_line(reason));
+        reasons.into_iter().map(line).collect()
+    }
 }
 
 fn one_line(text: &str) -> String {
@@ -85,16 +100,21 @@ mod tests {
         let checks = vec![
             check("memlock", "fail", "64 KiB", "raise it"),
             check("btf", "ok", "5 MiB", ""),
+            check("rdma_port", "skip", "no device", ""),
+            check("peer_data", "skip", "no peer", ""),
+            check("rdma_mtu", "skip", "no device", ""),
             check("kernel", "warn", "6.1\u{1b}[31m", "boot\nanother"),
         ];
         let examination = Examination::new(Some("a:1".into()), checks);
         assert!(examination.has_failed());
         assert_eq!(
             examination.text(),
-            "ok    btf      5 MiB\n\
-             warn  kernel   6.1\\u{1b}[31m\n               -> boot another\n\
-             fail  memlock  64 KiB\n               -> raise it\n\
-             1 failed, 1 warned, 1 ok, 0 skipped, as the agent at a:1 sees its host\n"
+            "skip  rdma_port, rdma_mtu: no device\n\
+             skip  peer_data: no peer\n\
+             ok    btf        5 MiB\n\
+             warn  kernel     6.1\\u{1b}[31m\n                 -> boot another\n\
+             fail  memlock    64 KiB\n                 -> raise it\n\
+             1 failed, 1 warned, 1 ok, 3 skipped, as the agent at a:1 sees its host\n"
         );
         assert!(!Examination::new(None, vec![check("btf", "warn", "", "x")]).has_failed());
     }

@@ -7,6 +7,7 @@ mod authority;
 mod cancel;
 mod crash;
 mod disk;
+mod doctor;
 mod downtime;
 mod faults;
 mod harness;
