@@ -101,7 +101,7 @@ impl Doctor {
                     metrics.diagnosed(&findings);
                 }
                 Err(error) => {
-                    tracing::warn!(%error, "the checks of this host panicked; report it with the log")
+                    tracing::warn!(%error, "the checks of this host panicked; report it with the log");
                 }
             }
         }

@@ -44,7 +44,7 @@ impl CertificateFacts {
         })
     }
 
-    /// Whether its time is now, and for how long; `of` says where it is to be renewed.
+    /// Whether its time is now, and for how long; `remedy` says how it is renewed.
     pub(super) fn judge_time(&self, now: SystemTime, remedy: &str) -> Verdict {
         let until = humantime::format_rfc3339_seconds(self.not_after);
         if let Ok(early) = self.not_before.duration_since(now)
@@ -73,16 +73,19 @@ impl CertificateFacts {
     }
 }
 
+/// The certificates of a file, or the file's name and what is wrong with it.
+type FileRead = Result<Vec<CertificateFacts>, (String, String)>;
+
 /// The files of TLS, read.
 pub(super) struct Certificates {
-    /// `None` where TLS is off.
-    files: Option<Vec<Result<Vec<CertificateFacts>, (String, String)>>>,
+    /// `tls_cert` and `tls_ca`; `None` where TLS is off.
+    files: Option<[FileRead; 2]>,
     now: SystemTime,
 }
 
 impl Certificates {
     pub(super) fn read(tls: Option<&TlsConfig>, now: SystemTime) -> Self {
-        let files = tls.map(|tls| vec![read(&tls.cert), read(&tls.ca)]);
+        let files = tls.map(|tls| [read(&tls.cert), read(&tls.ca)]);
         Self { files, now }
     }
 
@@ -123,8 +126,7 @@ impl Certificates {
     }
 }
 
-/// The certificates of a PEM file, or the file's name and what is wrong.
-fn read(path: &Path) -> Result<Vec<CertificateFacts>, (String, String)> {
+fn read(path: &Path) -> FileRead {
     let name = path.display().to_string();
     let wrong = |why: String| (name.clone(), why);
     let bytes = std::fs::read(path).map_err(|error| wrong(error.to_string()))?;

@@ -225,7 +225,7 @@ fn unreached(address: &str, why: &Unreached, what: &str, key: &str) -> Verdict {
         Unreached::Refused => Verdict::fail(
             format!("{address} refuses connections: its host is up, and nothing listens there"),
             format!(
-                "start {what} there, and correct its key {key} (ss -ltn on that host shows what listens); a firewall may refuse, too"
+                "start {what} there, or correct its key {key} (ss -ltn on that host shows what listens); a firewall may refuse, too"
             ),
         ),
         Unreached::Silent => Verdict::fail(

@@ -21,7 +21,7 @@ impl Governors {
         const CPUS: &str = "/sys/devices/system/cpu";
         let mut processors = BTreeMap::new();
         for name in host.names(CPUS) {
-            if !name.strip_prefix("cpu").is_some_and(|number| number.parse::<u32>().is_ok()) {
+            if name.strip_prefix("cpu").is_none_or(|number| number.parse::<u32>().is_err()) {
                 continue;
             }
             let scaling = Path::new(CPUS).join(name).join("cpufreq");

@@ -81,13 +81,13 @@ impl StateDir {
         let evidence = format!("{path}: {there}; {} free", bytes(free));
         let remedy =
             format!("free space on the file system of {path} (df {path}), or set state_dir to another");
-        match free {
-            ..FAIL_BYTES => {
-                Verdict::fail(format!("{evidence}, less than one migration's log may take"), remedy)
-            }
-            ..WARN_BYTES => Verdict::warn(evidence, remedy),
-            _ => Verdict::ok(evidence),
+        if free < FAIL_BYTES {
+            return Verdict::fail(format!("{evidence}, less than one migration's log may take"), remedy);
         }
+        if free < WARN_BYTES {
+            return Verdict::warn(evidence, remedy);
+        }
+        Verdict::ok(evidence)
     }
 }
 

@@ -48,7 +48,7 @@ pub(crate) fn survey(directory: &Path) -> Result<Vec<Surveyed>, JournalError> {
                     has_ended: false,
                     is_handed_over: false,
                     damage: Some(causes(&error)),
-                })
+                });
             }
             Err(error) => return Err(error),
         }
