@@ -10,6 +10,8 @@ use super::verdict::{Verdict, bytes};
 
 /// Largest window that is registered at once.
 const WINDOW_BYTES: u64 = 64 << 20;
+/// A budget of less makes windows of a few pages.
+const LEAST_BUDGET_BYTES: u64 = 4 << 20;
 /// Descriptors that an agent with its default of migrations stays below.
 const OPEN_FILES: u64 = 1024;
 
@@ -55,10 +57,12 @@ impl Memlock {
         if left < WINDOW_BYTES {
             let evidence =
                 format!("{read}: {} left, less than one window of {}", bytes(left), bytes(WINDOW_BYTES));
-            let remedy = format!(
-                "{REMEDY}; until then migrate with --fabric tcp, or a --pin-budget below {}",
-                bytes(left)
-            );
+            let meanwhile = if left < LEAST_BUDGET_BYTES {
+                "migrate with --fabric tcp".to_owned()
+            } else {
+                format!("migrate with --fabric tcp, or with a --pin-budget below {}", bytes(left))
+            };
+            let remedy = format!("{REMEDY}; until then {meanwhile}");
             return Verdict::fail(evidence, remedy);
         }
         match self.memory_bytes {
@@ -262,6 +266,9 @@ mod tests {
             assert!(verdict.evidence.contains(part), "{verdict:?}");
         }
         assert!(verdict.remedy.contains("LimitMEMLOCK=infinity") && verdict.remedy.contains("ulimit -l"));
+        assert!(verdict.remedy.ends_with("a --pin-budget below 8 MiB"), "{verdict:?}");
+        let nothing_left = memlock(Some(65536)).judge();
+        assert!(nothing_left.remedy.ends_with("--fabric tcp"), "{nothing_left:?}");
     }
 
     #[test]

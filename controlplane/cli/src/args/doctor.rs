@@ -23,7 +23,7 @@ not answer or refused. docs/doctor.md tells of each check.";
 #[derive(Debug, Args)]
 #[command(after_help = EXAMPLES)]
 pub(crate) struct DoctorArgs {
-    /// The agent's TOML file, for checks in this process.
+    /// The agent's TOML file, for checks in this process; an agent that is asked has its own.
     #[arg(long, env = "RAMFERRY_CONFIG", hide_env_values = true, value_name = "FILE")]
     pub(crate) config: Option<PathBuf>,
     /// A running agent to ask.

@@ -113,7 +113,16 @@ impl Rdma {
         if !self.is_built {
             return Verdict::skip(NOT_BUILT);
         }
+        let is_down = !self.ports.is_empty() && !self.ports.iter().any(Port::is_active);
         match (self.listen, &self.listen_address) {
+            (RdmaListen::Auto, Err(why)) if is_down => Verdict::warn(
+                format!("guests cannot arrive over RDMA: {why}"),
+                "set a port up first: see rdma_port in this list",
+            ),
+            (RdmaListen::At(address), Err(why)) if is_down => Verdict::fail(
+                format!("rdma_listen is {address}: {why}"),
+                "set a port up first: see rdma_port in this list",
+            ),
             (RdmaListen::Off, _) => Verdict::skip("rdma_listen is off"),
             (_, Err(_)) if self.devices.is_empty() && !self.is_demanded() => Verdict::skip(NO_DEVICE),
             (_, Ok(address)) => Verdict::ok(format!("guests can arrive over RDMA at {}", address.ip())),
@@ -365,6 +374,11 @@ mod tests {
         assert_eq!(rdma.judge_listen().status, Status::Warn);
         rdma.listen = RdmaListen::At("10.0.0.9:7052".parse().unwrap());
         assert_eq!(rdma.judge_listen().status, Status::Fail);
+        rdma.ports[0].state = "1: DOWN".into();
+        let down = rdma.judge_listen();
+        assert!(down.status == Status::Fail && down.remedy.contains("rdma_port"), "{down:?}");
+        rdma.listen = RdmaListen::Auto;
+        assert_eq!(rdma.judge_listen().status, Status::Warn);
         rdma.listen = RdmaListen::Off;
         assert_eq!(rdma.judge_listen().status, Status::Skip);
     }
