@@ -20,7 +20,7 @@ use x509_parser::prelude::{FromDer as _, X509Certificate};
 pub use hint::tls_hint;
 pub use layer::{Authorize, Authorized};
 pub use tls::{TlsError, client_tls, server_tls};
-pub(crate) use tls::{expiries, metrics_tls};
+pub(crate) use tls::{client_config, expiries, metrics_tls};
 
 mod hint;
 mod layer;

@@ -23,6 +23,7 @@ mod verbs;
 mod verbs;
 
 use self::verbs::Verbs;
+pub(crate) use self::verbs::{HAS_VERBS, port_mtus, rdma_listen_address};
 
 /// Longest reason of a peer's that is passed on.
 const REASON_BYTES: usize = 512;
@@ -46,6 +47,15 @@ pub(crate) struct Admitted {
 pub(crate) struct Connected {
     pub(crate) domain: Arc<dyn Domain>,
     pub(crate) links: Vec<Box<dyn Link>>,
+}
+
+/// How long packets of an RDMA port are.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct PortMtu {
+    pub(crate) device: String,
+    pub(crate) port: u8,
+    pub(crate) mtu_bytes: u32,
+    pub(crate) max_mtu_bytes: u32,
 }
 
 /// What source and destination agreed on.
@@ -100,6 +110,11 @@ impl Fabrics {
             FabricKind::Tcp => self.tcp.local_addr().to_string(),
             FabricKind::Verbs => self.verbs.address(),
         }
+    }
+
+    /// Where guests arrive over verbs, or why they cannot.
+    pub(crate) fn verbs_address(&self) -> Result<String, String> {
+        self.verbs.is_reached_by_peers().map(|_| self.verbs.address())
     }
 
     /// Opens a destination's end of a session.

@@ -30,10 +30,12 @@ use crate::MigrationRole;
 
 pub use log::{Durability, MigrationLog};
 pub use record::{Created, ParametersRecord, Record, SpecError, SpecRecord};
+pub(crate) use survey::{Surveyed, survey};
 
 mod frame;
 mod log;
 mod record;
+mod survey;
 
 const SUFFIX: &str = ".journal";
 const UNFINISHED_SUFFIX: &str = ".journal.unfinished";
@@ -184,13 +186,22 @@ fn lock(directory: &Path) -> Result<Lock, JournalError> {
 fn check_private(directory: &Path) -> Result<(), JournalError> {
     let stat = rustix::fs::stat(directory)
         .map_err(|errno| JournalError::Io { path: directory.to_owned(), source: errno.into() })?;
+    match exposure_of(&stat) {
+        None => Ok(()),
+        Some((mode, owner)) => Err(JournalError::Exposed { path: directory.to_owned(), mode, owner }),
+    }
+}
+
+/// Mode and owner of a directory that others than this user could change, where it is one.
+pub(crate) fn exposure(directory: &Path) -> Option<(u32, u32)> {
+    exposure_of(&rustix::fs::stat(directory).ok()?)
+}
+
+fn exposure_of(stat: &rustix::fs::Stat) -> Option<(u32, u32)> {
     let ours = stat.st_uid == 0 || stat.st_uid == rustix::process::geteuid().as_raw();
     // Of a directory such as /tmp nobody can take another's entries away.
     let (others, sticky) = (stat.st_mode & 0o022 != 0, stat.st_mode & 0o1000 != 0);
-    if ours && (!others || sticky) {
-        return Ok(());
-    }
-    Err(JournalError::Exposed { path: directory.to_owned(), mode: stat.st_mode & 0o7777, owner: stat.st_uid })
+    (!ours || (others && !sticky)).then_some((stat.st_mode & 0o7777, stat.st_uid))
 }
 
 fn recover(path: &Path, name: &str) -> Result<Recovered, JournalError> {

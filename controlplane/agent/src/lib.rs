@@ -11,6 +11,7 @@ pub mod config;
 mod core;
 mod destination;
 mod device_stream;
+pub mod diagnostics;
 mod fabrics;
 #[cfg(feature = "fuzzing")]
 #[doc(hidden)]

@@ -17,6 +17,7 @@ use ramferry_proto::v1::MigrationState;
 use rustix::io::Errno;
 
 use crate::MigrationRole;
+use crate::diagnostics::Finding;
 
 use active::Active;
 use ebpf::Ebpf;
@@ -348,6 +349,13 @@ impl Metrics {
     fn grpc(&self, method: &str, code: &'static str, duration: Duration) {
         self.counter(MetricName::GrpcRequestsTotal, &[method, code], 1);
         self.histogram(MetricName::GrpcRequestDurationSeconds, &[method], duration);
+    }
+
+    /// What the checks of this host found.
+    pub(crate) fn diagnosed(&self, findings: &[Finding]) {
+        for Finding { check, verdict } in findings {
+            self.gauge(MetricName::DoctorCheckStatus, &[check.info().id], verdict.status.gauge());
+        }
     }
 
     fn active(&self) -> &Active {

@@ -5,24 +5,36 @@ use std::sync::Arc;
 use ramferry_proto::v1;
 use ramferry_proto::v1::node_service_server::{NodeService, NodeServiceServer};
 use rustix::process::Resource;
-use tonic::{Code, Request, Response, Status};
+use tonic::{Request, Response, Status};
 
 use crate::core::Agent;
+use crate::diagnostics::{Doctor, Finding};
 use crate::metrics::Metrics;
 use crate::server::MESSAGE_LIMIT_BYTES;
-use crate::status::status;
+use crate::status::{invalid_argument, shortened};
+
+/// Longest address of a peer: a host name of 253 bytes and a port.
+const ADDRESS_BYTES: usize = 260;
 
 /// Tells of this host.
 #[derive(Clone)]
 pub(crate) struct Node {
     agent: Arc<Agent>,
     metrics: Metrics,
+    doctor: Doctor,
+    /// One examination at a time: each starts children.
+    examining: Arc<tokio::sync::Mutex<()>>,
 }
 
 impl Node {
     /// The service of an agent.
-    pub(crate) fn service(agent: &Arc<Agent>, metrics: &Metrics) -> NodeServiceServer<Self> {
-        let node = Self { agent: Arc::clone(agent), metrics: metrics.clone() };
+    pub(crate) fn service(agent: &Arc<Agent>, metrics: &Metrics, doctor: &Doctor) -> NodeServiceServer<Self> {
+        let node = Self {
+            agent: Arc::clone(agent),
+            metrics: metrics.clone(),
+            doctor: doctor.clone(),
+            examining: Arc::default(),
+        };
         NodeServiceServer::new(node)
             .max_decoding_message_size(MESSAGE_LIMIT_BYTES)
             .max_encoding_message_size(MESSAGE_LIMIT_BYTES)
@@ -55,14 +67,28 @@ impl NodeService for Node {
 
     async fn run_diagnostics(
         &self,
-        _: Request<v1::RunDiagnosticsRequest>,
+        request: Request<v1::RunDiagnosticsRequest>,
     ) -> Result<Response<v1::RunDiagnosticsResponse>, Status> {
-        Err(status(
-            Code::Unimplemented,
-            "DIAGNOSTICS_UNIMPLEMENTED",
-            "this version of the agent makes no diagnostics; GetNodeInfo tells what the host can do",
-            [],
-        ))
+        let peer = request.into_inner().peer;
+        if peer.len() > ADDRESS_BYTES {
+            let message = format!("a peer's address has at most {ADDRESS_BYTES} bytes; give HOST:PORT");
+            return Err(invalid_argument("peer", "ADDRESS_INVALID", message));
+        }
+        let peer = (!peer.is_empty()).then_some(peer.as_str());
+        let _turn = self.examining.lock().await;
+        let findings = self.doctor.examine(peer).await;
+        let findings = findings.map_err(|error| crate::status::internal("DIAGNOSTICS_FAILED", &error))?;
+        if peer.is_none() {
+            self.metrics.diagnosed(&findings);
+        }
+        let result = |finding: Finding| v1::DiagnosticResult {
+            id: finding.check.info().id.to_owned(),
+            status: finding.verdict.status.on_the_wire().into(),
+            evidence: shortened(finding.verdict.evidence),
+            remedy: shortened(finding.verdict.remedy),
+        };
+        let results = findings.into_iter().map(result).collect();
+        Ok(Response::new(v1::RunDiagnosticsResponse { results }))
     }
 }
 

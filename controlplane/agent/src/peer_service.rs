@@ -3,8 +3,8 @@
 use std::sync::Arc;
 
 use ramferry_engine::{DestinationEvent, Failure, Reason};
-use ramferry_fabric::SessionToken;
 use ramferry_fabric::windows::{Window, WindowId};
+use ramferry_fabric::{FabricKind, SessionToken};
 use ramferry_mover::DestinationInput;
 use ramferry_proto::v1;
 use ramferry_proto::v1::exchange_control_request::Order;
@@ -16,13 +16,13 @@ use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Code, Request, Response, Status, Streaming};
 
 use crate::MigrationRole;
-use crate::core::{Agent, EXCHANGE_TIMEOUT};
+use crate::core::{Agent, EXCHANGE_TIMEOUT, PROTOCOL_VERSION};
 use crate::destination::{self, DestinationSession};
 use crate::device_stream::MESSAGE_BYTES;
 use crate::journal::is_migration_id;
 use crate::migrations::{Entry, is_final};
 use crate::source::{ORDER_ITEMS, failure_of};
-use crate::status::{invalid_argument, status};
+use crate::status::{invalid_argument, shortened, status};
 
 /// Serves `ramferry.v1.PeerService`.
 pub(crate) struct Peers {
@@ -33,6 +33,29 @@ type Answers = ReceiverStream<Result<v1::ExchangeControlResponse, Status>>;
 
 #[tonic::async_trait]
 impl PeerService for Peers {
+    async fn get_peer_info(
+        &self,
+        _: Request<v1::GetPeerInfoRequest>,
+    ) -> Result<Response<v1::GetPeerInfoResponse>, Status> {
+        let agent = Arc::clone(&self.agent);
+        // Asks the RDMA devices, which blocks.
+        let verbs = tokio::task::spawn_blocking(move || agent.fabrics.verbs_address()).await;
+        let verbs = verbs.map_err(|error| crate::status::internal("INTERNAL", &error))?;
+        let (verbs_address, verbs_unavailable) = match verbs {
+            Ok(address) => (address, String::new()),
+            Err(why) => (String::new(), shortened(why)),
+        };
+        Ok(Response::new(v1::GetPeerInfoResponse {
+            agent_version: env!("CARGO_PKG_VERSION").to_owned(),
+            protocol_version: PROTOCOL_VERSION,
+            boot_id: self.agent.boot_id.clone(),
+            tcp_address: self.agent.fabrics.address(FabricKind::Tcp),
+            verbs_address,
+            verbs_unavailable,
+            time: Some(std::time::SystemTime::now().into()),
+        }))
+    }
+
     async fn negotiate_session(
         &self,
         request: Request<v1::NegotiateSessionRequest>,

@@ -11,6 +11,7 @@ use tracing::info;
 
 use crate::config::{Config, ConfigError, Options};
 use crate::core::{Agent, CoreError};
+use crate::diagnostics::Doctor;
 use crate::journal::{Journal, JournalError, Recovered};
 use crate::logs;
 use crate::metrics::Metrics;
@@ -42,7 +43,8 @@ pub async fn run_until(
     let bound = server.bound();
 
     let core = Agent::start(config.clone(), journal, recovered, metrics.clone())?;
-    let services = services(&core, &metrics);
+    let doctor = Doctor::new(config.clone());
+    let services = services(&core, &metrics, &doctor);
 
     info!(
         version = env!("CARGO_PKG_VERSION"),
@@ -62,19 +64,23 @@ pub async fn run_until(
         core.shut_down(config.shutdown_grace).await;
     };
     ready(&bound);
-    server.serve(services, stopping).await?;
+    let watched = doctor.watch(metrics);
+    tokio::select! {
+        served = server.serve(services, stopping) => served?,
+        never = watched => match never {},
+    }
     info!("agent stopped");
     Ok(())
 }
 
-fn services(agent: &Arc<Agent>, metrics: &Metrics) -> Services {
+fn services(agent: &Arc<Agent>, metrics: &Metrics, doctor: &Doctor) -> Services {
     let migrations = MigrationServiceServer::new(Migrations { agent: Arc::clone(agent) })
         .max_decoding_message_size(MESSAGE_LIMIT_BYTES)
         .max_encoding_message_size(MESSAGE_LIMIT_BYTES);
     let peers = PeerServiceServer::new(Peers { agent: Arc::clone(agent) })
         .max_decoding_message_size(MESSAGE_LIMIT_BYTES)
         .max_encoding_message_size(MESSAGE_LIMIT_BYTES);
-    Services::new().with(Node::service(agent, metrics)).with(migrations).with(peers)
+    Services::new().with(Node::service(agent, metrics, doctor)).with(migrations).with(peers)
 }
 
 async fn open_journal(directory: PathBuf) -> Result<(Journal, Vec<Recovered>), AgentError> {

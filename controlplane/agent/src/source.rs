@@ -26,7 +26,6 @@ use tonic::transport::Channel;
 use tonic::{Code, Status};
 
 use self::outside::Outside;
-#[cfg(test)]
 pub(crate) use self::peer::channel as peer_channel;
 pub(crate) use self::peer::{ORDER_ITEMS, failure_of};
 use self::peer::{Peer, PeerSetup};

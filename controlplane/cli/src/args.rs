@@ -8,12 +8,14 @@ use clap_complete::Shell;
 use self::agent::AgentArgs;
 use self::bench::BenchArgs;
 use self::connection::OutputFormat;
+use self::doctor::DoctorArgs;
 use self::migration::{CheckArgs, DeleteArgs, IdArgs, ListArgs, MigrateArgs, SetArgs, WatchArgs};
 use self::probe::ProbeArgs;
 
 pub(crate) mod agent;
 pub(crate) mod bench;
 pub(crate) mod connection;
+pub(crate) mod doctor;
 pub(crate) mod migration;
 pub(crate) mod names;
 pub(crate) mod probe;
@@ -28,6 +30,7 @@ Exit codes:
   3    the migration was CANCELLED; the guest runs at the source
   4    the agent cannot be reached, or stayed away while it was watched
   5    the agent refused; reason and remedy are on stderr
+  6    of doctor: a check failed
   130  left by Ctrl-C; the migration goes on";
 
 const EXAMPLES: &str = "\
@@ -74,6 +77,8 @@ pub(crate) enum Command {
     Switchover(IdArgs),
     /// Make an agent forget a migration that has ended.
     Delete(DeleteArgs),
+    /// Check whether this host is fit to migrate guests, and say what to do where it is not.
+    Doctor(DoctorArgs),
     /// Measure what migrations are made of on this host, or between two, beside what it can do.
     Bench(BenchArgs),
     /// Watch what registering memory costs on this host, in any process.
@@ -109,6 +114,7 @@ impl Command {
             Self::Delete(args) => &args.connection,
             Self::Bench(args) => return args.output(),
             Self::Probe(args) => return Some(args.output),
+            Self::Doctor(args) => return Some(args.output),
             Self::Agent(_) | Self::Completions { .. } | Self::Man(_) => return None,
         };
         Some(connection.output)
@@ -156,6 +162,19 @@ mod tests {
     fn key_without_certificate_is_refused() {
         let error = parse("ramferry list --tls-key k").expect_err("half of an identity").to_string();
         assert!(error.contains("--tls-cert") && error.contains("--tls-ca"), "{error}");
+    }
+
+    #[test]
+    fn doctor_takes_what_its_help_promises() {
+        for line in [
+            "ramferry doctor",
+            "ramferry doctor --config /etc/ramferry.toml --output json",
+            "ramferry doctor --agent 127.0.0.1:7050 --peer node-2:7050 --tls-ca a --tls-cert b --tls-key c",
+        ] {
+            assert!(parse(line).is_ok(), "{line}");
+        }
+        let error = parse("ramferry doctor --peer 10.0.0.2").expect_err("half an address").to_string();
+        assert!(error.contains("no port"), "{error}");
     }
 
     #[test]

@@ -8,6 +8,7 @@ use std::time::Duration;
 
 use ramferry_proto::v1;
 use ramferry_proto::v1::migration_service_client::MigrationServiceClient;
+use ramferry_proto::v1::node_service_client::NodeServiceClient;
 use tonic::transport::{Certificate, Channel, ClientTlsConfig, Endpoint, Identity};
 use tonic::{Request, Response, Status, Streaming};
 
@@ -27,9 +28,21 @@ const MESSAGE_BYTES: usize = 16 << 20;
 const PAGE_SIZE: i32 = 1000;
 const PAGES: usize = 1000;
 
+/// Every check of the agent's host, and of `peer` where it is not empty.
+pub(crate) async fn run_diagnostics(
+    args: &ConnectionArgs,
+    peer: String,
+) -> Result<Vec<v1::DiagnosticResult>, Failure> {
+    let client = Client::connect(args).await?;
+    let mut service = NodeServiceClient::new(client.channel.clone()).max_decoding_message_size(MESSAGE_BYTES);
+    let call = service.run_diagnostics(bounded(v1::RunDiagnosticsRequest { peer }));
+    Ok(client.call(call).await?.results)
+}
+
 /// A connection to one agent. Clones share it; it is made anew when it breaks.
 #[derive(Debug, Clone)]
 pub(crate) struct Client {
+    channel: Channel,
     service: MigrationServiceClient<Channel>,
     agent: AgentAddress,
     has_tls: bool,
@@ -45,8 +58,8 @@ impl Client {
             has_tls,
             source: Box::new(error),
         })?;
-        let service = MigrationServiceClient::new(channel).max_decoding_message_size(MESSAGE_BYTES);
-        Ok(Self { service, agent, has_tls })
+        let service = MigrationServiceClient::new(channel.clone()).max_decoding_message_size(MESSAGE_BYTES);
+        Ok(Self { channel, service, agent, has_tls })
     }
 
     /// Every check of a migration; nothing is changed.
@@ -181,13 +194,13 @@ fn endpoint(args: &ConnectionArgs) -> Result<(Endpoint, bool), Failure> {
 }
 
 fn tls(args: &ConnectionArgs) -> Result<Option<ClientTlsConfig>, Failure> {
-    let Some(ca) = &args.tls_ca else { return Ok(None) };
-    let name = args.tls_server_name.as_deref().unwrap_or(args.agent.host());
+    let Some(ca) = &args.tls.tls_ca else { return Ok(None) };
+    let name = args.tls.tls_server_name.as_deref().unwrap_or(args.agent.host());
     let mut tls = ClientTlsConfig::new()
         .domain_name(name)
         .ca_certificate(Certificate::from_pem(read("--tls-ca", ca)?))
         .timeout(args.connect_timeout);
-    if let (Some(cert), Some(key)) = (&args.tls_cert, &args.tls_key) {
+    if let (Some(cert), Some(key)) = (&args.tls.tls_cert, &args.tls.tls_key) {
         tls = tls.identity(Identity::from_pem(read("--tls-cert", cert)?, read("--tls-key", key)?));
     }
     Ok(Some(tls))

@@ -9,6 +9,7 @@ use crate::failure::Failure;
 mod agent;
 mod bench;
 mod check;
+mod doctor;
 mod documents;
 mod list;
 mod migrate;
@@ -31,6 +32,7 @@ pub(crate) fn run(command: Command) -> Result<Exit, Failure> {
         Command::Delete(args) => block_on(one::delete(args)),
         Command::Bench(args) => bench::run(args),
         Command::Probe(args) => block_on(probe::run(args)),
+        Command::Doctor(args) => block_on(doctor::run(args)),
         Command::Completions { shell } => documents::completions(shell),
         Command::Man(args) => documents::man(&args),
     }

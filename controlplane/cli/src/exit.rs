@@ -19,6 +19,8 @@ pub(crate) enum Exit {
     Unreachable = 4,
     /// The agent answered with an error.
     Refused = 5,
+    /// A check of doctor failed.
+    Unfit = 6,
     /// Left by Ctrl-C, as a shell tells it: 128 + SIGINT.
     Left = 130,
 }

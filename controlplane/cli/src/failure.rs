@@ -50,6 +50,12 @@ pub(crate) enum Failure {
     Bench(Box<BenchError>),
 }
 
+impl From<AgentError> for Failure {
+    fn from(error: AgentError) -> Self {
+        Self::Agent(Box::new(error))
+    }
+}
+
 impl From<BenchError> for Failure {
     fn from(error: BenchError) -> Self {
         Self::Bench(Box::new(error))

@@ -8,6 +8,7 @@ use serde::Serialize;
 use crate::failure::Failure;
 
 pub(crate) mod bench;
+pub(crate) mod doctor;
 pub(crate) mod probe;
 pub(crate) mod report;
 pub(crate) mod summary;

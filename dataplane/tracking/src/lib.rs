@@ -27,6 +27,7 @@ use ramferry_ram::{FileIdentity, PageSets};
 
 mod deputy;
 mod error;
+pub mod features;
 mod holders;
 mod huge;
 pub mod maps;

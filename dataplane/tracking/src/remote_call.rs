@@ -67,7 +67,7 @@ const MAX_SEARCH_BYTES: u64 = 64 << 20;
 const SEARCH_PIECE_BYTES: usize = 64 << 10;
 /// Code segment of a 64-bit thread.
 const USER_CS: u64 = 0x33;
-const UFFD_USER_MODE_ONLY: u64 = 1;
+pub(crate) const UFFD_USER_MODE_ONLY: u64 = 1;
 
 /// Which faults a userfaultfd is to be told of.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -20,6 +20,14 @@ const FEATURE_WP_ASYNC: u64 = 1 << 15;
 const FEATURES: u64 =
     FEATURE_PAGEFAULT_FLAG_WP | FEATURE_WP_HUGETLBFS_SHMEM | FEATURE_WP_UNPOPULATED | FEATURE_WP_ASYNC;
 
+/// Each with its name in `linux/userfaultfd.h`.
+const NAMED_FEATURES: [(u64, &str); 4] = [
+    (FEATURE_PAGEFAULT_FLAG_WP, "UFFD_FEATURE_PAGEFAULT_FLAG_WP"),
+    (FEATURE_WP_HUGETLBFS_SHMEM, "UFFD_FEATURE_WP_HUGETLBFS_SHMEM"),
+    (FEATURE_WP_UNPOPULATED, "UFFD_FEATURE_WP_UNPOPULATED"),
+    (FEATURE_WP_ASYNC, "UFFD_FEATURE_WP_ASYNC"),
+];
+
 const REGISTER_MODE_WP: u64 = 1 << 1;
 const WRITEPROTECT_MODE_WP: u64 = 1 << 0;
 
@@ -56,6 +64,15 @@ const UFFDIO_WRITEPROTECT: Opcode = opcode::read_write::<UffdioWriteprotect>(UFF
 const _: () = assert!(size_of::<UffdioApi>() == 24 && UFFDIO_API as u64 == 0xc018_aa3f);
 const _: () = assert!(size_of::<UffdioRegister>() == 32 && UFFDIO_REGISTER as u64 == 0xc020_aa00);
 const _: () = assert!(size_of::<UffdioWriteprotect>() == 24 && UFFDIO_WRITEPROTECT as u64 == 0xc018_aa06);
+
+/// The features needed that the kernel does not have, of a userfaultfd on which nothing was agreed yet.
+pub(crate) fn lacking(fd: &OwnedFd) -> io::Result<Vec<&'static str>> {
+    let mut api = UffdioApi { api: UFFD_API, features: 0, ioctls: 0 };
+    // SAFETY: the opcode is that of `UffdioApi`, which the kernel reads and writes in place.
+    unsafe { ioctl(fd, Updater::<UFFDIO_API, _>::new(&mut api)) }?;
+    let absent = NAMED_FEATURES.iter().filter(|(bit, _)| api.features & bit == 0);
+    Ok(absent.map(|(_, name)| *name).collect())
+}
 
 /// A userfaultfd in asynchronous write-protect mode. Dropping it lifts every
 /// protection and registration made through it.

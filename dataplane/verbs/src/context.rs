@@ -62,6 +62,7 @@ pub(crate) struct PortState {
     pub(crate) active: bool,
     pub(crate) link_layer: LinkLayer,
     pub(crate) mtu_bytes: u32,
+    pub(crate) max_mtu_bytes: u32,
     pub(crate) rate_bits_per_second: u64,
     /// Longest message.
     pub(crate) max_message_bytes: u32,
@@ -140,6 +141,7 @@ impl Context {
             active: attributes.state == ibv_port_state::IBV_PORT_ACTIVE,
             link_layer: LinkLayer::from_raw(attributes.link_layer),
             mtu_bytes: mtu_bytes(attributes.active_mtu),
+            max_mtu_bytes: mtu_bytes(attributes.max_mtu),
             rate_bits_per_second: rate_bits_per_second(attributes.active_width, attributes.active_speed),
             max_message_bytes: attributes.max_msg_sz,
         })

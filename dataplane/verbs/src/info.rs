@@ -80,6 +80,8 @@ pub struct DeviceInfo {
     pub rate_bits_per_second: u64,
     /// Longest packet's payload now.
     pub mtu_bytes: u32,
+    /// Longest packet's payload that the port can be set to.
+    pub max_mtu_bytes: u32,
     /// Longest message.
     pub max_message_bytes: u32,
     /// Whether connected queue pairs reach memory that is not pinned.
@@ -153,6 +155,7 @@ pub fn devices() -> Result<Vec<DeviceInfo>, DeviceError> {
                 transport: context.transport(),
                 rate_bits_per_second: state.rate_bits_per_second,
                 mtu_bytes: state.mtu_bytes,
+                max_mtu_bytes: state.max_mtu_bytes,
                 max_message_bytes: state.max_message_bytes,
                 on_demand_paging: capabilities.on_demand_paging,
                 max_regions: capabilities.max_regions,

@@ -8,7 +8,7 @@ use thiserror::Error;
 use tokio_rustls::rustls::pki_types::pem::PemObject as _;
 use tokio_rustls::rustls::pki_types::{CertificateDer, PrivateKeyDer, pem};
 use tokio_rustls::rustls::server::{VerifierBuilderError, WebPkiClientVerifier};
-use tokio_rustls::rustls::{self, RootCertStore, ServerConfig};
+use tokio_rustls::rustls::{self, ClientConfig, RootCertStore, ServerConfig};
 use tonic::transport::{Certificate, ClientTlsConfig, Identity, ServerTlsConfig};
 
 use x509_parser::prelude::{FromDer as _, X509Certificate};
@@ -43,6 +43,17 @@ pub fn client_tls(config: &TlsConfig, host: &str) -> Result<ClientTlsConfig, Tls
         .ca_certificate(Certificate::from_pem(files.ca))
         .domain_name(name.trim_start_matches('[').trim_end_matches(']'))
         .timeout(HANDSHAKE_TIMEOUT))
+}
+
+/// TLS of a connection to a peer, below gRPC.
+pub(crate) fn client_config(config: &TlsConfig) -> Result<Arc<ClientConfig>, TlsError> {
+    let Parsed { chain, key, roots } = Files::read(config)?.parse(config)?;
+    let mut client = ClientConfig::builder()
+        .with_root_certificates(roots)
+        .with_client_auth_cert(chain, key)
+        .map_err(|source| TlsError::Identity { path: config.cert.clone(), source })?;
+    client.alpn_protocols.push(b"h2".to_vec());
+    Ok(Arc::new(client))
 }
 
 /// TLS of the metrics endpoint: any certificate that the authorities signed will do.

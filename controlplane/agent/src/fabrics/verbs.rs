@@ -9,11 +9,13 @@ use ramferry_fabric::SessionToken;
 use ramferry_ram::Memory;
 use ramferry_verbs::{DeviceInfo, Listener};
 
-use super::{Admitted, Agreed, Connected, lost, open_links};
+use super::{Admitted, Agreed, Connected, PortMtu, lost, open_links};
 use crate::config::{Config, RdmaListen};
 use crate::core::CoreError;
 use crate::status::causes;
 
+/// Whether this build has verbs.
+pub(crate) const HAS_VERBS: bool = true;
 /// For each link. The connection manager sends again what was lost, after 4.3 s on RoCE: a request and
 /// its answer may both be.
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(20);
@@ -120,6 +122,38 @@ impl Verbs {
         let links = open_links(agreed.streams, connect)?;
         Ok(Connected { links, domain })
     }
+}
+
+/// The ports of this host's devices, or why they cannot be asked.
+pub(crate) fn port_mtus() -> Result<Vec<PortMtu>, String> {
+    let devices = ramferry_verbs::devices().map_err(|error| causes(&error))?;
+    let mtu = |info: DeviceInfo| PortMtu {
+        device: info.name,
+        port: info.port,
+        mtu_bytes: info.mtu_bytes,
+        max_mtu_bytes: info.max_mtu_bytes,
+    };
+    Ok(devices.into_iter().map(mtu).collect())
+}
+
+/// Where guests would arrive by a configuration, or why they could not; nothing is listened at.
+pub(crate) fn rdma_listen_address(config: &Config) -> Result<SocketAddr, String> {
+    let device = config.rdma_device.as_deref();
+    match config.rdma_listen {
+        RdmaListen::Off => Err("rdma_listen is off".into()),
+        RdmaListen::Auto => listen_address(config.data_listen.ip(), device),
+        RdmaListen::At(address) => listen_address_at(address, device),
+    }
+}
+
+fn listen_address_at(address: SocketAddr, device: Option<&str>) -> Result<SocketAddr, String> {
+    let active = active(device)?;
+    let has = |info: &DeviceInfo| address.ip().is_unspecified() || info.addresses.contains(&address.ip());
+    if active.iter().any(has) {
+        return Ok(address);
+    }
+    let names: Vec<_> = active.iter().map(|info| info.name.as_str()).collect();
+    Err(format!("{} is no address of {}", address.ip(), names.join(", ")))
 }
 
 /// The devices with an active port; of the one that is named, if one is.

@@ -7,10 +7,12 @@ use ramferry_engine::{Failure, Reason};
 use ramferry_fabric::SessionToken;
 use ramferry_ram::Memory;
 
-use super::{Admitted, Agreed, Connected};
+use super::{Admitted, Agreed, Connected, PortMtu};
 use crate::config::{Config, RdmaListen};
 use crate::core::CoreError;
 
+/// Whether this build has verbs.
+pub(crate) const HAS_VERBS: bool = false;
 const ABSENT: &str = "this agent was built without verbs (cargo feature \"verbs\")";
 
 #[derive(Debug)]
@@ -47,4 +49,12 @@ impl Verbs {
     pub(super) fn connect(&self, _: SocketAddr, _: &Agreed, _: &Arc<Memory>) -> Result<Connected, Failure> {
         Err(Failure::new(Reason::PeerRefused, ABSENT))
     }
+}
+
+pub(crate) fn port_mtus() -> Result<Vec<PortMtu>, String> {
+    Err(ABSENT.into())
+}
+
+pub(crate) fn rdma_listen_address(_: &Config) -> Result<SocketAddr, String> {
+    Err(ABSENT.into())
 }

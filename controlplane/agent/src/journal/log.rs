@@ -12,7 +12,7 @@ use super::frame::{self, BODY_LIMIT_BYTES};
 use super::{Created, JournalError, Record, Recovered};
 
 /// Longest log that is read back: more than a migration can write.
-const LOG_LIMIT_BYTES: u64 = 8 * 1024 * 1024;
+pub(super) const LOG_LIMIT_BYTES: u64 = 8 * 1024 * 1024;
 
 /// Whether a record must be on the disk before `append` returns.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -382,3 +382,26 @@ fn logs_of_what_has_ended_hold_no_files() {
     let over = recovered.iter_mut().find(|found| found.created.id == "over").unwrap();
     assert!(matches!(over.log.append(&ended, SYNCED), Err(JournalError::Poisoned { .. })));
 }
+
+#[test]
+fn a_survey_tells_of_every_migration_and_changes_nothing() {
+    let dir = tempfile::tempdir().unwrap();
+    let (journal, _) = Journal::open(dir.path()).unwrap();
+    begin(&journal, "handed-over").append(&Record::HandedOver, SYNCED).unwrap();
+    begin(&journal, "under-way");
+    begin(&journal, "damaged");
+    let torn = file_of(dir.path(), "under-way");
+    let mut bytes = std::fs::read(&torn).unwrap();
+    bytes.extend([7, 0, 0, 0, 1]);
+    std::fs::write(&torn, &bytes).unwrap();
+    std::fs::write(file_of(dir.path(), "damaged"), "no frame").unwrap();
+    // While the agent holds it.
+    let found = survey(dir.path()).unwrap();
+    let mut told: Vec<_> =
+        found.iter().map(|log| (log.id.as_str(), log.is_handed_over, log.damage.is_some())).collect();
+    told.sort_unstable();
+    let damaged = "damaged.source.journal";
+    assert_eq!(told, [(damaged, false, true), ("handed-over", true, false), ("under-way", false, false)]);
+    assert_eq!(std::fs::read(&torn).unwrap(), bytes);
+    assert_eq!(survey(&dir.path().join("never-made")).unwrap(), []);
+}

@@ -1,4 +1,4 @@
-//! What the eBPF probes see. Their histograms are cumulative and exact already, and are rendered as they are: through
+//! What the eBPF probes see. Their histograms are exact, and have the metrics' buckets: through
 //! the recorder each call would have to be observed again.
 
 use std::collections::BTreeMap;
@@ -56,9 +56,8 @@ impl Ebpf {
             text.family(metric);
         }
         for (process, histogram) in totals {
-            let bounds = BOUNDS_US.iter().map(|&us| us as f64 / 1e6);
-            let below: Vec<_> = bounds.zip(histogram.cumulative()).collect();
-            text.histogram(metric, &[process], &below, histogram.count(), histogram.sum.as_secs_f64());
+            let bounds: Vec<_> = BOUNDS_US.iter().map(|&us| us as f64 / 1e6).collect();
+            text.histogram(metric, &[process], &bounds, &histogram.slots, histogram.sum.as_secs_f64());
         }
     }
 

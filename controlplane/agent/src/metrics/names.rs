@@ -192,6 +192,9 @@ metrics! {
     EbpfEventsDroppedTotal: Counter, "ramferry_ebpf_events_dropped_total", "events", [],
         "Calls that the probes saw and could not count: a table was full, or a return was never seen.";
 
+    DoctorCheckStatus: Gauge, "ramferry_doctor_check_status", "1", ["check"],
+        "What each check of docs/doctor.md found, at the start and every 3 minutes: 0 ok, 1 warn, 2 fail, -1 skipped.";
+
     GrpcRequestsTotal: Counter, "ramferry_grpc_requests_total", "requests", ["method", "code"],
         "gRPC calls that ended. method is other for one that is not served.";
     GrpcRequestDurationSeconds: Histogram(buckets::GRPC), "ramferry_grpc_request_duration_seconds", "seconds",

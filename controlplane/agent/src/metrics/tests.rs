@@ -4,6 +4,7 @@ use std::path::Path;
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 
 use super::*;
+use crate::diagnostics::{Check, Status, Verdict};
 
 const SECOND: Duration = Duration::from_secs(1);
 
@@ -35,6 +36,8 @@ fn exercised() -> (Metrics, ActiveMigration) {
     active.set(downtimes);
     metrics.grpc("other", "OK", SECOND);
     metrics.set_ebpf(&ebpf::tests::states(), ebpf::tests::snapshot());
+    let verdict = Verdict { status: Status::Warn, evidence: "1".into(), remedy: "2".into() };
+    metrics.diagnosed(&[Finding { check: Check::Memlock, verdict }]);
     (metrics, active)
 }
 

@@ -23,47 +23,17 @@ impl Exposition {
 
     /// One value, with the labels that the metric has, in their order.
     pub(super) fn sample(&mut self, metric: MetricName, labels: &[&str], value: impl Display) {
-        self.suffixed(metric, "", labels, None, value);
-    }
-
-    /// A histogram: the counts below each of its bounds, that of all, and the sum.
-    pub(super) fn histogram(
-        &mut self,
-        metric: MetricName,
-        labels: &[&str],
-        below: &[(f64, u64)],
-        count: u64,
-        sum: f64,
-    ) {
-        for (bound, below) in below {
-            self.suffixed(metric, "_bucket", labels, Some(&bound.to_string()), below);
-        }
-        self.suffixed(metric, "_bucket", labels, Some("+Inf"), count);
-        self.suffixed(metric, "_sum", labels, None, sum);
-        self.suffixed(metric, "_count", labels, None, count);
-    }
-
-    fn suffixed(
-        &mut self,
-        metric: MetricName,
-        suffix: &str,
-        labels: &[&str],
-        bound: Option<&str>,
-        value: impl Display,
-    ) {
         let info = metric.info();
         assert_eq!(labels.len(), info.labels.len(), "{} has other labels", info.name);
-        let pairs: Vec<String> = info
-            .labels
-            .iter()
-            .zip(labels)
-            .chain(bound.iter().map(|bound| (&"le", bound)))
-            .map(|(name, value)| format!("{name}=\"{}\"", escaped(value)))
-            .collect();
+        let mut pairs = String::new();
+        for (name, value) in info.labels.iter().zip(labels) {
+            let comma = if pairs.is_empty() { "" } else { "," };
+            write!(pairs, "{comma}{name}=\"{}\"", escaped(value)).expect("a String takes all text");
+        }
         if pairs.is_empty() {
-            self.line(format_args!("{}{suffix} {value}", info.name));
+            self.line(format_args!("{} {value}", info.name));
         } else {
-            self.line(format_args!("{}{suffix}{{{}}} {value}", info.name, pairs.join(",")));
+            self.line(format_args!("{}{{{pairs}}} {value}", info.name));
         }
     }
 

@@ -151,7 +151,7 @@ async fn calls_are_counted_by_method_and_code() {
     let channel = running.plain().await;
     node_info(channel.clone()).await.unwrap();
     let mut client = NodeServiceClient::new(channel.clone());
-    client.run_diagnostics(v1::RunDiagnosticsRequest {}).await.unwrap_err();
+    client.run_diagnostics(v1::RunDiagnosticsRequest::default()).await.unwrap_err();
     negotiate(channel).await;
     for series in [
         r#"ramferry_grpc_requests_total{method="ramferry.v1.NodeService/GetNodeInfo",code="OK"} 1"#,

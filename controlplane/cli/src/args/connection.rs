@@ -30,6 +30,20 @@ pub(crate) struct ConnectionArgs {
         default_value = "127.0.0.1:7050"
     )]
     pub(crate) agent: AgentAddress,
+    #[command(flatten)]
+    pub(crate) tls: TlsArgs,
+    /// Longest wait for a connection.
+    #[arg(long, value_name = "DURATION", default_value = "5s", value_parser = duration)]
+    pub(crate) connect_timeout: Duration,
+    /// What is printed on stdout.
+    #[arg(long, short, value_enum, value_name = "FORMAT", default_value = "text")]
+    pub(crate) output: OutputFormat,
+}
+
+/// How this client and an agent know one another.
+#[derive(Debug, Clone, Args)]
+#[command(next_help_heading = "Agent")]
+pub(crate) struct TlsArgs {
     /// PEM file of the authorities that the agent's certificate must come from; turns TLS on.
     #[arg(long, env = "RAMFERRY_TLS_CA", hide_env_values = true, value_name = "FILE")]
     pub(crate) tls_ca: Option<PathBuf>,
@@ -48,10 +62,4 @@ pub(crate) struct ConnectionArgs {
         requires = "tls_ca"
     )]
     pub(crate) tls_server_name: Option<String>,
-    /// Longest wait for a connection.
-    #[arg(long, value_name = "DURATION", default_value = "5s", value_parser = duration)]
-    pub(crate) connect_timeout: Duration,
-    /// What is printed on stdout.
-    #[arg(long, short, value_enum, value_name = "FORMAT", default_value = "text")]
-    pub(crate) output: OutputFormat,
 }

@@ -6,6 +6,7 @@
 
 #[path = "../voyage/authority.rs"]
 mod authority;
+mod doctor;
 mod faults;
 #[path = "../voyage/harness.rs"]
 mod harness;

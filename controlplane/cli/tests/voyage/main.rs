@@ -8,6 +8,7 @@ mod cancel;
 mod crash;
 mod dashboards;
 mod disk;
+mod doctor;
 mod downtime;
 mod faults;
 mod harness;

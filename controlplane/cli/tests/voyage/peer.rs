@@ -77,6 +77,13 @@ async fn peers(address: SocketAddr) -> PeerServiceClient<Channel> {
 
 #[tonic::async_trait]
 impl PeerService for Proxy {
+    async fn get_peer_info(
+        &self,
+        request: Request<v1::GetPeerInfoRequest>,
+    ) -> Result<Response<v1::GetPeerInfoResponse>, Status> {
+        self.client().await.get_peer_info(request.into_inner()).await
+    }
+
     async fn negotiate_session(
         &self,
         request: Request<v1::NegotiateSessionRequest>,
