@@ -98,7 +98,7 @@ async fn auto_takes_verbs_between_hosts_that_both_have_a_device_and_tcp_where_on
     let mut rdma = Rdma::start();
     rdma.pair.destination = rdma.agent(DESTINATION, elsewhere.clone(), &[]);
     let auto = parameters(FabricKind::Unspecified);
-    let ended = move_once(&rdma.pair, "auto", &guest(32), auto.clone()).await;
+    let ended = move_once(&rdma.pair, "auto", &guest(32), auto).await;
     assert!(ended.fabric_reason.contains(DESTINATION.device), "{}", ended.fabric_reason);
 
     rdma.pair.destination = rdma.agent(DESTINATION, elsewhere, &["--rdma-listen", "off"]);
