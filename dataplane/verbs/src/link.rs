@@ -327,7 +327,11 @@ impl VerbsLink {
         let channel = Arc::clone(queue_pair.identifier().channel());
         while let Ok(Some(event)) = channel.next() {
             match event.kind {
-                EventKind::Disconnected => self.suspect(LinkError::PeerClosed),
+                EventKind::Disconnected => match &mut self.suspicion {
+                    // Requests that were flushed without a reason: this is it.
+                    Some((error, _)) => *error = LinkError::PeerClosed,
+                    None => self.suspect(LinkError::PeerClosed),
+                },
                 EventKind::DeviceRemoval => {
                     let device = self.domain.device_name().to_owned();
                     self.die(LinkError::Hardware { device, fault: HardwareFault::DeviceRemoved });
