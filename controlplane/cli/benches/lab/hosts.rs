@@ -8,7 +8,7 @@ use std::time::{Duration, SystemTime};
 use anyhow::{Context as _, Result};
 use ramferry_lab::{Authority, Credentials};
 
-use crate::measuring::agents::Agent;
+use crate::measuring::agents::{Agent, Probes};
 
 /// One host: its address, its network device and its RDMA device.
 #[derive(Clone, Copy, Debug)]
@@ -35,12 +35,12 @@ pub(crate) struct Hosts {
 }
 
 impl Hosts {
-    pub(crate) fn start() -> Result<Hosts> {
+    pub(crate) fn start(probes: Probes) -> Result<Hosts> {
         let authority = Authority::new()?;
         let caller = authority.issue("127.0.0.1", "orchestrator", &["orchestrator"])?;
         let [source, destination] = [SOURCE, DESTINATION].map(|host| {
             let credentials = authority.issue("127.0.0.1", host.name, &["peer"])?;
-            agent(host, &credentials, &caller).with_context(|| format!("at the {}", host.name))
+            agent(host, &credentials, &caller, probes).with_context(|| format!("at the {}", host.name))
         });
         Ok(Hosts { source: source?, destination: destination?, _authority: authority })
     }
@@ -56,7 +56,7 @@ impl Hosts {
     }
 }
 
-fn agent(host: Host, credentials: &Credentials, caller: &Credentials) -> Result<Agent> {
+fn agent(host: Host, credentials: &Credentials, caller: &Credentials, probes: Probes) -> Result<Agent> {
     let mut options = credentials.options();
     let address = format!("{}:0", host.address);
     let guests = format!("{},/dev/shm", std::env::temp_dir().display());
@@ -68,7 +68,7 @@ fn agent(host: Host, credentials: &Credentials, caller: &Credentials) -> Result<
     ] {
         options.extend([option.to_owned(), value.to_owned()]);
     }
-    Agent::start_with(&options, Some(caller))
+    Agent::start_with(&options, Some(caller), probes)
 }
 
 /// Runs something, and says when its first bytes had left the source host.

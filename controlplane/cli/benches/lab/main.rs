@@ -10,6 +10,7 @@ mod link;
 #[path = "../measuring/measuring.rs"]
 #[allow(dead_code, reason = "each benchmark uses a part")]
 mod measuring;
+mod probed;
 mod running;
 mod still;
 
@@ -18,10 +19,11 @@ use std::path::PathBuf;
 use anyhow::{Context as _, Result, ensure};
 
 use crate::hosts::Hosts;
+use crate::measuring::agents::Probes;
 use crate::measuring::report::Report;
 
 const DEFAULT_RUNS: usize = 3;
-const PARTS: [&str; 2] = ["still", "running"];
+const PARTS: [&str; 3] = ["still", "running", "probes"];
 
 fn main() -> Result<()> {
     // Cargo says that this is a benchmark, not what to do.
@@ -31,13 +33,13 @@ fn main() -> Result<()> {
         std::env::var_os("RAMFERRY_LAB").is_some(),
         "this runs in the lab's VM: `make lab-bench` boots it"
     );
-    let hosts = Hosts::start()?;
     let mut report = Report::default();
     let mut failures = Vec::new();
     for part in parts {
         let failed = match part {
-            "still" => still::run(&mut report, &hosts, runs),
-            _ => running::run(&mut report, &hosts, runs),
+            "still" => still::run(&mut report, &Hosts::start(Probes::Off)?, runs),
+            "running" => running::run(&mut report, &Hosts::start(Probes::Off)?, runs),
+            _ => probed::run(&mut report, runs),
         };
         failures.extend(failed.with_context(|| format!("the part {part:?} could not be measured"))?);
     }

@@ -98,7 +98,12 @@ fn warm_up(hosts: &Hosts) -> Result<()> {
     Ok(())
 }
 
-fn measure(hosts: &Hosts, contestant: Contestant, fill: &NamedTempFile, touched: bool) -> Result<Move> {
+pub(crate) fn measure(
+    hosts: &Hosts,
+    contestant: Contestant,
+    fill: &NamedTempFile,
+    touched: bool,
+) -> Result<Move> {
     let loader = format!("loader,file={},addr={FILL_ADDRESS:#x},force-raw=on", fill.path().display());
     let from = machine().paused(true).arg("-device").arg(loader).start()?;
     let to = contestant.destination(machine())?;
@@ -162,7 +167,7 @@ fn compare(report: &mut Report) {
 }
 
 /// A file of words without any pattern to them.
-fn random_file() -> Result<NamedTempFile> {
+pub(crate) fn random_file() -> Result<NamedTempFile> {
     let file = tempfile::Builder::new().prefix("ramferry-bench").tempfile_in("/dev/shm")?;
     let mut writer = BufWriter::with_capacity(MIB as usize, file.as_file());
     let mut state = 0_u64;

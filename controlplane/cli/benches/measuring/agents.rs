@@ -20,8 +20,29 @@ use super::costs::{Cost, watch};
 
 /// Longest migration.
 const PATIENCE: Duration = Duration::from_secs(120);
+/// Longest that an agent takes to attach its probes.
+const PROBES_PATIENCE: Duration = Duration::from_secs(30);
 /// Lines of an agent's log that are kept until somebody asks.
 const LOG_LINES: usize = 1000;
+
+/// What an agent does with its eBPF probes, which concern every process of the host as long as it lives.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Probes {
+    Attached,
+    Off,
+}
+
+impl Probes {
+    pub(crate) const BOTH: [Probes; 2] = [Probes::Off, Probes::Attached];
+
+    /// How cases are named.
+    pub(crate) fn as_str(self) -> &'static str {
+        match self {
+            Probes::Attached => "probes attached",
+            Probes::Off => "no probes",
+        }
+    }
+}
 
 /// An agent; it ends when it is dropped.
 pub(crate) struct Agent {
@@ -80,16 +101,21 @@ impl Voyage {
 
 impl Agent {
     /// An agent that serves loopback only.
-    pub(crate) fn start() -> Result<Agent> {
-        Agent::start_with(&["--data-listen".to_owned(), "127.0.0.1:0".to_owned()], None)
+    pub(crate) fn start(probes: Probes) -> Result<Agent> {
+        Agent::start_with(&["--data-listen".to_owned(), "127.0.0.1:0".to_owned()], None, probes)
     }
 
     /// An agent with these options, which is called with the caller's credentials.
-    pub(crate) fn start_with(options: &[String], caller: Option<&Credentials>) -> Result<Agent> {
+    pub(crate) fn start_with(
+        options: &[String],
+        caller: Option<&Credentials>,
+        probes: Probes,
+    ) -> Result<Agent> {
         let directory = tempfile::tempdir()?;
         let mut child = Command::new(env!("CARGO_BIN_EXE_ramferry"))
             .args(["agent", "--listen", "127.0.0.1:0", "--metrics-listen", "127.0.0.1:0"])
             .args(["--log-format", "json"])
+            .args(["--probes", if probes == Probes::Off { "off" } else { "auto" }])
             .arg("--state-dir")
             .arg(directory.path().join("state"))
             .arg("--run-dir")
@@ -104,6 +130,9 @@ impl Agent {
         let process = Process(child);
         let (grpc, log) = listening(stderr)?;
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+        if probes == Probes::Attached {
+            await_probes(&log)?;
+        }
         Ok(Agent {
             process,
             grpc,
@@ -220,6 +249,7 @@ fn listening(log: impl BufRead + Send + 'static) -> Result<(String, Receiver<Str
         if entry["message"] == "agent started" {
             let grpc = entry["grpc"].as_str().context("the agent does not say where it is")?.to_owned();
             let (sender, receiver) = sync_channel(LOG_LINES);
+            said.into_iter().for_each(|line| drop(sender.try_send(line)));
             // Its log must not fill the pipe: lines that nobody takes are dropped.
             std::thread::spawn(move || {
                 lines.map_while(Result::ok).for_each(|line| drop(sender.try_send(line)));
@@ -229,6 +259,18 @@ fn listening(log: impl BufRead + Send + 'static) -> Result<(String, Receiver<Str
         said.push(line);
     }
     anyhow::bail!("the agent did not start: {}", said.join("\n"))
+}
+
+/// Waits until an agent has attached its probes.
+fn await_probes(log: &Receiver<String>) -> Result<()> {
+    loop {
+        let line = log.recv_timeout(PROBES_PATIENCE).context("the agent does not say what its probes do")?;
+        let entry: Value = serde_json::from_str(&line).unwrap_or_default();
+        if entry["message"] == "eBPF probes" {
+            ensure!(entry["attached"].as_u64() > Some(0), "no probe is attached: {line}");
+            return Ok(());
+        }
+    }
 }
 
 pub(crate) fn seconds(duration: Option<prost_types::Duration>) -> Result<f64> {

@@ -10,7 +10,7 @@ use ramferry_proto::v1;
 use serde_json::json;
 
 use crate::LOOK_INTERVAL;
-use crate::measuring::agents::{Agent, migrate, order, seconds};
+use crate::measuring::agents::{Agent, Probes, migrate, order, seconds};
 use crate::measuring::report::{Report, quantile};
 
 const GUEST_BYTES: u64 = 1 << 30;
@@ -26,7 +26,7 @@ pub(crate) fn run(report: &mut Report) -> Result<()> {
             return Ok(());
         }
     };
-    let agents = (Agent::start()?, Agent::start()?);
+    let agents = (Agent::start(Probes::Off)?, Agent::start(Probes::Off)?);
     for fabric in ["shm", "tcp"] {
         let guest = Guest::Debian(debian.clone());
         let mut here =

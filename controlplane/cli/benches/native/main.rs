@@ -7,6 +7,7 @@ mod downtime;
 #[path = "../measuring/measuring.rs"]
 #[allow(dead_code, reason = "each benchmark uses a part")]
 mod measuring;
+mod probed;
 mod sizes;
 mod still;
 mod tracking;
@@ -21,7 +22,7 @@ use crate::measuring::report::Report;
 const DEFAULT_RUNS: usize = 5;
 /// Between two looks at an agent's memory.
 const LOOK_INTERVAL: Duration = Duration::from_millis(2);
-const PARTS: [&str; 4] = ["tracking", "still", "sizes", "downtime"];
+const PARTS: [&str; 5] = ["tracking", "still", "probes", "sizes", "downtime"];
 
 fn main() -> Result<()> {
     // Cargo says that this is a benchmark, not what to do.
@@ -32,6 +33,7 @@ fn main() -> Result<()> {
         match part {
             "tracking" => tracking::run(&mut report, runs),
             "still" => still::run(&mut report, runs),
+            "probes" => probed::run(&mut report, runs),
             "sizes" => sizes::run(&mut report, runs),
             _ => downtime::run(&mut report),
         }

@@ -7,7 +7,7 @@ use anyhow::{Context as _, Result};
 use ramferry_lab::{Qemu, RamBlock};
 
 use crate::LOOK_INTERVAL;
-use crate::measuring::agents::{Agent, migrate, order};
+use crate::measuring::agents::{Agent, Probes, migrate, order};
 use crate::measuring::report::Report;
 
 const GIB: u64 = 1 << 30;
@@ -18,7 +18,7 @@ const SIZES_GIB: [u64; 2] = [1, 256];
 
 /// Measures both, `runs` times in turns, and what the agents' page sets take.
 pub(crate) fn run(report: &mut Report, runs: usize) -> Result<()> {
-    let agents = (Agent::start()?, Agent::start()?);
+    let agents = (Agent::start(Probes::Off)?, Agent::start(Probes::Off)?);
     for run in 1..=runs {
         for size_gib in SIZES_GIB {
             eprintln!("guest of {size_gib} GiB, 1 GiB touched: run {run} of {runs}");

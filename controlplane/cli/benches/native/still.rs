@@ -14,7 +14,7 @@ use ramferry_ram::{Access, Memory, PageSets};
 use serde_json::json;
 
 use crate::LOOK_INTERVAL;
-use crate::measuring::agents::{Agent, migrate, order};
+use crate::measuring::agents::{Agent, Probes, migrate, order};
 use crate::measuring::own::{self, Way};
 use crate::measuring::ram::{fresh_file, memory};
 use crate::measuring::report::Report;
@@ -31,7 +31,7 @@ const PATIENCE: Duration = Duration::from_secs(120);
 
 /// The destination's memory before the copy.
 #[derive(Clone, Copy, PartialEq, Eq)]
-enum State {
+pub(crate) enum State {
     /// Never touched: the copy allocates it.
     Fresh,
     /// Written before.
@@ -49,13 +49,8 @@ impl State {
 
 /// Measures everything, `runs` times in turns.
 pub(crate) fn run(report: &mut Report, runs: usize) -> Result<()> {
-    let workload =
-        Workload { mib: 16, touch_mib: TOUCHED_MIB, rate_mib: 16, fill: Fill::Random, ..Workload::default() };
-    let guest =
-        Qemu::builder().block(RamBlock::node(GUEST_BYTES)).accel(Accel::best()).proof(workload).start()?;
-    guest.wait_ready(PATIENCE)?;
-    guest.stop()?;
-    let agents = (Agent::start()?, Agent::start()?);
+    let guest = still_guest()?;
+    let agents = (Agent::start(Probes::Off)?, Agent::start(Probes::Off)?);
     for run in 1..=runs {
         for state in [State::Fresh, State::Touched] {
             eprintln!("still guest, {} destination: run {run} of {runs}", state.as_str());
@@ -72,6 +67,17 @@ pub(crate) fn run(report: &mut Report, runs: usize) -> Result<()> {
     }
     compare(report);
     Ok(())
+}
+
+/// A guest that has written its memory, and stands still.
+pub(crate) fn still_guest() -> Result<Qemu> {
+    let workload =
+        Workload { mib: 16, touch_mib: TOUCHED_MIB, rate_mib: 16, fill: Fill::Random, ..Workload::default() };
+    let guest =
+        Qemu::builder().block(RamBlock::node(GUEST_BYTES)).accel(Accel::best()).proof(workload).start()?;
+    guest.wait_ready(PATIENCE)?;
+    guest.stop()?;
+    Ok(guest)
 }
 
 fn compare(report: &mut Report) {
@@ -143,12 +149,12 @@ fn measure_qemu(report: &mut Report, guest: &Qemu, state: State, way: &str) -> R
 }
 
 /// After its move the source is left in `postmigrate`: it runs a moment, and stands still again.
-fn stand_still(guest: &Qemu) -> Result<()> {
+pub(crate) fn stand_still(guest: &Qemu) -> Result<()> {
     guest.cont()?;
     guest.stop()
 }
 
-fn destination(guest: &Qemu, state: State) -> Result<Qemu> {
+pub(crate) fn destination(guest: &Qemu, state: State) -> Result<Qemu> {
     let destination = guest.destination().start()?;
     if state == State::Touched {
         let file = destination.ram_files()[0].as_deref().context("the guest's RAM has no name")?;

@@ -1,0 +1,36 @@
+//! What eBPF probes on registration cost a migration over RDMA: the same still guest, with them and without, in pairs.
+
+use anyhow::Result;
+
+use crate::contest::Contestant;
+use crate::hosts::Hosts;
+use crate::measuring::agents::Probes;
+use crate::measuring::report::Report;
+use crate::still::{measure, random_file};
+
+/// Measures everything, `runs` times in turns; what failed.
+pub(crate) fn run(report: &mut Report, runs: usize) -> Result<Vec<String>> {
+    let fill = random_file()?;
+    let name =
+        |contestant: Contestant, probes: Probes| format!("{}, copy, {}", contestant.name(), probes.as_str());
+    let contestants = [Contestant::DYNAMIC, Contestant::PIN_ALL];
+    let mut failures = Vec::new();
+    for run in 1..=runs {
+        for contestant in contestants {
+            for probes in Probes::BOTH {
+                let name = name(contestant, probes);
+                eprintln!("{name}: run {run} of {runs}");
+                // Started anew: an agent's probes see every process, the other agents' too.
+                let hosts = Hosts::start(probes)?;
+                match measure(&hosts, contestant, &fill, false) {
+                    Ok(moved) => report.add(&name, moved.transferred_bytes, moved.copy_seconds),
+                    Err(error) => failures.push(hosts.failure(&format!("{name}, run {run}"), &error)),
+                }
+            }
+        }
+    }
+    for contestant in contestants {
+        report.compare(&name(contestant, Probes::Attached), &name(contestant, Probes::Off));
+    }
+    Ok(failures)
+}
