@@ -37,17 +37,6 @@ impl Histogram {
         self.slots.iter().fold(0, |sum, &slot| sum.saturating_add(slot))
     }
 
-    /// Calls that took at most each of [`BOUNDS_US`]; that of +Inf is [`Histogram::count`].
-    pub fn cumulative(&self) -> [u64; BOUNDS_US.len()] {
-        let mut sums = [0; BOUNDS_US.len()];
-        let mut sum: u64 = 0;
-        for (slot, total) in self.slots.iter().zip(&mut sums) {
-            sum = sum.saturating_add(*slot);
-            *total = sum;
-        }
-        sums
-    }
-
     /// The duration that a share of the calls kept below, to within its slot; none of no calls.
     pub fn quantile(&self, share: f64) -> Option<Duration> {
         let count = self.count();
@@ -116,14 +105,6 @@ mod tests {
     fn bounds_are_those_of_the_metrics() {
         assert_eq!((BOUNDS_US[0], BOUNDS_US[10], BOUNDS_US[26]), (1, 1024, 67_108_864));
         assert_eq!(SLOTS, 28);
-    }
-
-    #[test]
-    fn cumulative_counts_end_below_the_count_where_calls_took_longer_than_the_last_bound() {
-        let histogram = histogram(&[(0, 1), (3, 2), (27, 4)], Duration::from_secs(100));
-        let sums = histogram.cumulative();
-        assert_eq!((sums[0], sums[2], sums[3], sums[26]), (1, 1, 3, 3));
-        assert_eq!(histogram.count(), 7);
     }
 
     #[test]

@@ -51,6 +51,7 @@ pub fn check(guest: u32, files: &[TrackedFile]) -> Result<Vec<Writer>, TrackErro
     check_files(files)?;
     check_guest_maps(guest, files)?;
     let mut soft_dirty_works = None;
+    let may_be_registered = holders::is_userfaultfd_open();
     let mappers = find_mappers(files, &[])?;
     let known: Vec<u32> = mappers.iter().map(|mapper| mapper.pid).chain([guest]).collect();
     let holders = find_holders(files, &known).map_err(TrackError::Proc)?;
@@ -62,7 +63,7 @@ pub fn check(guest: u32, files: &[TrackedFile]) -> Result<Vec<Writer>, TrackErro
     Ok(mappers
         .into_iter()
         .map(|Mapper { pid, segments }| {
-            let obstacle = obstacle(pid, &segments).filter(|obstacle| {
+            let obstacle = obstacle(pid, &segments, may_be_registered).filter(|obstacle| {
                 let may_fall_back = matches!(obstacle, WriterError::AlreadyRegistered { .. });
                 !(may_fall_back
                     && *soft_dirty_works.get_or_insert_with(|| self_test(TrackerKind::SoftDirty).is_ok()))
@@ -146,7 +147,7 @@ pub fn hidden_processes() -> Result<Vec<(u32, String)>, TrackError> {
 }
 
 /// Why process `pid` could not be tracked, as far as can be told without touching it.
-fn obstacle(pid: u32, segments: &[Segment]) -> Option<WriterError> {
+fn obstacle(pid: u32, segments: &[Segment], may_be_registered: bool) -> Option<WriterError> {
     let refused = |error| Some(WriterError::RemoteCall(error));
     let status = match process::thread_status(pid, pid) {
         Ok(status) if !status.ended => status,
@@ -170,7 +171,7 @@ fn obstacle(pid: u32, segments: &[Segment]) -> Option<WriterError> {
     // To make `smaps` the kernel visits every page that is mapped, which for a large guest takes seconds. A mapping is
     // registered no longer than its userfaultfd is open, in whatever process; one of another PID namespace is
     // found when the mapping is to be registered again.
-    if !holders::is_userfaultfd_open() {
+    if !may_be_registered {
         return None;
     }
     match fs::read_to_string(format!("/proc/{pid}/smaps")) {
