@@ -7,9 +7,13 @@ use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::Duration;
 
 use ramferry_engine::{Destination, DestinationEvent, Failure, Reason};
+use ramferry_fabric::windows::WindowId;
 use ramferry_fabric::{FabricKind, SessionToken};
 use ramferry_guest::GuestError;
-use ramferry_mover::{DestinationHandle, DestinationInput, DestinationParts, PeerAnswer, spawn_destination};
+use ramferry_mover::{
+    DestinationHandle, DestinationInput, DestinationParts, PeerAnswer, RegisteredWindow, WindowsAnswer,
+    spawn_destination,
+};
 use ramferry_proto::v1;
 use ramferry_proto::v1::exchange_control_response::Answer;
 use ramferry_ram::{Access, Layout, Memory, PageSets, RamFile};
@@ -431,27 +435,18 @@ impl DestinationSession {
             domain,
             memory,
             registration_workers: self.agent.config.registration_workers,
-            answer: Box::new(move |answer| answering.answer_of_the_data_plane(answer)),
+            answer: Arc::new(move |answer| answering.answer_of_the_data_plane(answer)),
         })
     }
 
     fn answer_of_the_data_plane(&self, answer: PeerAnswer) -> bool {
         match answer {
             PeerAnswer::Presence(pages) => self.tell_presence(&pages),
-            PeerAnswer::WindowsRegistered(windows) => {
-                let windows = windows.into_iter().map(|window| v1::RegisteredWindow {
-                    id: window.id.0,
-                    remote_key: window.key.as_ref().map_or(0, |key| key.0),
-                    nanoseconds: u64::try_from(window.elapsed.as_nanos()).unwrap_or(u64::MAX),
-                    error: window.key.err().unwrap_or_default(),
-                });
-                self.answer_blocking(Answer::WindowsRegistered(v1::WindowsRegistered {
-                    windows: windows.collect(),
-                }))
+            PeerAnswer::Windows(WindowsAnswer::Registered(windows)) => {
+                self.answer_blocking(Answer::WindowsRegistered(windows_registered(windows)))
             }
-            PeerAnswer::WindowsReleased(ids) => {
-                let ids = ids.into_iter().map(|id| id.0).collect();
-                self.answer_blocking(Answer::WindowsReleased(v1::WindowsReleased { ids }))
+            PeerAnswer::Windows(WindowsAnswer::Released(ids)) => {
+                self.answer_blocking(Answer::WindowsReleased(windows_released(&ids)))
             }
             PeerAnswer::Digests(digests) => {
                 let blocks = digests.iter().map(|digest| digest.as_bytes().to_vec()).collect();
@@ -552,6 +547,22 @@ impl DestinationSession {
 
 fn guest_failure(error: &GuestError) -> Failure {
     Failure::new(Reason::GuestFailed, causes(error))
+}
+
+/// What became of windows, as it goes over the wire.
+pub(crate) fn windows_registered(windows: Vec<RegisteredWindow>) -> v1::WindowsRegistered {
+    let windows = windows.into_iter().map(|window| v1::RegisteredWindow {
+        id: window.id.0,
+        remote_key: window.key.as_ref().map_or(0, |key| key.0),
+        nanoseconds: u64::try_from(window.elapsed.as_nanos()).unwrap_or(u64::MAX),
+        error: window.key.err().unwrap_or_default(),
+    });
+    v1::WindowsRegistered { windows: windows.collect() }
+}
+
+/// Windows that were released, as they go over the wire.
+pub(crate) fn windows_released(ids: &[WindowId]) -> v1::WindowsReleased {
+    v1::WindowsReleased { ids: ids.iter().map(|id| id.0).collect() }
 }
 
 fn response(answer: Answer) -> v1::ExchangeControlResponse {

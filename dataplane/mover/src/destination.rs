@@ -2,26 +2,23 @@
 //! registers the windows that the source asks for, clears zero pages, and runs
 //! the destination's engine.
 
-use std::collections::{HashMap, VecDeque};
+use std::collections::VecDeque;
+use std::sync::Arc;
 use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
-use std::sync::{Arc, Mutex};
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
 use ramferry_engine::{Destination, DestinationAction, DestinationEvent, Failure, Reason, State};
 use ramferry_fabric::windows::{Window, WindowId};
-use ramferry_fabric::{Domain, LinkError, RegionKey, Rights};
+use ramferry_fabric::{Domain, LinkError, Rights};
 use ramferry_ram::{BlockIndex, BlockRange, Digest, Memory, PageRun, PageSet, PageSets};
 
-use crate::batch::batches;
 use crate::counters::Counters;
-use crate::pool::Pool;
+use crate::served::{Place, Served, WindowsAnswer};
 use crate::{Counted, MoverError, RegistrationEvents, Step, wait_until_gone};
 
 /// Between two publications, and two looks at the links.
 const PUBLISH_INTERVAL: Duration = Duration::from_millis(100);
-/// Most windows that a source may hold at once: 64 TiB in windows of 64 MiB.
-const MAX_WINDOWS: usize = 1 << 20;
 
 /// What a destination's driver leaves to others. Everything is called on the
 /// driver's thread.
@@ -53,26 +50,13 @@ pub struct DestinationSnapshot {
     pub pinned_bytes: u64,
 }
 
-/// What became of a window that the source wants registered.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct RegisteredWindow {
-    /// The window.
-    pub id: WindowId,
-    /// Its remote key, or why there is none.
-    pub key: Result<RegionKey, String>,
-    /// What the registration took.
-    pub elapsed: Duration,
-}
-
 /// An answer of the destination's data plane to the source's.
 #[derive(Clone, Debug)]
 pub enum PeerAnswer {
     /// What the destination's RAM files held at the start.
     Presence(PageSets),
-    /// To `RegisterWindows`, in any order and number.
-    WindowsRegistered(Vec<RegisteredWindow>),
-    /// To `ReleaseWindows`.
-    WindowsReleased(Vec<WindowId>),
+    /// To what was ordered about windows.
+    Windows(WindowsAnswer),
     /// One a block.
     Digests(Vec<Digest>),
 }
@@ -88,12 +72,8 @@ pub struct DestinationParts {
     /// Threads that register.
     pub registration_workers: usize,
     /// To the source's agent; `false` when it is lost.
-    pub answer: Box<dyn Fn(PeerAnswer) -> bool + Send + Sync>,
+    pub answer: SendAnswer,
 }
-
-/// A place in a bounded queue of the source's orders: given back, by being
-/// dropped, when the order was carried out.
-pub type Place = Arc<dyn Send + Sync>;
 
 /// What reaches a destination's driver.
 pub enum DestinationInput {
@@ -182,17 +162,13 @@ struct Driver {
 /// Everything that [`DestinationAction::Release`] takes down, in this order.
 struct Plane {
     links: Box<dyn FnMut() -> Option<LinkError> + Send>,
-    pool: Pool,
-    shared: Arc<Shared>,
+    served: Served,
+    memory: Arc<Memory>,
+    counters: Arc<Counters>,
+    answer: SendAnswer,
 }
 
-struct Shared {
-    domain: Arc<dyn Domain>,
-    memory: Arc<Memory>,
-    counters: Counters,
-    regions: Mutex<HashMap<WindowId, Option<RegionKey>>>,
-    answer: Box<dyn Fn(PeerAnswer) -> bool + Send + Sync>,
-}
+type SendAnswer = Arc<dyn Fn(PeerAnswer) -> bool + Send + Sync>;
 
 impl Driver {
     fn run(mut self, inputs: &Receiver<DestinationInput>) {
@@ -240,11 +216,15 @@ impl Driver {
             DestinationInput::Event(event) => self.feed(event),
             DestinationInput::Ready(parts) => self.set_up(*parts),
             DestinationInput::RegisterWindows(windows) => self.register(windows, place.as_ref()),
-            DestinationInput::ReleaseWindows(ids) => self.release_windows(ids, place),
+            DestinationInput::ReleaseWindows(ids) => {
+                if let Some(plane) = &self.plane {
+                    plane.served.release(ids, place);
+                }
+            }
             DestinationInput::ZeroPages { block, runs } => self.clear(block, &runs),
             DestinationInput::Digested(Ok(digests)) => {
                 if let Some(plane) = &self.plane {
-                    (plane.shared.answer)(PeerAnswer::Digests(digests));
+                    (plane.answer)(PeerAnswer::Digests(digests));
                 }
                 self.feed(DestinationEvent::Verified);
             }
@@ -280,7 +260,7 @@ impl Driver {
         match action {
             DestinationAction::DrainRound { round } => {
                 self.look_at_links();
-                match self.plane.as_ref().map(|plane| plane.shared.memory.check()) {
+                match self.plane.as_ref().map(|plane| plane.memory.check()) {
                     Some(Err(error)) => self.fail(Reason::GuestFailed, error.to_string()),
                     _ => self.feed(DestinationEvent::RoundDrained { round }),
                 }
@@ -307,18 +287,17 @@ impl Driver {
             Err(error) => return self.fail(Reason::GuestFailed, error.to_string()),
         }
         self.ram_bytes = parts.memory.layout().total_bytes();
-        let shared = Shared {
-            domain: parts.domain,
-            memory: parts.memory,
-            counters: Counters::default(),
-            regions: Mutex::new(HashMap::new()),
-            answer: parts.answer,
-        };
-        self.plane = Some(Plane {
-            links: parts.links,
-            pool: Pool::new("register", parts.registration_workers),
-            shared: Arc::new(shared),
-        });
+        let (counters, answering) = (Arc::new(Counters::default()), Arc::clone(&parts.answer));
+        let served = Served::new(
+            parts.domain,
+            Arc::clone(&parts.memory),
+            Arc::clone(&counters),
+            Rights::REMOTE_WRITE,
+            parts.registration_workers,
+            Box::new(move |answer| answering(PeerAnswer::Windows(answer))),
+        );
+        let (links, memory, answer) = (parts.links, parts.memory, parts.answer);
+        self.plane = Some(Plane { links, served, memory, counters, answer });
         self.feed(DestinationEvent::Prepared);
     }
 
@@ -326,26 +305,8 @@ impl Driver {
         let Some(plane) = &self.plane else {
             return;
         };
-        let (admitted, refused) = plane.shared.admit(windows);
-        for batch in batches(&admitted) {
-            let (shared, batch, place) = (Arc::clone(&plane.shared), batch.to_vec(), place.cloned());
-            plane.pool.run(move || {
-                shared.register(&batch);
-                drop(place);
-            });
-        }
-        if let Some(why) = refused {
+        if let Err(why) = plane.served.register(windows, place) {
             self.fail(Reason::PeerRefused, format!("the source's order was refused: {why}"));
-        }
-    }
-
-    fn release_windows(&mut self, ids: Vec<WindowId>, place: Option<Place>) {
-        if let Some(plane) = &self.plane {
-            let shared = Arc::clone(&plane.shared);
-            plane.pool.run(move || {
-                shared.release(ids);
-                drop(place);
-            });
         }
     }
 
@@ -353,7 +314,7 @@ impl Driver {
         let Some(plane) = &self.plane else {
             return;
         };
-        if let Err(why) = plane.shared.clear(block, runs) {
+        if let Err(why) = clear(&plane.memory, block, runs) {
             self.fail(Reason::PeerRefused, why);
         }
     }
@@ -362,10 +323,10 @@ impl Driver {
         let Some(plane) = &self.plane else {
             return;
         };
-        let (shared, handle) = (Arc::clone(&plane.shared), self.handle.clone());
+        let (memory, handle) = (Arc::clone(&plane.memory), self.handle.clone());
         let builder = thread::Builder::new().name("digest".into());
         let body = move || {
-            let digests = shared.memory.digests().map_err(MoverError::from);
+            let digests = memory.digests().map_err(MoverError::from);
             handle.send(DestinationInput::Digested(digests));
         };
         if let Err(error) = builder.spawn(body) {
@@ -382,12 +343,12 @@ impl Driver {
 
     fn release(&mut self) {
         if let Some(plane) = self.plane.take() {
-            self.counted = plane.shared.counters.read();
-            self.recent = plane.shared.counters.take_recent();
+            self.counted = plane.counters.read();
+            self.recent = plane.counters.take_recent();
             drop(plane.links);
-            plane.pool.close();
-            let memory = Arc::downgrade(&plane.shared.memory);
-            drop(plane.shared);
+            plane.served.close();
+            let memory = Arc::downgrade(&plane.memory);
+            drop((plane.served, plane.memory));
             wait_until_gone(&memory);
         }
     }
@@ -395,10 +356,9 @@ impl Driver {
     fn publish(&mut self) {
         let (mut recent, mut regions, mut pinned_bytes) = (std::mem::take(&mut self.recent), 0, 0);
         if let Some(plane) = &self.plane {
-            self.counted = plane.shared.counters.read();
-            recent = plane.shared.counters.take_recent();
-            regions = plane.shared.regions().len() as u64;
-            pinned_bytes = plane.shared.domain.pinned_bytes();
+            self.counted = plane.counters.read();
+            recent = plane.counters.take_recent();
+            (regions, pinned_bytes) = plane.served.pinned();
         }
         let snapshot = DestinationSnapshot {
             state: self.engine.state(),
@@ -412,79 +372,18 @@ impl Driver {
     }
 }
 
-impl Shared {
-    fn regions(&self) -> std::sync::MutexGuard<'_, HashMap<WindowId, Option<RegionKey>>> {
-        self.regions.lock().expect("no panic while it is held")
-    }
-
-    /// Takes note of windows that are to be registered: those that may be, and why one may not.
-    fn admit(&self, windows: Vec<Window>) -> (Vec<Window>, Option<String>) {
-        let mut refused = None;
-        let mut regions = self.regions();
-        let mut may_be_registered = |window: &Window| {
-            let why = if !self.memory.layout().contains(window.range) || window.range.length == 0 {
-                format!("window {:?} is outside the guest's RAM", window.range)
-            } else if regions.len() >= MAX_WINDOWS {
-                format!("more than {MAX_WINDOWS} windows")
-            } else if regions.insert(window.id, None).is_some() {
-                format!("window {} was registered already", window.id.0)
-            } else {
-                return true;
-            };
-            refused = Some(why);
-            false
-        };
-        let admitted = windows.into_iter().filter(&mut may_be_registered).collect();
-        (admitted, refused)
-    }
-
-    fn register(&self, windows: &[Window]) {
-        let registered = windows.iter().map(|window| self.register_one(window)).collect();
-        (self.answer)(PeerAnswer::WindowsRegistered(registered));
-    }
-
-    fn register_one(&self, window: &Window) -> RegisteredWindow {
-        let started = Instant::now();
-        let rights = Rights { remote_write: true, remote_read: false };
-        let key = self.domain.register(window.range, rights).map(|region| region.key);
-        let elapsed = started.elapsed();
-        match &key {
-            Ok(key) => {
-                self.counters.add_registration(window.range.length, elapsed);
-                self.regions().insert(window.id, Some(*key));
-            }
-            Err(error) => {
-                self.counters.add_failed_registration(error);
-                self.regions().remove(&window.id);
-            }
+/// Makes pages zero that the source named.
+fn clear(memory: &Memory, block: BlockIndex, runs: &[PageRun]) -> Result<(), String> {
+    let layout = memory.layout();
+    let entry = layout.block(block).ok_or_else(|| format!("the source named {block}: there is none"))?;
+    let pages = PageSet::new(entry.pages());
+    for run in runs {
+        if !pages.admits(*run) {
+            return Err(format!("the source's zero pages {run:?} are outside block {:?}", entry.name));
         }
-        RegisteredWindow { id: window.id, key: key.map_err(|error| error.to_string()), elapsed }
+        let (offset, length) = (run.first * entry.page_bytes, run.count * entry.page_bytes);
+        let span = memory.span(BlockRange { block, offset, length });
+        span.map_err(|error| error.to_string())?.zero();
     }
-
-    fn release(&self, ids: Vec<WindowId>) {
-        for id in &ids {
-            let Some(key) = self.regions().remove(id).flatten() else { continue };
-            let started = Instant::now();
-            match self.domain.deregister(key) {
-                Ok(()) => self.counters.add_deregistration(started.elapsed()),
-                Err(error) => tracing::warn!(%error, "a window could not be deregistered"),
-            }
-        }
-        (self.answer)(PeerAnswer::WindowsReleased(ids));
-    }
-
-    fn clear(&self, block: BlockIndex, runs: &[PageRun]) -> Result<(), String> {
-        let layout = self.memory.layout();
-        let entry = layout.block(block).ok_or_else(|| format!("the source named {block}: there is none"))?;
-        let pages = PageSet::new(entry.pages());
-        for run in runs {
-            if !pages.admits(*run) {
-                return Err(format!("the source's zero pages {run:?} are outside block {:?}", entry.name));
-            }
-            let (offset, length) = (run.first * entry.page_bytes, run.count * entry.page_bytes);
-            let span = self.memory.span(BlockRange { block, offset, length });
-            span.map_err(|error| error.to_string())?.zero();
-        }
-        Ok(())
-    }
+    Ok(())
 }

@@ -14,6 +14,7 @@ pub mod marks;
 mod pacer;
 mod pool;
 mod recheck;
+mod served;
 mod source;
 mod worker;
 
@@ -32,8 +33,9 @@ pub use counters::{
 };
 pub use destination::{
     DestinationHandle, DestinationInput, DestinationOutside, DestinationParts, DestinationSnapshot,
-    PeerAnswer, Place, RegisteredWindow, spawn_destination,
+    PeerAnswer, spawn_destination,
 };
+pub use served::{Place, RegisteredWindow, SendWindowsAnswer, WindowsAnswer};
 pub use source::{SourceHandle, SourceInput, SourceOutside, SourceParts, SourceSnapshot, spawn_source};
 
 /// An action that a driver is about to carry out.

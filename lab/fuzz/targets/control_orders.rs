@@ -105,6 +105,6 @@ fn parts(memory: &Arc<Memory>) -> DestinationParts {
         domain: Arc::new(MappedDomain::new(Arc::clone(memory)).expect("presence is known")),
         memory: Arc::clone(memory),
         registration_workers: 1,
-        answer: Box::new(|_: PeerAnswer| true),
+        answer: Arc::new(|_: PeerAnswer| true),
     }
 }
