@@ -348,6 +348,12 @@ impl DestinationSession {
         }
     }
 
+    /// Resolves when every order that was handed over is carried out, or nobody carries orders out any more.
+    pub(crate) async fn orders_carried_out(&self) {
+        let all = u32::try_from(ORDERS).expect("ORDERS fits");
+        let _ = self.places.acquire_many(all).await;
+    }
+
     /// Resolves when nobody hears control stream `number` any more.
     pub(crate) async fn unheard(&self, number: u64) {
         let stream = {

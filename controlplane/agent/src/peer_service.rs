@@ -249,6 +249,8 @@ async fn take(session: &DestinationSession, order: Order) {
             if state.data.len() > MESSAGE_BYTES {
                 return breach(session, "it sent device state in messages that are too long");
             }
+            // The VMM reads guest RAM while it loads, and zero pages may still wait for the driver.
+            session.orders_carried_out().await;
             // Without a VMM that reads there is nobody to give it to.
             let _ = session.device_state.send(state).await;
         }

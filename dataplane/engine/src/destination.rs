@@ -7,8 +7,9 @@
 //!    | Prepared
 //!  Receiving   EndRound        -> DrainRound    -> AcknowledgeRound        any number of times
 //!    |         PrepareIncoming -> StartIncoming -> TellIncomingReady       once
-//!    |         Verify          -> Digest                                   no order while another is served,
-//!    |         DeviceStateLoaded -> TellDeviceStateLoaded                  none but Commit after this
+//!    |         Verify          -> Digest                                   no order while another is served
+//!    |         DeviceStateLoaded -> TellDeviceStateLoaded                  also while a round is drained; no order
+//!    |                                                                     but Commit after this
 //!    | Commit, once the device state is loaded
 //!  Committing -- write failed, or a veto came up --+        COMMITTED may be durable; the guest was not resumed
 //!    | CommittedSynced                             |
@@ -229,6 +230,13 @@ impl Destination {
     fn served(&mut self, result: &DestinationEvent, actions: &mut Vec<DestinationAction>) {
         let Phase::Receiving(receiving) = &mut self.phase else { return };
         match (receiving.serving, result) {
+            // The source's VMM sends it beside the last round's end.
+            (Serving::Nothing | Serving::Drain { .. }, DestinationEvent::DeviceStateLoaded)
+                if receiving.incoming == Incoming::Ready =>
+            {
+                receiving.incoming = Incoming::Loaded;
+                return actions.push(DestinationAction::TellDeviceStateLoaded);
+            }
             (Serving::Drain { round }, DestinationEvent::RoundDrained { round: drained })
                 if round == *drained =>
             {
@@ -240,12 +248,6 @@ impl Destination {
                 actions.push(DestinationAction::TellIncomingReady);
             }
             (Serving::Digest, DestinationEvent::Verified) => {}
-            (Serving::Nothing, DestinationEvent::DeviceStateLoaded)
-                if receiving.incoming == Incoming::Ready =>
-            {
-                receiving.incoming = Incoming::Loaded;
-                actions.push(DestinationAction::TellDeviceStateLoaded);
-            }
             _ => return,
         }
         receiving.serving = Serving::Nothing;

@@ -17,6 +17,8 @@
 //! * Send `Tick` once `deadline()` has passed. An early `Tick` does no harm.
 //! * Say with `LateWrites` that pages are filled after they were reported, before the pages are copied that such a
 //!   writer can reach, and from then on keep a hash of each page, taken just before it is sent.
+//! * Give the destination's VMM no device state before the zero pages that were sent ahead of it are applied: a VMM
+//!   reads guest RAM while it loads.
 //! * Never hold `ResumeGuest` back behind anything else, least of all behind a
 //!   `PauseGuest` that is under way: it interrupts that one.
 //! * Keep a [`Destination`] after its `Finish`, for as long as its source may ask: it goes on answering.

@@ -68,7 +68,9 @@ pub struct Round {
     pub dirtied_bytes: u64,
 }
 
-/// What the downtime was spent on. In this order, from the guest's pause on; only `pause` lies before it.
+/// What the downtime was spent on, on the source's clock: parts that do not overlap and whose sum it is. In this order,
+/// from the guest's pause on, but for `acknowledge`, which comes behind `device_state` where RAM is not compared; only
+/// `pause` lies before it.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct DowntimeParts {
     /// From the order to pause to the pause. The guest runs in it: not part of the sum.
@@ -81,7 +83,8 @@ pub struct DowntimeParts {
     pub copy: Duration,
     /// Until all links had placed what they carried.
     pub fence: Duration,
-    /// Until the destination had acknowledged the round.
+    /// Of the destination's acknowledgement of the round, what nothing else hid: the device state moves meanwhile, and
+    /// only what the acknowledgement took longer counts. All of it where RAM is compared, which needs it first.
     pub acknowledge: Duration,
     /// Comparison of RAM, where it was asked for.
     pub verify: Duration,

@@ -14,8 +14,8 @@
 //!                                             | switch over: expected downtime short enough, or forced
 //!  Pause                                      v
 //!    | GuestPaused                                        downtime begins
-//!  LastHarvest [-> LastRecheck] -> LastCopy -> LastFence -> LastAcknowledge [-> Verify] -> DeviceState
-//!    | DeviceStateMoved
+//!  LastHarvest [-> LastRecheck] -> LastCopy -> LastFence [-> LastAcknowledge -> Verify] -> DeviceState
+//!    | DeviceStateMoved and RoundEnded, in either order: where the first comes first, LastAcknowledge
 //!  Handover                                               HANDED_OVER is being written; no Cancel from here
 //!    | HandedOverSynced
 //! ===|================================================== COMMIT is sent: the source may not resume ===========

@@ -29,10 +29,11 @@ async fn working_set_rewritten_without_pause_is_moved_by_policy_and_its_downtime
             let part = progress.downtime_parts.iter().find(|part| part.name == name);
             seconds(part.unwrap_or_else(|| panic!("no part {name}")).duration)
         };
-        for name in ["pause", "harvest", "copy", "fence", "acknowledge", "device_state", "journal", "commit"]
-        {
+        for name in ["pause", "harvest", "copy", "fence", "device_state", "journal", "commit"] {
             assert!(part(name) > 0.0, "{name}: {progress:?}");
         }
+        // The device state hides it, all but what it takes longer.
+        assert!(part("acknowledge") < part("device_state"), "{progress:?}");
         let parts: f64 = progress.downtime_parts.iter().map(|part| seconds(part.duration)).sum();
         let (downtime, pause) = (seconds(progress.downtime), part("pause"));
         let unaccounted = downtime - (parts - pause);

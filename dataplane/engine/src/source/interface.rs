@@ -139,7 +139,7 @@ pub enum SourceAction {
     PauseGuest,
     /// Compare all of RAM with the destination's (`Verified`).
     Verify,
-    /// Let the VMM send its device state, and wait until the destination has loaded it (`DeviceStateMoved`).
+    /// Let the VMM send its device state, behind what was sent to the destination before, and wait until the destination has loaded it (`DeviceStateMoved`).
     MoveDeviceState,
     /// Append HANDED_OVER to the journal, durably (`HandedOverSynced`).
     WriteHandedOver,

@@ -34,11 +34,16 @@ pub(super) enum Phase {
     LastRecheck,
     LastCopy,
     LastFence,
-    LastAcknowledge,
+    /// `RoundEnded`: before RAM is compared, or, when the device state has moved already, to hand over.
+    LastAcknowledge {
+        device_state_moved: bool,
+    },
     /// `Verified`.
     Verify,
-    /// `DeviceStateMoved`.
-    DeviceState,
+    /// `DeviceStateMoved`, and `RoundEnded` unless that came.
+    DeviceState {
+        acknowledged: bool,
+    },
     /// `HandedOverSynced`. COMMIT was not sent.
     Handover,
     /// `DestinationRunning` or `DestinationAborted`. COMMIT was sent.
@@ -69,9 +74,9 @@ impl Phase {
             Self::LastRecheck => "last_recheck",
             Self::LastCopy => "last_copy",
             Self::LastFence => "last_fence",
-            Self::LastAcknowledge => "last_acknowledge",
+            Self::LastAcknowledge { .. } => "last_acknowledge",
             Self::Verify => "verify",
-            Self::DeviceState => "device_state",
+            Self::DeviceState { .. } => "device_state",
             Self::Handover => "handover",
             Self::Commit => "commit",
             Self::Ask => "ask",
@@ -96,9 +101,9 @@ impl Phase {
             | Self::LastRecheck
             | Self::LastCopy
             | Self::LastFence
-            | Self::LastAcknowledge
+            | Self::LastAcknowledge { .. }
             | Self::Verify
-            | Self::DeviceState
+            | Self::DeviceState { .. }
             | Self::Handover
             | Self::Commit
             | Self::Ask => State::SwitchingOver,
@@ -114,14 +119,14 @@ impl Phase {
         match self {
             Self::Prepare => Some(limits::PREPARE),
             Self::Fence | Self::LastFence => Some(limits::FENCE),
-            Self::Acknowledge | Self::LastAcknowledge => Some(limits::ACKNOWLEDGE),
+            Self::Acknowledge | Self::LastAcknowledge { .. } => Some(limits::ACKNOWLEDGE),
             Self::Harvest | Self::LastHarvest => Some(limits::HARVEST),
             Self::Drain => Some(limits::DRAIN_GUEST),
             Self::Recheck | Self::LastRecheck => Some(limits::RECHECK),
             Self::Pause => Some(limits::PAUSE),
             Self::LastCopy => Some(limits::LAST_COPY),
             Self::Verify => Some(limits::VERIFY),
-            Self::DeviceState => Some(limits::DEVICE_STATE),
+            Self::DeviceState { .. } => Some(limits::DEVICE_STATE),
             Self::Handover => Some(limits::HANDOVER),
             Self::Commit => Some(limits::COMMIT_ANSWER),
             Self::Pending | Self::Restarted | Self::Copy | Self::Wait | Self::Ask => None,

@@ -1,4 +1,8 @@
 //! From the guest's pause to the answer to COMMIT.
+//!
+//! The last fence proves that every write is placed. The destination's acknowledgement adds its word that its links
+//! and its RAM are sound: HANDED_OVER needs that, the device state does not. So the two go side by side, unless RAM is
+//! compared, which takes both sides' word that it is complete.
 
 use std::time::Duration;
 
@@ -19,7 +23,7 @@ impl Source {
         actions: &mut Vec<SourceAction>,
     ) {
         let took = self.phase_took(now);
-        match (&self.phase, answer) {
+        match (&mut self.phase, answer) {
             (Phase::Pause, SourceEvent::GuestPaused) => {
                 self.paused_at = Some(now);
                 self.progress.downtime_parts.pause = took;
@@ -58,24 +62,39 @@ impl Source {
             }
             (Phase::LastFence, SourceEvent::Fenced { .. }) => {
                 self.progress.downtime_parts.fence = took;
-                let round = self.progress.round;
-                self.next(now, Phase::LastAcknowledge, SourceAction::EndRound { round }, actions);
-            }
-            (Phase::LastAcknowledge, SourceEvent::RoundEnded { round }) if round == self.progress.round => {
-                self.progress.downtime_parts.acknowledge = took;
+                actions.push(SourceAction::EndRound { round: self.progress.round });
                 if self.parameters.verify {
-                    self.next(now, Phase::Verify, SourceAction::Verify, actions);
+                    self.enter(now, Phase::LastAcknowledge { device_state_moved: false });
                 } else {
-                    self.next(now, Phase::DeviceState, SourceAction::MoveDeviceState, actions);
+                    self.move_device_state(now, false, actions);
+                }
+            }
+            (Phase::LastAcknowledge { device_state_moved }, SourceEvent::RoundEnded { round })
+                if round == self.progress.round =>
+            {
+                self.progress.downtime_parts.acknowledge = took;
+                if *device_state_moved {
+                    self.next(now, Phase::Handover, SourceAction::WriteHandedOver, actions);
+                } else {
+                    self.next(now, Phase::Verify, SourceAction::Verify, actions);
                 }
             }
             (Phase::Verify, SourceEvent::Verified { equal }) => {
                 self.progress.downtime_parts.verify = took;
                 self.verified(now, equal, actions);
             }
-            (Phase::DeviceState, SourceEvent::DeviceStateMoved) => {
+            (Phase::DeviceState { acknowledged }, SourceEvent::RoundEnded { round })
+                if round == self.progress.round =>
+            {
+                *acknowledged = true;
+            }
+            (Phase::DeviceState { acknowledged }, SourceEvent::DeviceStateMoved) => {
                 self.progress.downtime_parts.device_state = took;
-                self.next(now, Phase::Handover, SourceAction::WriteHandedOver, actions);
+                if *acknowledged {
+                    self.next(now, Phase::Handover, SourceAction::WriteHandedOver, actions);
+                } else {
+                    self.enter(now, Phase::LastAcknowledge { device_state_moved: true });
+                }
             }
             (Phase::Handover, SourceEvent::HandedOverSynced) => {
                 self.progress.downtime_parts.journal = took;
@@ -93,6 +112,11 @@ impl Source {
         self.phase_limit = Some(now.saturating_add(limit));
     }
 
+    fn move_device_state(&mut self, now: Duration, acknowledged: bool, actions: &mut Vec<SourceAction>) {
+        let phase = Phase::DeviceState { acknowledged };
+        self.next(now, phase, SourceAction::MoveDeviceState, actions);
+    }
+
     fn next(&mut self, now: Duration, phase: Phase, action: SourceAction, actions: &mut Vec<SourceAction>) {
         self.enter(now, phase);
         actions.push(action);
@@ -101,7 +125,7 @@ impl Source {
     fn verified(&mut self, now: Duration, equal: bool, actions: &mut Vec<SourceAction>) {
         self.progress.verified = Some(equal);
         if equal {
-            self.next(now, Phase::DeviceState, SourceAction::MoveDeviceState, actions);
+            self.move_device_state(now, true, actions);
         } else {
             let message = "RAM at the destination differs from the source's after the last round: something \
                            writes it that is not tracked. The guest runs on at the source";

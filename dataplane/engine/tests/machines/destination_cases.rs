@@ -1,6 +1,6 @@
 use ramferry_engine::{DestinationAction, DestinationEvent, DestinationOutcome, Reason, State, limits};
 
-use crate::destination_table::{Checked, failure, good_path};
+use crate::destination_table::{Checked, failure, good_path, path_without_verify};
 
 fn failed(reason: Reason) -> DestinationEvent {
     DestinationEvent::Failed(failure(reason))
@@ -34,6 +34,31 @@ fn a_migration_that_goes_well_takes_its_steps_in_order() {
         DestinationAction::Finish(DestinationOutcome::Running),
     ];
     assert_eq!(checked.actions, expected);
+}
+
+#[test]
+fn device_state_that_is_loaded_before_the_last_round_is_drained_is_told_of_at_once() {
+    let mut checked = Checked::new();
+    for (phase, event) in path_without_verify() {
+        assert_eq!(checked.destination.phase(), phase);
+        checked.handle(event);
+    }
+    let expected = [
+        DestinationAction::DrainRound { round: 2 },
+        DestinationAction::TellDeviceStateLoaded,
+        DestinationAction::AcknowledgeRound { round: 2 },
+        DestinationAction::WriteCommitted,
+    ];
+    assert_eq!(checked.actions[5..9], expected);
+}
+
+#[test]
+fn commit_before_the_last_round_is_drained_is_a_breach_of_the_protocol() {
+    let mut checked = Checked::at("receive_last");
+    checked.handle(DestinationEvent::EndRound { round: 2 });
+    checked.handle(DestinationEvent::DeviceStateLoaded);
+    assert_eq!(checked.destination.phase(), "drain");
+    assert!(aborts(&checked.handle(DestinationEvent::Commit), Reason::PeerRefused));
 }
 
 #[test]

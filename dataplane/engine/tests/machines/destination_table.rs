@@ -31,6 +31,16 @@ pub(crate) fn good_path() -> Vec<(&'static str, DestinationEvent)> {
     ]
 }
 
+/// The same where RAM is not compared: the VMM has its device state before the last round is drained.
+pub(crate) fn path_without_verify() -> Vec<(&'static str, DestinationEvent)> {
+    let mut path = good_path();
+    path.retain(|(phase, event)| *phase != "verify" && *event != DestinationEvent::Verify);
+    let drain = path.iter().rposition(|(phase, _)| *phase == "drain").unwrap();
+    assert_eq!(path.remove(drain + 1), ("receive_last", DestinationEvent::DeviceStateLoaded));
+    path.insert(drain, ("drain", DestinationEvent::DeviceStateLoaded));
+    path
+}
+
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Last {
     Nothing,
@@ -215,6 +225,9 @@ fn steps() -> Vec<Way> {
     let mut steps: Vec<Way> = Vec::new();
     let path: Vec<_> = good_path().into_iter().map(|(_, event)| event).collect();
     steps.extend((0..=path.len()).map(|count| (Checked::new as fn() -> Checked, path[..count].to_vec())));
+
+    let path: Vec<_> = path_without_verify().into_iter().map(|(_, event)| event).collect();
+    steps.extend((8..=path.len()).map(|count| (Checked::new as fn() -> Checked, path[..count].to_vec())));
 
     let lost = vec![DestinationEvent::PeerLost];
     let synced = [lost.clone(), vec![DestinationEvent::AbortedSynced]].concat();

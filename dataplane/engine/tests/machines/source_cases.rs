@@ -7,8 +7,9 @@ use ramferry_engine::{
 
 use crate::source_harness::{
     Checked, PAGE_BYTES, PAGES, copied, cut_short, failure, fenced, good_path, harvested, late_path,
-    milliseconds, pages, prepared, rechecked,
+    milliseconds, pages, path_without_verify, prepared, rechecked,
 };
+use crate::source_table::switchover_steps;
 
 /// Tight enough that only an idle guest converges.
 fn tight() -> Parameters {
@@ -99,6 +100,45 @@ fn downtime_is_the_sum_of_its_parts() {
     assert!(DowntimeParts::default().named().iter().all(|(_, part)| part.is_zero()));
     assert!(progress.total_time > progress.downtime);
     assert_eq!(progress.verified, Some(true));
+}
+
+/// Ends a migration that does not compare RAM, 2 ms a step from the last fence on, with `steps` in between.
+fn parts_of(steps: [SourceEvent; 2]) -> DowntimeParts {
+    let mut checked = Checked::on(path_without_verify(), "last_fence");
+    let actions = checked.handle(fenced());
+    assert_eq!(actions, [SourceAction::EndRound { round: 2 }, SourceAction::MoveDeviceState]);
+    let [first, second] = steps;
+    checked.now += milliseconds(2);
+    assert!(checked.handle(first).is_empty(), "HANDED_OVER before both are there");
+    checked.now += milliseconds(2);
+    assert_eq!(checked.handle(second), [SourceAction::WriteHandedOver]);
+    for event in [SourceEvent::HandedOverSynced, SourceEvent::DestinationRunning] {
+        checked.now += milliseconds(2);
+        checked.handle(event);
+    }
+    let progress = checked.source.progress();
+    assert_eq!(progress.downtime, Some(milliseconds(8)));
+    let sum: Duration = progress.downtime_parts.named().iter().map(|(_, part)| *part).sum();
+    assert_eq!(sum, milliseconds(8), "no time is in two parts, none in no part");
+    progress.downtime_parts
+}
+
+#[test]
+fn the_acknowledgement_goes_beside_the_device_state_and_counts_what_it_took_longer() {
+    let (acknowledged, moved) = (SourceEvent::RoundEnded { round: 2 }, SourceEvent::DeviceStateMoved);
+    let parts = parts_of([acknowledged.clone(), moved.clone()]);
+    assert_eq!((parts.device_state, parts.acknowledge), (milliseconds(4), Duration::ZERO));
+    let parts = parts_of([moved, acknowledged]);
+    assert_eq!((parts.device_state, parts.acknowledge), (milliseconds(2), milliseconds(2)));
+}
+
+#[test]
+fn an_acknowledgement_of_an_earlier_round_does_not_hand_over() {
+    let mut checked = Checked::on(path_without_verify(), "device_state");
+    checked.handle(SourceEvent::RoundEnded { round: 1 });
+    assert!(checked.handle(SourceEvent::DeviceStateMoved).is_empty());
+    assert!(checked.handle(SourceEvent::RoundEnded { round: 1 }).is_empty());
+    assert_eq!(checked.handle(SourceEvent::RoundEnded { round: 2 }), [SourceAction::WriteHandedOver]);
 }
 
 #[test]
@@ -317,10 +357,8 @@ fn differing_ram_resumes_the_source() {
 
 #[test]
 fn each_step_of_the_switchover_has_a_limit() {
-    let path = good_path();
-    let switchover = path.iter().skip_while(|(phase, _)| *phase != "pause");
-    for (phase, _) in switchover.take_while(|(phase, _)| *phase != "commit") {
-        let mut checked = Checked::at(phase);
+    for (path, phase) in switchover_steps(&[good_path(), path_without_verify()]) {
+        let mut checked = Checked::on(path, phase);
         checked.tick();
         assert_eq!(checked.source.phase(), "resume", "{phase}");
         let_end(&mut checked);

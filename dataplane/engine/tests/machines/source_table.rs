@@ -2,7 +2,7 @@ use ramferry_engine::{BytesPerSecond, LateWrites, Parameters, Reason, SourceActi
 
 use crate::source_harness::{
     Checked, LATE_STEPS, PAGES, copied, cut_short, failure, fenced, good_path, harvested, late_path,
-    milliseconds, pages, prepared, rechecked,
+    milliseconds, pages, path_without_verify, prepared, rechecked,
 };
 
 /// Every event, in every form that could make a difference.
@@ -97,6 +97,14 @@ fn steps() -> Vec<Way> {
     for phase in ["pause", "last_copy"] {
         steps.push((phase.to_owned(), |phase| Checked::on(late_path(), phase)));
     }
+    for phase in ["device_state", "last_acknowledge", "handover"] {
+        steps.push((phase.to_owned(), |phase| Checked::on(path_without_verify(), phase)));
+    }
+    steps.push(("device_state".into(), |phase| {
+        let mut checked = Checked::on(path_without_verify(), phase);
+        checked.handle(SourceEvent::RoundEnded { round: 2 });
+        checked
+    }));
     for phase in ["copy", "harvest", "recheck", "pause", "last_recheck", "last_copy", "device_state"] {
         steps.push((phase.to_owned(), |phase| after(phase, SourceEvent::Cancel)));
         steps.push((phase.to_owned(), ended));
@@ -192,6 +200,18 @@ fn is_waited_for(phase: &str, answer: &SourceEvent) -> bool {
     }
 }
 
+/// From the order to pause until COMMIT is sent.
+pub(crate) fn switchover_steps(
+    paths: &[Vec<(&'static str, SourceEvent)>],
+) -> Vec<(Vec<(&'static str, SourceEvent)>, &'static str)> {
+    let steps = paths.iter().flat_map(|path| {
+        let switchover = path.iter().skip_while(|(phase, _)| *phase != "pause");
+        let switchover = switchover.take_while(|(phase, _)| *phase != "commit");
+        switchover.map(|(phase, _)| (path.clone(), *phase))
+    });
+    steps.collect()
+}
+
 /// Whatever goes wrong before COMMIT is sent, in any step: the guest runs here, before anything else is done.
 #[test]
 fn any_failure_before_commit_resumes_the_guest_first() {
@@ -204,13 +224,11 @@ fn any_failure_before_commit_resumes_the_guest_first() {
         SourceEvent::GuestGone(failure(Reason::GuestFailed)),
         SourceEvent::Cancel,
     ]);
-    let path = late_path();
-    let switchover = path.iter().skip_while(|(phase, _)| *phase != "pause");
-    for (phase, _) in switchover.take_while(|(phase, _)| *phase != "commit") {
+    for (path, phase) in switchover_steps(&[late_path(), path_without_verify()]) {
         for fault in &faults {
-            let mut checked = Checked::on(late_path(), phase);
+            let mut checked = Checked::on(path.clone(), phase);
             let actions = checked.handle(fault.clone());
-            if *phase == "handover" && *fault == SourceEvent::Cancel {
+            if phase == "handover" && *fault == SourceEvent::Cancel {
                 assert!(actions.is_empty() && !checked.source.can_cancel());
                 continue;
             }

@@ -9,7 +9,8 @@ pub(crate) enum Violation {
     GuestLost,
     /// At the end the guest ran nowhere.
     NeitherRuns,
-    /// The destination guest was resumed with RAM or device state that is not the source's last.
+    /// The destination guest was resumed with RAM or device state that is not the source's last, or its VMM was
+    /// given device state before RAM was.
     Differs,
     /// Something was written to the destination's RAM while its guest ran.
     WrittenWhileRunning,

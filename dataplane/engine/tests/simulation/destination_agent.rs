@@ -185,11 +185,7 @@ pub(crate) fn arrives(world: &mut World, message: Message) {
         Message::EndRound(round) => DestinationEvent::EndRound { round },
         Message::PrepareIncoming => DestinationEvent::PrepareIncoming,
         Message::Verify => DestinationEvent::Verify,
-        Message::DeviceState(state) => {
-            let reply = Reply::Destination(DestinationEvent::DeviceStateLoaded);
-            let effect = Effect::LoadDeviceState(state);
-            return world.act(Side::Destination, microseconds(500), effect, reply, Fate::Normal);
-        }
+        Message::DeviceState(state) => return load(world, life, state),
         Message::Commit => DestinationEvent::Commit,
         Message::Ask => DestinationEvent::AskOutcome,
         Message::Abort(failure) => DestinationEvent::Abort(failure),
@@ -198,9 +194,28 @@ pub(crate) fn arrives(world: &mut World, message: Message) {
     world.destination_hears(life, event);
 }
 
+/// Once all zero pages that came are applied: the VMM reads RAM while it loads.
+pub(crate) fn load(world: &mut World, life: u32, state: u64) {
+    if !world.is_alive(Side::Destination, life) {
+        return;
+    }
+    if world.destination.zeroing > 0 && world.sabotage != Sabotage::LoadBeforeZeroPages {
+        return world.after(microseconds(20), Happening::Loads { life, state });
+    }
+    let in_order = ["receive_last", "drain"].contains(&world.destination.machine.phase());
+    if in_order && !world.source_vmm.running {
+        let is_whole = world.destination_vmm.ram == world.source_vmm.ram;
+        world.checker.require(is_whole, Violation::Differs);
+    }
+    let reply = Reply::Destination(DestinationEvent::DeviceStateLoaded);
+    let effect = Effect::LoadDeviceState(state);
+    world.act(Side::Destination, microseconds(500), effect, reply, Fate::Normal);
+}
+
 fn zero(world: &mut World, page: usize) {
     if world.destination.takes_writes {
         world.destination.zeroing += 1;
-        world.act(Side::Destination, microseconds(150), Effect::Zero(page), Reply::None, Fate::Normal);
+        let takes = microseconds(if world.random.chance(4) { 4000 } else { 150 });
+        world.act(Side::Destination, takes, Effect::Zero(page), Reply::None, Fate::Normal);
     }
 }

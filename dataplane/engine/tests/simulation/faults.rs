@@ -154,6 +154,8 @@ pub(crate) enum Sabotage {
     SkipRecheck,
     /// The guest says that it has drained, and has not.
     LieAboutDrain,
+    /// The VMM is given its device state while zero pages still wait to be applied.
+    LoadBeforeZeroPages,
 }
 
 /// SplitMix64: the same numbers for the same seed, everywhere.

@@ -80,6 +80,12 @@ fn a_fence_that_is_skipped_is_caught() {
     assert!((0..500).any(|seed| run(seed, vec![], Sabotage::SkipFence) == Some(Violation::Differs)));
 }
 
+#[test]
+fn device_state_that_is_loaded_before_zero_pages_are_applied_is_caught() {
+    let shows = |seed| run(seed, vec![], Sabotage::LoadBeforeZeroPages) == Some(Violation::Differs);
+    assert!((0..200).any(shows));
+}
+
 fn late_differs(late: LateWrites, sabotage: Sabotage) -> bool {
     (0..200).any(|seed| {
         let mut world = World::new(seed, false, vec![], sabotage);

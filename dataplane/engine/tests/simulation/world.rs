@@ -157,6 +157,10 @@ pub(crate) enum Happening {
         round: u32,
         fate: Fate,
     },
+    Loads {
+        life: u32,
+        state: u64,
+    },
     GuestWrites,
     /// A transfer into the source guest's RAM ends: the page was marked when it began.
     TransferEnds {
@@ -480,6 +484,7 @@ impl World {
             Happening::Lands { link, page, value, late } => self.lands(link, page, value, late),
             Happening::Digest { life, fate } => destination_agent::digest(self, life, fate),
             Happening::Drained { life, round, fate } => destination_agent::drained(self, life, round, fate),
+            Happening::Loads { life, state } => destination_agent::load(self, life, state),
             Happening::GuestWrites => self.guest_writes(),
             Happening::TransferEnds { transfer } => self.end_transfers(Some(transfer)),
             Happening::Strikes(fault) => self.strike(fault),
