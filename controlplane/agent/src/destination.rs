@@ -2,6 +2,7 @@
 
 mod negotiate;
 mod outside;
+mod reads;
 
 use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::Duration;
@@ -26,12 +27,14 @@ use tonic::Status;
 pub(crate) use self::negotiate::layout;
 pub(crate) use self::negotiate::negotiate;
 use self::outside::Outside;
+use self::reads::Reads;
 use crate::MigrationRole;
 use crate::core::Agent;
 use crate::device_stream::{self, Incoming};
 use crate::fabrics::Admitted;
 use crate::guest_cell::GuestCell;
 use crate::journal::{Durability, MigrationLog, Record, Recovered};
+use crate::keepsake::{self, Terms};
 use crate::migrations::{Claim, Entry};
 use crate::publish::Publisher;
 use crate::source::blocking_step;
@@ -71,6 +74,9 @@ pub(crate) struct DestinationSession {
     /// Ended with the migration: each keeps the session, and so the guest's QMP socket.
     tasks: Mutex<Vec<AbortHandle>>,
     plan: Mutex<Option<Plan>>,
+    reads: Mutex<Reads>,
+    /// A digest of the token, after a restart: by it the source is known again.
+    token_digest: Option<String>,
 }
 
 #[derive(Default)]
@@ -89,12 +95,15 @@ pub(crate) struct Plan {
     pub(crate) files: Vec<RamFile>,
     pub(crate) fabric: FabricKind,
     pub(crate) streams: u32,
+    pub(crate) pin_budget_bytes: Option<u64>,
+    pub(crate) vmm: u32,
 }
 
 /// What [`start`] needs beside the agent and the entry.
 pub(crate) struct Start {
     pub(crate) engine: Destination,
     pub(crate) token: Option<SessionToken>,
+    pub(crate) token_digest: Option<String>,
     pub(crate) guest: GuestCell,
     pub(crate) run_guest: bool,
     pub(crate) plan: Option<Plan>,
@@ -105,7 +114,7 @@ pub(crate) struct Start {
 
 /// Starts the driver of a migration to this host.
 pub(crate) fn start(agent: &Arc<Agent>, entry: Arc<Entry>, start: Start) {
-    let Start { engine, token, guest, run_guest, plan, publisher, log, claim } = start;
+    let Start { engine, token, token_digest, guest, run_guest, plan, publisher, log, claim } = start;
     let id = entry.id.clone();
     let (device_state, incoming) = device_stream::queue();
     let mut driven = None;
@@ -123,6 +132,8 @@ pub(crate) fn start(agent: &Arc<Agent>, entry: Arc<Entry>, start: Start) {
             run_guest,
             tasks: Mutex::default(),
             plan: Mutex::new(plan),
+            reads: Mutex::default(),
+            token_digest,
         });
         agent.sessions.lock().expect("no panic while it is held").insert(id.clone(), Arc::clone(&session));
         driven = Some(Arc::clone(&session));
@@ -172,8 +183,10 @@ pub(crate) fn recover(agent: &Arc<Agent>, found: Recovered) {
     if ended {
         return agent.registry.insert(&entry(view));
     }
+    let is_owed = keepsake::owed_path(&agent.config, &found.created.id).exists();
     // The last of the two counts: docs/architecture.md, "Who may run the guest".
     let decided = found.records.iter().rev().find_map(|record| match record {
+        Record::Committed if is_owed => Some(Destination::recover_postcopy()),
         Record::Committed => Some(Destination::recover_committed()),
         Record::Aborted { reason, message } => {
             Some(Destination::recover_aborted(crate::source::failure_of(reason, message.clone())))
@@ -198,7 +211,17 @@ pub(crate) fn recover(agent: &Arc<Agent>, found: Recovered) {
     let publisher =
         Publisher::new(&agent.metrics, MigrationRole::Destination, &entry.id, "unknown", "unknown");
     let run_guest = found.created.guest_was_running;
-    let parts = Start { engine, token: None, guest, run_guest, plan: None, publisher, log: found.log, claim };
+    let parts = Start {
+        engine,
+        token: None,
+        token_digest: found.created.session,
+        guest,
+        run_guest,
+        plan: None,
+        publisher,
+        log: found.log,
+        claim,
+    };
     start(agent, entry, parts);
 }
 
@@ -207,6 +230,11 @@ pub(crate) fn outcome(entry: &Entry) -> Option<Answer> {
     let view = entry.view();
     match view.state() {
         v1::MigrationState::Succeeded => Some(Answer::Running(v1::DestinationRunning::default())),
+        v1::MigrationState::Failed
+            if view.error.as_ref().is_some_and(|error| error.reason == Reason::MemoryLost.as_str()) =>
+        {
+            Some(Answer::Lost(v1::MemoryLost { message: view.error.unwrap_or_default().message }))
+        }
         v1::MigrationState::Failed | v1::MigrationState::Cancelled => {
             let error = view.error.unwrap_or_default();
             Some(Answer::Aborted(v1::DestinationAborted { reason: error.reason, message: error.message }))
@@ -273,7 +301,12 @@ pub(crate) fn aborted(failure: &Failure) -> v1::DestinationAborted {
 
 impl Answers {
     fn note_final(&mut self, answer: &Answer) {
-        if self.stream.is_some() && matches!(answer, Answer::Running(_) | Answer::Aborted(_)) {
+        let is_final = match answer {
+            Answer::Running(running) => !running.memory_owed,
+            Answer::Aborted(_) | Answer::Lost(_) => true,
+            _ => false,
+        };
+        if self.stream.is_some() && is_final {
             self.final_on = Some(self.opened);
         }
     }
@@ -432,6 +465,9 @@ impl DestinationSession {
     fn build(self: &Arc<Self>, plan: Plan) -> Result<DestinationParts, Failure> {
         let ram = |error: ramferry_ram::RamError| Failure::new(Reason::GuestFailed, causes(&error));
         let memory = Arc::new(Memory::new(plan.layout, plan.files, Access::ReadWrite).map_err(ram)?);
+        let terms =
+            Terms { fabric: plan.fabric, streams: plan.streams, pin_budget_bytes: plan.pin_budget_bytes };
+        self.note_memory(&memory, terms);
         let token = self.token.clone().expect("a session that is prepared has a token");
         let Admitted { domain, links } =
             self.agent.fabrics.admit(plan.fabric, token, &memory, plan.streams)?;
@@ -441,6 +477,11 @@ impl DestinationSession {
             domain,
             memory,
             registration_workers: self.agent.config.registration_workers,
+            postcopy: PostcopyParts {
+                vmm: plan.vmm,
+                owed_path: keepsake::owed_path(&self.agent.config, &self.entry.id),
+                migration: self.entry.id.clone(),
+            },
             answer: Arc::new(move |answer| answering.answer_of_the_data_plane(answer)),
         })
     }
@@ -453,6 +494,11 @@ impl DestinationSession {
             }
             PeerAnswer::Windows(WindowsAnswer::Released(ids)) => {
                 self.answer_blocking(Answer::WindowsReleased(windows_released(&ids)))
+            }
+            PeerAnswer::StillOwed(bytes) => self.answer_blocking(Answer::StillOwed(v1::StillOwed { bytes })),
+            PeerAnswer::ReadersLost => {
+                let message = "others are needed".into();
+                self.answer_blocking(Answer::ReadsLost(v1::ReadsLost { message }))
             }
             PeerAnswer::Digests(digests) => {
                 let blocks = digests.iter().map(|digest| digest.as_bytes().to_vec()).collect();
@@ -476,7 +522,10 @@ impl DestinationSession {
     }
 
     /// Lets the VMM listen for device state, and connects to it.
-    async fn start_incoming(self: &Arc<Self>) -> Result<DestinationEvent, Failure> {
+    async fn start_incoming(self: &Arc<Self>, postcopy: bool) -> Result<DestinationEvent, Failure> {
+        if postcopy {
+            self.begin_reads().await?;
+        }
         let guest = self.guest.get().await?;
         let room = self.agent.device_state_room(&self.entry.id);
         let path = &room.open_for(guest.pid()).map_err(|error| {
@@ -532,6 +581,20 @@ impl DestinationSession {
         }
     }
 
+    /// Has the guest stand still for good: it lacks memory.
+    async fn stop_guest(&self) -> Result<DestinationEvent, Failure> {
+        let guest = match self.guest.get().await {
+            Ok(guest) => guest,
+            Err(failure) if self.guest.is_gone() => return Ok(self.lost(failure)),
+            Err(failure) => return Err(failure),
+        };
+        match guest.stop_destination().await {
+            Ok(()) => Ok(DestinationEvent::GuestStopped),
+            Err(error @ GuestError::Gone { .. }) => Ok(self.lost(guest_failure(&error))),
+            Err(error) => Err(guest_failure(&error)),
+        }
+    }
+
     /// The guest ended between its handover and its resume, or just after that.
     fn lost(&self, failure: Failure) -> DestinationEvent {
         let id = &self.entry.id;
@@ -539,14 +602,15 @@ impl DestinationSession {
         DestinationEvent::GuestGone(failure)
     }
 
-    async fn discard(&self) -> Result<DestinationEvent, Failure> {
+    async fn discard(&self, ran: bool) -> Result<DestinationEvent, Failure> {
         let guest = match self.guest.get().await {
             Ok(guest) => guest,
             // Neither is one that has ended.
             Err(_) if self.guest.is_gone() => return Ok(DestinationEvent::GuestDiscarded),
             Err(failure) => return Err(failure),
         };
-        guest.discard().await.map_err(|error| guest_failure(&error))?;
+        let discarded = if ran { guest.end_destination().await } else { guest.discard().await };
+        discarded.map_err(|error| guest_failure(&error))?;
         Ok(DestinationEvent::GuestDiscarded)
     }
 }

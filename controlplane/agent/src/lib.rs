@@ -19,6 +19,7 @@ pub mod fuzzing;
 mod guest_cell;
 mod inspect;
 pub mod journal;
+mod keepsake;
 pub mod logs;
 pub mod metrics;
 mod migration_service;

@@ -73,6 +73,7 @@ impl PeerService for Peers {
         &self,
         request: Request<Streaming<v1::ExchangeControlRequest>>,
     ) -> Result<Response<Answers>, Status> {
+        let peer = request.remote_addr().map(|address| address.ip());
         let mut orders = request.into_inner();
         let first = tokio::time::timeout(EXCHANGE_TIMEOUT, orders.message()).await;
         let first =
@@ -95,6 +96,7 @@ impl PeerService for Peers {
             let message = "the session has its source connected; only with its token can that be replaced";
             return Err(status(Code::PermissionDenied, "SESSION_TOKEN", message, []));
         }
+        session.note_peer(peer);
         let (answers, number) = session.attach();
         session.answer_soon(Answer::Opened(v1::SessionOpened {}));
         session.handle.send(DestinationEvent::PeerBack);
@@ -112,7 +114,8 @@ fn authorize(session: &DestinationSession, token: &[u8]) -> Result<bool, Status>
     let given = <[u8; SessionToken::BYTES]>::try_from(token).ok().map(SessionToken::from_bytes);
     match (&session.token, given) {
         (Some(token), Some(given)) if *token == given => Ok(true),
-        (None, Some(_)) => Ok(false),
+        // After a restart only its digest is known.
+        (None, Some(given)) => Ok(session.token_digest.as_ref() == Some(&given.digest())),
         _ => Err(status(Code::PermissionDenied, "SESSION_TOKEN", "the session's token is another", [])),
     }
 }
@@ -229,18 +232,23 @@ fn items(order: &Order) -> usize {
         Order::RegisterWindows(order) => order.windows.len(),
         Order::ReleaseWindows(order) => order.ids.len(),
         Order::ZeroPages(order) => order.runs.len() / 2,
+        Order::WindowsRegistered(answer) => answer.windows.len(),
+        Order::WindowsReleased(answer) => answer.ids.len(),
+        Order::OwedPages(order) => order.pages.iter().map(|runs| runs.runs.len() / 2).sum(),
         _ => 1,
     }
 }
 
-async fn take(session: &DestinationSession, order: Order) {
+async fn take(session: &Arc<DestinationSession>, order: Order) {
     let items = items(&order);
     if items > ORDER_ITEMS {
         return breach(session, "it is about more windows or pages than one order may be");
     }
     match order {
         // The driver has ended, or is about to, and would not answer.
-        Order::Commit(_) | Order::AskOutcome(_) | Order::Abort(_) if session.entry.has_ended() => {
+        Order::Commit(_) | Order::AskOutcome(_) | Order::Abort(_) | Order::MemoryLost(_)
+            if session.entry.has_ended() =>
+        {
             if let Some(answer) = destination::outcome(&session.entry) {
                 session.answer(answer).await;
             }
@@ -254,6 +262,12 @@ async fn take(session: &DestinationSession, order: Order) {
             // Without a VMM that reads there is nobody to give it to.
             let _ = session.device_state.send(state).await;
         }
+        Order::ServeReads(offer) => session.take_offer(offer),
+        Order::OwedPages(part) => match session.take_owed(&part) {
+            Ok(Some(pages)) => session.order(DestinationEvent::Owed { pages }, 1).await,
+            Ok(None) => {}
+            Err(what) => breach(session, &what),
+        },
         order => match input(order) {
             Ok(Some(input)) => session.order(input, items).await,
             Ok(None) => {}
@@ -266,18 +280,16 @@ async fn take(session: &DestinationSession, order: Order) {
 pub(crate) fn input(order: Order) -> Result<Option<DestinationInput>, &'static str> {
     Ok(Some(match order {
         // A second one says nothing new.
-        Order::Open(_) | Order::DeviceState(_) => return Ok(None),
-        Order::RegisterWindows(order) => {
-            let windows = order.windows.into_iter().map(|window| Window {
-                id: WindowId(window.id),
-                range: BlockRange {
-                    block: BlockIndex(window.block),
-                    offset: window.offset,
-                    length: window.length,
-                },
-            });
-            DestinationInput::RegisterWindows(windows.collect())
+        Order::Open(_) | Order::DeviceState(_) | Order::ServeReads(_) | Order::OwedPages(_) => return Ok(None),
+        Order::WindowsRegistered(answer) => DestinationInput::WindowsRegistered(settled(answer.windows)),
+        Order::WindowsReleased(answer) => {
+            DestinationInput::WindowsReleased(answer.ids.into_iter().map(WindowId).collect())
         }
+        Order::MemoryLost(order) => {
+            let failure = Failure::new(Reason::MemoryLost, shortened(order.message));
+            DestinationEvent::MemoryLost(failure).into()
+        }
+        Order::RegisterWindows(order) => DestinationInput::RegisterWindows(windows(order)),
         Order::ReleaseWindows(order) => {
             DestinationInput::ReleaseWindows(order.ids.into_iter().map(WindowId).collect())
         }
@@ -289,7 +301,9 @@ pub(crate) fn input(order: Order) -> Result<Option<DestinationInput>, &'static s
             DestinationInput::ZeroPages { block: BlockIndex(order.block), runs: runs.collect() }
         }
         Order::EndRound(order) => DestinationEvent::EndRound { round: order.round }.into(),
-        Order::PrepareIncoming(_) => DestinationEvent::PrepareIncoming.into(),
+        Order::PrepareIncoming(order) => {
+            DestinationEvent::PrepareIncoming { postcopy: order.postcopy }.into()
+        }
         Order::Verify(_) => DestinationEvent::Verify.into(),
         Order::Commit(_) => DestinationEvent::Commit.into(),
         Order::AskOutcome(_) => DestinationEvent::AskOutcome.into(),

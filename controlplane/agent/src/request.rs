@@ -4,7 +4,7 @@
 use std::path::PathBuf;
 use std::time::Duration;
 
-use ramferry_engine::{BytesPerSecond, Parameters, TimeoutAction};
+use ramferry_engine::{BytesPerSecond, Parameters, Postcopy, TimeoutAction};
 use ramferry_fabric::FabricKind;
 use ramferry_fabric::windows::RegistrationMode;
 use ramferry_proto::v1;
@@ -66,8 +66,14 @@ impl TryFrom<Option<v1::MigrationSpec>> for Request {
 }
 
 /// The parameters that can be changed while a migration runs.
-pub(crate) const CHANGEABLE: [&str; 5] =
-    ["max_downtime", "bandwidth_limit_bits_per_second", "timeout", "timeout_action", "no_progress_timeout"];
+pub(crate) const CHANGEABLE: [&str; 6] = [
+    "max_downtime",
+    "bandwidth_limit_bits_per_second",
+    "timeout",
+    "timeout_action",
+    "no_progress_timeout",
+    "postcopy",
+];
 
 /// Takes the fields that `paths` names over from `change`.
 pub(crate) fn apply(
@@ -88,6 +94,7 @@ pub(crate) fn apply(
             "timeout" => merged.timeout = change.timeout,
             "timeout_action" => merged.timeout_action = change.timeout_action,
             "no_progress_timeout" => merged.no_progress_timeout = change.no_progress_timeout,
+            "postcopy" => merged.postcopy = change.postcopy,
             _ => {
                 let message = format!(
                     "{path:?} cannot be changed while a migration runs; these can: {}",
@@ -118,11 +125,21 @@ pub(crate) fn engine_parameters(given: &v1::MigrationParameters) -> Result<Param
         no_progress_timeout: duration("no_progress_timeout", given.no_progress_timeout)?
             .unwrap_or(defaults.no_progress_timeout),
         verify: given.verify,
+        postcopy: postcopy(given.postcopy)?,
     };
     parameters
         .check()
         .map_err(|error| invalid_argument("spec.parameters", "OUT_OF_RANGE", error.to_string()))?;
     Ok(parameters)
+}
+
+pub(crate) fn postcopy(value: i32) -> Result<Postcopy, Status> {
+    match v1::Postcopy::try_from(value) {
+        Ok(v1::Postcopy::Unspecified | v1::Postcopy::Never) => Ok(Postcopy::Never),
+        Ok(v1::Postcopy::Allow) => Ok(Postcopy::Allow),
+        Ok(v1::Postcopy::Always) => Ok(Postcopy::Always),
+        Err(_) => Err(unknown("spec.parameters.postcopy", value)),
+    }
 }
 
 pub(crate) fn registration_mode(value: i32) -> Result<RegistrationMode, Status> {

@@ -1,7 +1,10 @@
 //! Migrations whose source is this host.
 
+mod checks;
+mod negotiate;
 mod outside;
 mod peer;
+mod reads;
 mod view;
 
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -25,9 +28,15 @@ use tokio::task::{AbortHandle, JoinHandle};
 use tonic::transport::Channel;
 use tonic::{Code, Status};
 
+pub(crate) use self::checks::check;
+pub(crate) use self::checks::tracked_files;
+use self::checks::{check_tracking, inspect, late_writes, recheck_reason};
+pub(crate) use self::negotiate::{is_shm_socket, peer_refusal};
+use self::negotiate::{agreed, negotiate};
 use self::outside::Outside;
+use self::reads::Reads;
 pub(crate) use self::peer::channel as peer_channel;
-pub(crate) use self::peer::{ORDER_ITEMS, failure_of};
+pub(crate) use self::peer::{ORDER_ITEMS, add_runs, failure_of, orders, settled, windows};
 use self::peer::{Peer, PeerSetup};
 #[cfg(feature = "fuzzing")]
 pub(crate) use self::peer::{input, take_presence};
@@ -37,6 +46,7 @@ use crate::core::{Agent, EXCHANGE_TIMEOUT, PROTOCOL_VERSION};
 use crate::device_stream::{self, RelayError};
 use crate::fabrics::{Agreed, Connected};
 use crate::guest_cell::GuestCell;
+use crate::keepsake::{self, Keepsake, Terms};
 use crate::journal::{Created, MigrationLog, Record, Recovered, SpecRecord};
 use crate::migrations::{Claim, Entry, Refusal};
 use crate::publish::Publisher;
@@ -63,6 +73,7 @@ pub(crate) struct Session {
     ordering: Mutex<Vec<JoinHandle<()>>>,
     incoming: tokio::sync::Mutex<mpsc::Receiver<v1::DeviceState>>,
     plan: Mutex<Option<Plan>>,
+    reads: Mutex<Reads>,
     /// When the migration was asked for.
     called: Instant,
     /// When its driver started, from which that counts.
@@ -75,40 +86,6 @@ struct Plan {
     info: GuestInfo,
     files: Vec<RamFile>,
     agreed: Agreed,
-}
-
-/// Makes every check of a migration and changes nothing.
-pub(crate) async fn check(
-    agent: &Arc<Agent>,
-    request: &Request,
-) -> Result<v1::CheckMigrationResponse, Status> {
-    let (guest, info, files) = inspect(agent, request, None).await?;
-    let tracked = tracked_files(&info, &files);
-    let pid = info.pid;
-    let others = check_tracking(pid, tracked).await?;
-    let works = |kind| ramferry_tracking::self_test(kind).map(|()| kind);
-    let tracker = blocking(move || works(TrackerKind::UffdWp).or_else(|_| works(TrackerKind::SoftDirty)))
-        .await?
-        .map_err(|error| precondition("TRACKING_UNAVAILABLE", causes(&error), [], []))?;
-    let channel = peer::channel(&request.destination_agent, agent.config.tls.as_ref())?;
-    let response = negotiate(agent, channel, "check", request, &info, true).await?;
-    let fabric = v1::FabricKind::try_from(response.fabric).unwrap_or_default();
-    let mut present_bytes = 0;
-    for (block, file) in info.layout.blocks().iter().zip(&files) {
-        let present = file.presence(block.pages()).map_err(|error| guest_status("RAM", &error))?;
-        present_bytes += present.count() * block.page_bytes;
-    }
-    drop(guest);
-    Ok(v1::CheckMigrationResponse {
-        fabric: fabric.into(),
-        fabric_reason: response.fabric_reason,
-        tracker: tracker.as_str().into(),
-        ram_bytes: info.layout.total_bytes(),
-        present_bytes,
-        source_vmm: format!("{} ({})", info.vmm, info.machine),
-        destination_vmm: response.vmm_version,
-        recheck_reason: recheck_reason(&info, &others),
-    })
 }
 
 /// Starts a migration: from its refusals, all before anything is changed, to its driver.
@@ -237,6 +214,7 @@ fn start(agent: &Arc<Agent>, entry: &Arc<Entry>, start: Start) {
             ordering: Mutex::default(),
             incoming: tokio::sync::Mutex::new(incoming),
             plan: Mutex::new(plan),
+            reads: Mutex::default(),
             called,
             started: Instant::now(),
         });
@@ -298,7 +276,7 @@ pub(crate) fn recover(agent: &Arc<Agent>, found: Recovered) {
     let setup = PeerSetup {
         channel: peer::channel(&spec.destination_agent, agent.config.tls.as_ref()),
         id: found.created.id.clone(),
-        token: Bytes::new(),
+        token: kept_token(agent, id, handed_over),
         layout: None,
         fabric: "unknown",
         mode: registration_mode(given.registration_mode).map_or("unknown", RegistrationMode::as_str),
@@ -320,6 +298,23 @@ pub(crate) fn recover(agent: &Arc<Agent>, found: Recovered) {
             called: Instant::now(),
         },
     );
+}
+
+/// The session's token, where this agent's end came in the middle of a handover into post-copy.
+fn kept_token(agent: &Agent, id: &str, handed_over: bool) -> Bytes {
+    if !handed_over {
+        keepsake::remove(&agent.config, id, MigrationRole::Source);
+        return Bytes::new();
+    }
+    match Keepsake::read(&keepsake::path(&agent.config, id, MigrationRole::Source)) {
+        Ok(kept) => kept.and_then(|kept| kept.token()).map_or_else(Bytes::new, |token| {
+            Bytes::copy_from_slice(token.as_bytes())
+        }),
+        Err(failure) => {
+            tracing::error!(id, %failure, "what was kept of a migration cannot be used");
+            Bytes::new()
+        }
+    }
 }
 
 impl Session {
@@ -353,6 +348,14 @@ impl Session {
         let destination_presence = presence?;
         guest?;
         let (memory, tracker) = memory?;
+        *self.reads.lock().expect("no panic while it is held") = Reads::of(
+            &memory,
+            Terms {
+                fabric: agreed.fabric,
+                streams: agreed.streams,
+                pin_budget_bytes: request.pin_budget_bytes,
+            },
+        );
 
         let agent = Arc::clone(&self.agent);
         let (to, reached) = (request.destination_agent, Arc::clone(&memory));
@@ -387,9 +390,12 @@ impl Session {
 
     /// Brings the guest to its pause: the destination's VMM listens, the
     /// source's sends up to the point where it stops its vCPUs.
-    async fn pause(self: Arc<Self>) -> Result<SourceInput, Failure> {
+    async fn pause(self: Arc<Self>, postcopy: bool) -> Result<SourceInput, Failure> {
         let lost = |status: Status| Failure::new(Reason::PeerLost, status.message());
-        if !self.peer.send(Order::PrepareIncoming(v1::PrepareIncoming {})).await {
+        if postcopy {
+            self.begin_reads().await?;
+        }
+        if !self.peer.send(Order::PrepareIncoming(v1::PrepareIncoming { postcopy })).await {
             return Err(lost(Status::unavailable("the control stream is lost")));
         }
         self.peer.wait(|said| said.incoming_ready).await.map_err(lost)?;
@@ -546,205 +552,6 @@ impl Session {
     }
 }
 
-async fn inspect(
-    agent: &Agent,
-    request: &Request,
-    claim: Option<&mut Claim>,
-) -> Result<(Arc<dyn Guest>, GuestInfo, Vec<RamFile>), Status> {
-    let (guest, info, files) =
-        crate::inspect::inspect(agent, &request.source_qmp, Side::Source, claim).await?;
-    if !info.pinning_disks.is_empty() {
-        return Err(direct_io(&info.pinning_disks));
-    }
-    Ok((Arc::new(guest), info, files))
-}
-
-async fn negotiate(
-    agent: &Agent,
-    channel: Channel,
-    id: &str,
-    request: &Request,
-    info: &GuestInfo,
-    validate_only: bool,
-) -> Result<v1::NegotiateSessionResponse, Status> {
-    let (offered, verbs_unavailable) = agent.fabrics.offer();
-    let call = v1::NegotiateSessionRequest {
-        protocol_version: PROTOCOL_VERSION,
-        migration_id: id.to_owned(),
-        destination_qmp_path: request.destination_qmp.clone(),
-        blocks: peer::blocks(&info.layout),
-        machine_type: info.machine.clone(),
-        vmm_version: info.vmm.clone(),
-        boot_id: agent.boot_id.clone(),
-        fabric: request.fabric.map_or(v1::FabricKind::Unspecified, fabric_on_the_wire).into(),
-        fabrics: offered.into_iter().map(|kind| fabric_on_the_wire(kind).into()).collect(),
-        verbs_unavailable,
-        streams: request.streams,
-        registration_mode: request.spec.parameters.unwrap_or_default().registration_mode,
-        pin_budget_bytes: request.pin_budget_bytes.unwrap_or_default(),
-        validate_only,
-        agent_version: env!("CARGO_PKG_VERSION").into(),
-        guest_running: info.running,
-        vcpus: info.vcpus,
-    };
-    let mut call = tonic::Request::new(call);
-    call.set_timeout(EXCHANGE_TIMEOUT);
-    let answered = PeerServiceClient::new(channel).negotiate_session(call).await;
-    answered
-        .map(tonic::Response::into_inner)
-        .map_err(|error| peer_refusal(&request.destination_agent, &error))
-}
-
-/// The destination's refusal, passed on with its details; or that it cannot be reached.
-pub(crate) fn peer_refusal(address: &str, error: &Status) -> Status {
-    let metadata = [("address", address.to_owned())];
-    match crate::status::reason_of(error).as_deref() {
-        // Of this agent, not of the caller, who would take it for a word on its own certificate.
-        Some("ROLE_MISSING" | "CERTIFICATE_MISSING") => {
-            let message = format!(
-                "the destination's agent at {address} refuses this agent, not the caller: {}; give this agent a tls_cert with the role peer",
-                error.message()
-            );
-            return status(Code::FailedPrecondition, "PEER_ROLE_MISSING", message, metadata);
-        }
-        Some(_) => {
-            return Status::with_details(
-                error.code(),
-                error.message(),
-                Bytes::copy_from_slice(error.details()),
-            );
-        }
-        None => {}
-    }
-    if let Some(hint) = crate::auth::tls_hint(error) {
-        let message =
-            format!("no TLS connection to the destination's agent at {address}: {}; {hint}", causes(error));
-        return status(Code::FailedPrecondition, "DESTINATION_TLS", message, metadata);
-    }
-    let message = format!(
-        "the destination's agent at {address} cannot be reached or refused the call: {}; check that it runs, that the address is right, and that both agents use TLS or neither",
-        causes(error)
-    );
-    let code = if error.code() == Code::Unknown { Code::Unavailable } else { error.code() };
-    status(code, "DESTINATION_UNREACHABLE", message, metadata)
-}
-
-fn agreed(request: &Request, response: v1::NegotiateSessionResponse) -> Result<Agreed, Status> {
-    let wrong = |what: &str| {
-        status(Code::Internal, "PEER_PROTOCOL", format!("the destination's answer is not usable: {what}"), [])
-    };
-    if response.protocol_version != PROTOCOL_VERSION {
-        let message = format!(
-            "the destination's agent ({}) answers in version {} of the protocol, this one ({}) speaks version {PROTOCOL_VERSION}: upgrade the older agent",
-            response.agent_version,
-            response.protocol_version,
-            env!("CARGO_PKG_VERSION")
-        );
-        return Err(status(Code::FailedPrecondition, "PROTOCOL_VERSION", message, []));
-    }
-    let text_bytes =
-        response.fabric_reason.len() + response.fabric_address.len() + response.vmm_version.len();
-    if text_bytes > TEXT_BYTES {
-        return Err(wrong("its texts are too long"));
-    }
-    let token = <[u8; 32]>::try_from(&*response.session_token)
-        .map_err(|_| wrong("its token is not 32 bytes long"))?;
-    let fabric = crate::request::fabric(response.fabric)?.ok_or_else(|| wrong("it names no fabric"))?;
-    if response.streams == 0 || response.streams > 64 || request.fabric.is_some_and(|asked| asked != fabric) {
-        return Err(wrong("it chose a fabric or a number of streams that was not asked for"));
-    }
-    if fabric == FabricKind::Shm && !is_shm_socket(&response.fabric_address) {
-        return Err(wrong("its socket is not one of an agent"));
-    }
-    Ok(Agreed {
-        token: SessionToken::from_bytes(token),
-        fabric,
-        fabric_reason: response.fabric_reason,
-        address: response.fabric_address,
-        streams: response.streams,
-    })
-}
-
-/// Whether `path` can be the shm socket of an agent: a destination must not
-/// make this host connect to whatever socket it names.
-fn is_shm_socket(path: &str) -> bool {
-    let path = std::path::Path::new(path);
-    let name = path.file_name().and_then(|name| name.to_str()).unwrap_or_default();
-    let pid = name.strip_prefix("shm-").and_then(|rest| rest.strip_suffix(".sock"));
-    path.is_absolute() && pid.is_some_and(|pid| pid.parse::<u32>().is_ok())
-}
-
-fn tracked_files(info: &GuestInfo, files: &[RamFile]) -> Vec<TrackedFile> {
-    let tracked = |(block, file): (&ramferry_ram::Block, &RamFile)| TrackedFile {
-        identity: file.identity(),
-        pages: block.pages(),
-        page_bytes: block.page_bytes,
-    };
-    info.layout.blocks().iter().zip(files).map(tracked).collect()
-}
-
-/// Refuses a guest whose RAM a process writes that cannot be tracked, by that process' name. Names those that can
-/// be, beside the guest's own.
-async fn check_tracking(guest: u32, files: Vec<TrackedFile>) -> Result<Vec<String>, Status> {
-    let refuse = |why: String, violations: Vec<Violation>| {
-        let message = format!("the source guest's writes cannot be tracked: {why}");
-        precondition("TRACKING_UNAVAILABLE", message, violations, [])
-    };
-    let writers = blocking(move || ramferry_tracking::check(guest, &files)).await?;
-    let mut others = Vec::new();
-    for writer in writers.map_err(|error| refuse(causes(&error), Vec::new()))? {
-        let subject = format!("process {} ({})", writer.pid, writer.comm);
-        if let Some(obstacle) = writer.obstacle {
-            let description = format!("{subject} writes to its RAM: {}", causes(&obstacle));
-            let violation = Violation { kind: "HOST".into(), subject, description: description.clone() };
-            return Err(refuse(description, vec![violation]));
-        }
-        if writer.pid != guest {
-            others.push(subject);
-        }
-    }
-    Ok(others)
-}
-
-/// Whether the guest's devices fill pages after they were reported.
-fn late_writes(info: &GuestInfo) -> LateWrites {
-    if !info.undrainable_devices.is_empty() {
-        LateWrites::Undrainable
-    } else if !info.direct_io_disks.is_empty() {
-        LateWrites::Drainable
-    } else {
-        LateWrites::None
-    }
-}
-
-/// Why what was sent is rechecked; empty when it is not.
-fn recheck_reason(info: &GuestInfo, others: &[String]) -> String {
-    let reasons = [
-        ("direct I/O of", &info.direct_io_disks[..]),
-        ("transfers of", &info.undrainable_devices),
-        ("writes of", others),
-    ];
-    let named = reasons.iter().filter(|(_, names)| !names.is_empty());
-    let named: Vec<String> = named.map(|(what, names)| format!("{what} {}", names.join(", "))).collect();
-    named.join("; ")
-}
-
-/// Pages that a disk keeps pinned are filled again and again without a mark, so that even what was compared may have
-/// changed back and forth since.
-fn direct_io(disks: &[String]) -> Status {
-    let remedy = "attach these disks by another block driver, such as host_device or file";
-    let violation = |disk: &String| Violation {
-        kind: "GUEST".into(),
-        subject: disk.clone(),
-        description: format!("it keeps guest RAM pinned; {remedy}"),
-    };
-    let message = format!(
-        "the source guest cannot be migrated: its disks {} keep guest RAM pinned, and what they write there cannot be tracked; {remedy}",
-        disks.join(", ")
-    );
-    precondition("DIRECT_IO", message, disks.iter().map(violation), [])
-}
-
 pub(crate) fn refused(refusal: &Refusal) -> Status {
     let code = match refusal {
         Refusal::Exists(_) => Code::AlreadyExists,
@@ -752,10 +559,6 @@ pub(crate) fn refused(refusal: &Refusal) -> Status {
         Refusal::GuestBusy { .. } | Refusal::SocketBusy { .. } => Code::FailedPrecondition,
     };
     status(code, refusal.reason(), refusal.to_string(), [])
-}
-
-fn guest_status(subject: &str, error: &dyn std::error::Error) -> Status {
-    status(Code::FailedPrecondition, "GUEST_MEMORY", causes(error), [("subject", subject.to_owned())])
 }
 
 fn guest_failure(error: &GuestError) -> Failure {

@@ -146,6 +146,12 @@ impl Copy {
 
     /// Begins a pass over `pages`. No other may be under way.
     pub(crate) fn begin(self: &Arc<Self>, pages: PageSets, guest_paused: bool) -> Arc<Pass> {
+        self.set_todo(pages);
+        Arc::new(Pass { guest_paused, stop: AtomicBool::new(false) })
+    }
+
+    /// From now on the pass under way is over `pages`. No chunk of it may have been handed out.
+    pub(crate) fn set_todo(self: &Arc<Self>, pages: PageSets) {
         let mut follow = Follow::default();
         {
             let mut plan = self.plan();
@@ -156,7 +162,6 @@ impl Copy {
             plan.advance(&mut follow);
         }
         self.carry_out(follow);
-        Arc::new(Pass { guest_paused, stop: AtomicBool::new(false) })
     }
 
     /// Pages of the last pass that no thread took.
@@ -171,6 +176,18 @@ impl Copy {
         }
         let mut follow = Follow::default();
         let next = self.plan().next(&mut follow);
+        self.carry_out(follow);
+        next
+    }
+
+    /// The chunk that begins at `page`, of at most `most_bytes` but a whole page; [`Next::Done`] where that page was handed out
+    /// already, or is not of the pass. The pass goes on behind it.
+    pub(crate) fn next_at(self: &Arc<Self>, pass: &Pass, block: BlockIndex, page: u64, most_bytes: u64) -> Next {
+        if pass.is_stopped() {
+            return Next::Done;
+        }
+        let mut follow = Follow::default();
+        let next = self.plan().next_at(block, page, most_bytes, &mut follow);
         self.carry_out(follow);
         next
     }
@@ -335,9 +352,22 @@ impl Copy {
 
 impl Plan {
     fn next(&mut self, follow: &mut Follow) -> Next {
-        let Some((block, run)) = self.next_run() else {
-            return Next::Done;
-        };
+        match self.next_run() {
+            Some((block, run)) => self.take(block, run, follow),
+            None => Next::Done,
+        }
+    }
+
+    fn next_at(&mut self, block: BlockIndex, page: u64, most_bytes: u64, follow: &mut Follow) -> Next {
+        let most = (most_bytes / self.todo.page_bytes(block)).max(1);
+        match self.todo.block(block).next_run_capped(page, most) {
+            Some(run) if run.first == page => self.take(block, run, follow),
+            _ => Next::Done,
+        }
+    }
+
+    /// Takes the part of a run that its first page's window covers.
+    fn take(&mut self, block: BlockIndex, run: PageRun, follow: &mut Follow) -> Next {
         let page_bytes = self.todo.page_bytes(block);
         let position = (block, run.first * page_bytes);
         let acquired = self.windows.acquire(position.0, position.1);
@@ -360,19 +390,30 @@ impl Plan {
         Next::Chunk(Chunk { range, window: id, local_key, remote_key })
     }
 
-    /// The next pages to copy, as many as one chunk holds.
+    /// The next pages to copy, as many as one chunk holds: from the cursor on, then from the start.
     fn next_run(&mut self) -> Option<(BlockIndex, PageRun)> {
-        let (mut block, mut page) = self.cursor;
-        let blocks = self.todo.iter().count();
-        while block.get() < blocks {
+        let found = self.run_from(self.cursor).or_else(|| {
+            let start = (BlockIndex(0), 0);
+            if self.todo.is_empty() { None } else { self.run_from(start) }
+        });
+        self.cursor = found.map_or_else(|| (self.end(), 0), |(block, run)| (block, run.first));
+        found
+    }
+
+    fn run_from(&self, (mut block, mut page): (BlockIndex, u64)) -> Option<(BlockIndex, PageRun)> {
+        while block < self.end() {
             let most = (CHUNK_BYTES / self.todo.page_bytes(block)).max(1);
             if let Some(run) = self.todo.block(block).next_run_capped(page, most) {
                 return Some((block, run));
             }
             (block, page) = (BlockIndex(block.0 + 1), 0);
-            self.cursor = (block, page);
         }
         None
+    }
+
+    /// Behind the last block.
+    fn end(&self) -> BlockIndex {
+        BlockIndex(u32::try_from(self.todo.iter().count()).expect("blocks are counted by 32 bits"))
     }
 
     /// One side has registered a window.

@@ -25,6 +25,7 @@ pub(crate) struct Counters {
     zero_bytes: AtomicU64,
     zero_pages: AtomicU64,
     operations: [Operations; Opcode::ALL.len()],
+    faults: Operations,
     registration_nanoseconds: AtomicU64,
     registered_bytes: AtomicU64,
     registrations: AtomicU64,
@@ -52,6 +53,15 @@ pub struct RegistrationEvents {
     pub failed: Vec<Option<i32>>,
     /// What each deregistration took.
     pub deregistered: Vec<Duration>,
+}
+
+impl RegistrationEvents {
+    /// Takes those of `other` in.
+    pub(crate) fn append(&mut self, mut other: Self) {
+        self.registered.append(&mut other.registered);
+        self.failed.append(&mut other.failed);
+        self.deregistered.append(&mut other.deregistered);
+    }
 }
 
 /// Why a copying thread had to wait.
@@ -94,6 +104,8 @@ pub struct Counted {
     pub zero_pages: u64,
     /// Operations, in the order of [`Opcode::ALL`].
     pub operations: [OperationCounts; Opcode::ALL.len()],
+    /// Pages that a guest in post-copy waited for: from the fault to the page.
+    pub faults: OperationCounts,
     /// Time of all local registrations, added up over threads.
     pub registration: Duration,
     /// Bytes registered locally.
@@ -119,6 +131,7 @@ impl Counters {
             zero_bytes: self.zero_bytes.load(Relaxed),
             zero_pages: self.zero_pages.load(Relaxed),
             operations: std::array::from_fn(|opcode| self.operations[opcode].read()),
+            faults: self.faults.read(),
             registration: nanoseconds(&self.registration_nanoseconds),
             registered_bytes: self.registered_bytes.load(Relaxed),
             registrations: self.registrations.load(Relaxed),
@@ -148,6 +161,12 @@ impl Counters {
 
     pub(crate) fn add_completed(&self, opcode: Opcode, status: CompletionStatus, took: Duration) {
         self.operations[opcode as usize].add_completed(status, took);
+    }
+
+    /// A page that the guest waited for came.
+    pub(crate) fn add_fault(&self, took: Duration) {
+        self.faults.add_posted();
+        self.faults.add_completed(CompletionStatus::Success, took);
     }
 
     pub(crate) fn add_registration(&self, bytes: u64, elapsed: Duration) {

@@ -1,8 +1,11 @@
 //! The destination's driver. Memory arrives through the links without it; it
 //! registers the windows that the source asks for, clears zero pages, and runs
-//! the destination's engine.
+//! the destination's engine. In post-copy it reads what the guest is still owed.
+
+mod postcopy;
 
 use std::collections::VecDeque;
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
 use std::thread::{self, JoinHandle};
@@ -10,10 +13,12 @@ use std::time::{Duration, Instant};
 
 use ramferry_engine::{Destination, DestinationAction, DestinationEvent, Failure, Reason, State};
 use ramferry_fabric::windows::{Window, WindowId};
-use ramferry_fabric::{Domain, LinkError, Rights};
-use ramferry_ram::{BlockIndex, BlockRange, Digest, Memory, PageRun, PageSet, PageSets};
+use ramferry_fabric::{Domain, LinkError, RegionKey, Rights};
+use ramferry_ram::{BlockIndex, BlockRange, Digest, Memory, Owed, PageRun, PageSet, PageSets};
+use ramferry_tracking::postcopy::RemoteFaults;
 
 use crate::counters::Counters;
+use crate::pull::{Pull, PullReport, Readers};
 use crate::served::{Place, Served, WindowsAnswer};
 use crate::{Counted, MoverError, RegistrationEvents, Step, wait_until_gone};
 
@@ -23,9 +28,11 @@ const PUBLISH_INTERVAL: Duration = Duration::from_millis(100);
 /// What a destination's driver leaves to others. Everything is called on the
 /// driver's thread.
 pub trait DestinationOutside: Send {
-    /// Carries out any action but `DrainRound`, `Digest` and `Release`. Must not
+    /// Carries out any action but `DrainRound`, `Digest`, `HoldOwed` and `Release`. Must not
     /// block for long; must see to it that the action's event reaches the driver
-    /// later. For `Prepare` that is [`DestinationInput::Ready`].
+    /// later. For `Prepare` that is [`DestinationInput::Ready`]. With `StartIncoming` into post-copy,
+    /// [`DestinationInput::Readers`] must come before its event. `Pull` it is told of after a restart only, to answer with
+    /// [`DestinationInput::Retaken`].
     fn act(&mut self, action: DestinationAction);
     /// Told of every action before it is carried out, those on memory too.
     fn before(&mut self, _step: Step) {}
@@ -48,6 +55,8 @@ pub struct DestinationSnapshot {
     pub regions: u64,
     /// Bytes registered now.
     pub pinned_bytes: u64,
+    /// In post-copy, what the guest is still owed.
+    pub owed_bytes: Option<u64>,
 }
 
 /// An answer of the destination's data plane to the source's.
@@ -59,6 +68,10 @@ pub enum PeerAnswer {
     Windows(WindowsAnswer),
     /// One a block.
     Digests(Vec<Digest>),
+    /// What the guest is still owed, in bytes.
+    StillOwed(u64),
+    /// The links that this side reads with are lost: others are needed.
+    ReadersLost,
 }
 
 /// The memory side of a migration, ready to receive.
@@ -71,6 +84,31 @@ pub struct DestinationParts {
     pub memory: Arc<Memory>,
     /// Threads that register.
     pub registration_workers: usize,
+    /// Should it come to post-copy.
+    pub postcopy: PostcopyParts,
+    /// To the source's agent; `false` when it is lost.
+    pub answer: SendAnswer,
+}
+
+/// What post-copy needs to know.
+#[derive(Clone, Debug)]
+pub struct PostcopyParts {
+    /// The VMM's process.
+    pub vmm: u32,
+    /// The file that keeps account of what the guest is owed; there is none yet.
+    pub owed_path: PathBuf,
+    /// The migration's id.
+    pub migration: String,
+}
+
+/// What an agent that died in post-copy left, taken up again.
+pub struct Retaken {
+    /// The guest's RAM.
+    pub memory: Arc<Memory>,
+    /// The VMM, which waits.
+    pub faults: RemoteFaults,
+    /// What the guest is owed.
+    pub owed: Owed,
     /// To the source's agent; `false` when it is lost.
     pub answer: SendAnswer,
 }
@@ -83,6 +121,14 @@ pub enum DestinationInput {
     Event(DestinationEvent),
     /// `Prepare` succeeded.
     Ready(Box<DestinationParts>),
+    /// Links by which the source's memory is read in post-copy, in the place of those before.
+    Readers(Box<Readers>),
+    /// `Pull` after a restart succeeded.
+    Retaken(Box<Retaken>),
+    /// The source answered `RegisterWindows`.
+    WindowsRegistered(Vec<(WindowId, Result<RegionKey, String>)>),
+    /// The source answered `ReleaseWindows`.
+    WindowsReleased(Vec<WindowId>),
     /// The source's order.
     RegisterWindows(Vec<Window>),
     /// The source's order.
@@ -96,6 +142,8 @@ pub enum DestinationInput {
     },
     #[doc(hidden)]
     Digested(Result<Vec<Digest>, MoverError>),
+    #[doc(hidden)]
+    Pulling(PullReport),
 }
 
 impl From<DestinationEvent> for DestinationInput {
@@ -132,8 +180,10 @@ pub fn spawn_destination<O: DestinationOutside + 'static>(
         handle: handle.clone(),
         started: Instant::now(),
         plane: None,
-        counted: Counted::default(),
-        recent: RegistrationEvents::default(),
+        pull: None,
+        postcopy: None,
+        counters: Arc::default(),
+        answer: None,
         ram_bytes: 0,
         events: VecDeque::new(),
         feeding: false,
@@ -150,9 +200,10 @@ struct Driver {
     handle: DestinationHandle,
     started: Instant,
     plane: Option<Plane>,
-    counted: Counted,
-    /// What was not published when the plane was taken down.
-    recent: RegistrationEvents,
+    pull: Option<Pull>,
+    postcopy: Option<PostcopyParts>,
+    counters: Arc<Counters>,
+    answer: Option<SendAnswer>,
     ram_bytes: u64,
     events: VecDeque<DestinationEvent>,
     feeding: bool,
@@ -164,11 +215,10 @@ struct Plane {
     links: Box<dyn FnMut() -> Option<LinkError> + Send>,
     served: Served,
     memory: Arc<Memory>,
-    counters: Arc<Counters>,
-    answer: SendAnswer,
 }
 
-type SendAnswer = Arc<dyn Fn(PeerAnswer) -> bool + Send + Sync>;
+/// To the source's agent; `false` when it is lost. May block while the control stream is full.
+pub type SendAnswer = Arc<dyn Fn(PeerAnswer) -> bool + Send + Sync>;
 
 impl Driver {
     fn run(mut self, inputs: &Receiver<DestinationInput>) {
@@ -185,10 +235,11 @@ impl Driver {
             if published.elapsed() >= PUBLISH_INTERVAL {
                 published = Instant::now();
                 self.look_at_links();
+                self.tell_still_owed();
                 self.publish();
             }
         }
-        self.plane = None;
+        self.release();
     }
 
     fn now(&self) -> Duration {
@@ -215,6 +266,19 @@ impl Driver {
             DestinationInput::Placed(..) => unreachable!("an order has one place"),
             DestinationInput::Event(event) => self.feed(event),
             DestinationInput::Ready(parts) => self.set_up(*parts),
+            DestinationInput::Readers(readers) => self.read_with(*readers),
+            DestinationInput::Retaken(retaken) => self.go_on(*retaken),
+            DestinationInput::WindowsRegistered(windows) => {
+                if let Some(pull) = &self.pull {
+                    pull.remote_registered(windows);
+                }
+            }
+            DestinationInput::WindowsReleased(ids) => {
+                if let Some(pull) = &self.pull {
+                    pull.remote_released(&ids);
+                }
+            }
+            DestinationInput::Pulling(report) => self.pulling(report),
             DestinationInput::RegisterWindows(windows) => self.register(windows, place.as_ref()),
             DestinationInput::ReleaseWindows(ids) => {
                 if let Some(plane) = &self.plane {
@@ -223,9 +287,7 @@ impl Driver {
             }
             DestinationInput::ZeroPages { block, runs } => self.clear(block, &runs),
             DestinationInput::Digested(Ok(digests)) => {
-                if let Some(plane) = &self.plane {
-                    (plane.answer)(PeerAnswer::Digests(digests));
-                }
+                self.answer(PeerAnswer::Digests(digests));
                 self.feed(DestinationEvent::Verified);
             }
             DestinationInput::Digested(Err(error)) => self.fail(Reason::GuestFailed, error.to_string()),
@@ -266,6 +328,12 @@ impl Driver {
                 }
             }
             DestinationAction::Digest => self.digest(),
+            DestinationAction::StartIncoming { postcopy: true } => match self.arm() {
+                Ok(()) => self.outside.act(action),
+                Err(error) => self.fail(Reason::GuestFailed, error.to_string()),
+            },
+            DestinationAction::HoldOwed { pages } => self.hold(&pages),
+            DestinationAction::Pull => self.begin_to_pull(),
             DestinationAction::Release => {
                 self.release();
                 self.feed(DestinationEvent::Released);
@@ -287,17 +355,18 @@ impl Driver {
             Err(error) => return self.fail(Reason::GuestFailed, error.to_string()),
         }
         self.ram_bytes = parts.memory.layout().total_bytes();
-        let (counters, answering) = (Arc::new(Counters::default()), Arc::clone(&parts.answer));
+        let answering = Arc::clone(&parts.answer);
         let served = Served::new(
             parts.domain,
             Arc::clone(&parts.memory),
-            Arc::clone(&counters),
+            Arc::clone(&self.counters),
             Rights::REMOTE_WRITE,
             parts.registration_workers,
             Box::new(move |answer| answering(PeerAnswer::Windows(answer))),
         );
-        let (links, memory, answer) = (parts.links, parts.memory, parts.answer);
-        self.plane = Some(Plane { links, served, memory, counters, answer });
+        self.answer = Some(parts.answer);
+        self.postcopy = Some(parts.postcopy);
+        self.plane = Some(Plane { links: parts.links, served, memory: parts.memory });
         self.feed(DestinationEvent::Prepared);
     }
 
@@ -341,32 +410,42 @@ impl Driver {
         }
     }
 
+    fn answer(&self, answer: PeerAnswer) -> bool {
+        self.answer.as_ref().is_some_and(|send| send(answer))
+    }
+
     fn release(&mut self) {
-        if let Some(plane) = self.plane.take() {
-            self.counted = plane.counters.read();
-            self.recent = plane.counters.take_recent();
-            drop(plane.links);
-            plane.served.close();
-            let memory = Arc::downgrade(&plane.memory);
-            drop((plane.served, plane.memory));
+        let memory = self.memory().map(Arc::downgrade);
+        self.end_pull();
+        self.take_plane_down();
+        if let Some(memory) = memory {
             wait_until_gone(&memory);
         }
     }
 
-    fn publish(&mut self) {
-        let (mut recent, mut regions, mut pinned_bytes) = (std::mem::take(&mut self.recent), 0, 0);
-        if let Some(plane) = &self.plane {
-            self.counted = plane.counters.read();
-            recent = plane.counters.take_recent();
-            (regions, pinned_bytes) = plane.served.pinned();
+    fn memory(&self) -> Option<&Arc<Memory>> {
+        let plane = self.plane.as_ref().map(|plane| &plane.memory);
+        plane.or_else(|| self.pull.as_ref().map(Pull::memory))
+    }
+
+    fn take_plane_down(&mut self) {
+        if let Some(plane) = self.plane.take() {
+            drop(plane.links);
+            plane.served.close();
         }
+    }
+
+    fn publish(&mut self) {
+        let plane = self.plane.as_ref().map_or((0, 0), |plane| plane.served.pinned());
+        let pull = self.pull.as_ref().map_or((0, 0), Pull::pinned);
         let snapshot = DestinationSnapshot {
             state: self.engine.state(),
-            counted: self.counted,
+            counted: self.counters.read(),
             ram_bytes: self.ram_bytes,
-            recent,
-            regions,
-            pinned_bytes,
+            recent: self.counters.take_recent(),
+            regions: plane.0 + pull.0,
+            pinned_bytes: plane.1 + pull.1,
+            owed_bytes: self.pull.as_ref().and_then(Pull::owed_bytes),
         };
         self.outside.publish(&snapshot);
     }

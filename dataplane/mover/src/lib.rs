@@ -13,6 +13,7 @@ mod destination;
 pub mod marks;
 mod pacer;
 mod pool;
+mod pull;
 mod recheck;
 mod served;
 mod source;
@@ -23,8 +24,9 @@ use std::time::{Duration, Instant};
 
 use ramferry_fabric::windows::{Window, WindowError, WindowId};
 use ramferry_fabric::{LinkError, OpError, PostError, RegisterError};
-use ramferry_ram::{BlockIndex, Memory, PageRun, RamError};
+use ramferry_ram::{BlockIndex, Memory, OwedError, PageRun, RamError};
 use ramferry_tracking::TrackError;
+use ramferry_tracking::postcopy::FaultsError;
 use thiserror::Error;
 
 pub use copy::SendOrder;
@@ -33,10 +35,11 @@ pub use counters::{
 };
 pub use destination::{
     DestinationHandle, DestinationInput, DestinationOutside, DestinationParts, DestinationSnapshot,
-    PeerAnswer, spawn_destination,
+    PeerAnswer, Retaken, spawn_destination,
 };
+pub use pull::{FAULT_LINKS, Readers};
 pub use served::{Place, RegisteredWindow, SendWindowsAnswer, WindowsAnswer};
-pub use source::{SourceHandle, SourceInput, SourceOutside, SourceParts, SourceSnapshot, spawn_source};
+pub use source::{Lent, SourceHandle, SourceInput, SourceOutside, SourceParts, SourceSnapshot, spawn_source};
 
 /// An action that a driver is about to carry out.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -75,6 +78,15 @@ pub enum MoverError {
     /// The tracker failed.
     #[error("cannot track the guest's writes: {0}")]
     Track(#[from] TrackError),
+    /// The VMM's accesses cannot be held up and let in.
+    #[error("cannot serve the guest's accesses in post-copy: {0}")]
+    Faults(#[from] FaultsError),
+    /// It cannot be told what of its memory the guest has.
+    #[error("cannot keep account of what the guest is owed: {0}")]
+    Owed(#[from] OwedError),
+    /// What was under way was given up.
+    #[error("the copy was stopped")]
+    Stopped,
     /// A window was not registered on this side.
     #[error("cannot register memory: {0}")]
     Registration(#[source] RegisterError),

@@ -2,6 +2,7 @@
 //! actions on memory.
 
 mod jobs;
+mod lending;
 mod plane;
 
 use std::collections::VecDeque;
@@ -13,16 +14,20 @@ use std::time::{Duration, Instant};
 use ramferry_engine::{
     Failure, FixedCosts, LateWrites, Progress, Reason, Source, SourceAction, SourceEvent, State,
 };
-use ramferry_fabric::windows::{WindowConfig, WindowId};
+use ramferry_fabric::windows::{Window, WindowConfig, WindowId};
 use ramferry_fabric::{Domain, Link, RegionKey};
 use ramferry_ram::{Digest, Memory, PageSets};
 use ramferry_tracking::{Tracker, TrackerKind};
 
 use self::jobs::{JobKind, RunningJob};
+use self::lending::Lending;
+pub use self::lending::Lent;
 use self::plane::Plane;
 use crate::copy::SendOrder;
 use crate::marks::Marked;
 use crate::recheck::Recheck;
+use crate::counters::Counters;
+use crate::served::Place;
 use crate::worker::Job;
 use crate::{Counted, MoverError, RegistrationEvents, Step};
 
@@ -119,6 +124,12 @@ pub enum SourceInput {
     WindowsRegistered(Vec<(WindowId, Result<RegionKey, String>)>),
     /// The destination answered `ReleaseWindows`.
     WindowsReleased(Vec<WindowId>),
+    /// This side's memory may be read by the destination, over other links than before.
+    Lend(Box<Lent>),
+    /// The destination's order.
+    RegisterWindows(Vec<Window>, Place),
+    /// The destination's order.
+    ReleaseWindows(Vec<WindowId>, Place),
     /// The guest stands still, and has for this long.
     GuestPaused(Duration),
     /// The destination's digests, one a block.
@@ -165,6 +176,8 @@ pub fn spawn_source<O: SourceOutside + 'static>(
         handle: handle.clone(),
         started: Instant::now(),
         plane: None,
+        lending: None,
+        lending_counters: Arc::default(),
         job: None,
         digests: (None, None),
         round_bytes: 0,
@@ -193,6 +206,8 @@ struct Driver {
     handle: SourceHandle,
     started: Instant,
     plane: Option<Plane>,
+    lending: Option<Lending>,
+    lending_counters: Arc<Counters>,
     job: Option<RunningJob>,
     digests: (Option<Vec<Digest>>, Option<Vec<Digest>>),
     round_bytes: u64,
@@ -228,6 +243,7 @@ impl Driver {
             }
             if changed || published.elapsed() >= PUBLISH_INTERVAL {
                 published = Instant::now();
+                self.look_at_lending();
                 self.publish();
             }
         }
@@ -266,6 +282,13 @@ impl Driver {
             SourceInput::WindowsReleased(ids) => {
                 if let Some(plane) = &self.plane {
                     plane.copy.remote_released(&ids);
+                }
+            }
+            SourceInput::Lend(lent) => self.lend(*lent),
+            SourceInput::RegisterWindows(windows, place) => self.register_for_reading(windows, &place),
+            SourceInput::ReleaseWindows(ids, place) => {
+                if let Some(lending) = &self.lending {
+                    lending.served.release(ids, Some(place));
                 }
             }
             SourceInput::GuestPaused(ago) => {
@@ -446,6 +469,12 @@ impl Driver {
             recent = plane.copy.counters.take_recent();
             (regions, pinned_bytes, self.pinned_peak_bytes) = plane.copy.pinned();
         }
+        if let Some(lending) = &self.lending {
+            recent.append(self.lending_counters.take_recent());
+            let (more_regions, more_bytes) = lending.served.pinned();
+            (regions, pinned_bytes) = (regions + more_regions, pinned_bytes + more_bytes);
+            self.pinned_peak_bytes = self.pinned_peak_bytes.max(pinned_bytes);
+        }
         let snapshot = SourceSnapshot {
             state: self.engine.state(),
             phase: self.engine.phase(),
@@ -476,7 +505,8 @@ fn failure(error: &MoverError) -> Failure {
         MoverError::Registration(_) | MoverError::RemoteRegistration { .. } | MoverError::Windows(_) => {
             Reason::RegistrationFailed
         }
-        MoverError::Thread(_) | MoverError::ThreadEnded => Reason::Internal,
+        MoverError::Faults(_) | MoverError::Owed(_) => Reason::GuestFailed,
+        MoverError::Thread(_) | MoverError::ThreadEnded | MoverError::Stopped => Reason::Internal,
         MoverError::Post(_) | MoverError::Operation(_) | MoverError::Link(_) | MoverError::Stalled { .. } => {
             Reason::LinkLost
         }

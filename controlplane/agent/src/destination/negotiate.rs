@@ -3,11 +3,11 @@
 
 use std::sync::Arc;
 
-use ramferry_engine::Destination;
+use ramferry_engine::{Destination, Postcopy};
 use ramferry_fabric::{FabricKind, SessionToken};
 use ramferry_guest::{GuestInfo, Side};
 use ramferry_proto::v1;
-use ramferry_ram::{Block, Layout};
+use ramferry_ram::{Block, Layout, RamFile};
 use tonic::{Code, Status};
 
 use super::{Plan, Start, start};
@@ -18,8 +18,8 @@ use crate::inspect::inspect;
 use crate::journal::{Created, SpecRecord, is_migration_id};
 use crate::migrations::Entry;
 use crate::publish::Publisher;
-use crate::request::{MAX_STREAMS, fabric_on_the_wire, registration_mode};
-use crate::source::{refused, unix_milliseconds};
+use crate::request::{MAX_STREAMS, fabric_on_the_wire, postcopy, registration_mode};
+use crate::source::{blocking, refused, tracked_files, unix_milliseconds};
 use crate::status::{Violation, causes, internal, invalid_argument, precondition, status};
 
 /// Links of a migration whose caller leaves that open. A queue pair waits for its acknowledgements,
@@ -68,6 +68,9 @@ pub(crate) async fn negotiate(
     let (guest, info, files) =
         inspect(agent, request.destination_qmp_path.as_ref(), Side::Destination, claim.as_mut()).await?;
     check_guests(&request, &layout, &info)?;
+    if postcopy(request.postcopy)? != Postcopy::Never {
+        check_postcopy(&info, &files).await?;
+    }
     let mut response = v1::NegotiateSessionResponse {
         protocol_version: PROTOCOL_VERSION,
         session_token: Vec::new(),
@@ -85,9 +88,16 @@ pub(crate) async fn negotiate(
     let token = SessionToken::random().map_err(|error| internal("NO_RANDOMNESS", &error))?;
     response.session_token = token.as_bytes().to_vec();
     let log =
-        agent.journal.create(MigrationRole::Destination, &request.migration_id, &created(&request, &info));
+        agent.journal.create(MigrationRole::Destination, &request.migration_id, &created(&request, &info, &token));
     let log = log.map_err(|error| status(Code::Unavailable, error.reason(), causes(&error), []))?;
-    let plan = Plan { layout: info.layout, files, fabric: chosen, streams: response.streams };
+    let plan = Plan {
+        layout: info.layout,
+        files,
+        fabric: chosen,
+        streams: response.streams,
+        pin_budget_bytes: Some(request.pin_budget_bytes).filter(|bytes| *bytes > 0),
+        vmm: info.pid,
+    };
     let entry = entry(&request, chosen, &reason);
     agent.registry.insert(&entry);
     tracing::info!(id = request.migration_id, fabric = %chosen, reason, "session made");
@@ -101,6 +111,7 @@ pub(crate) async fn negotiate(
     let parts = Start {
         engine: Destination::new(),
         token: Some(token),
+        token_digest: None,
         guest: GuestCell::found(Arc::new(guest)),
         run_guest: request.guest_running,
         plan: Some(plan),
@@ -160,7 +171,23 @@ fn check_guests(
     }
 }
 
-fn created(request: &v1::NegotiateSessionRequest, info: &GuestInfo) -> Created {
+/// Refuses a VMM whose accesses could not be held up, before anything is changed.
+async fn check_postcopy(info: &GuestInfo, files: &[RamFile]) -> Result<(), Status> {
+    let (pid, tracked) = (info.pid, tracked_files(info, files));
+    let checked = blocking(move || ramferry_tracking::postcopy::check(pid, &tracked)).await?;
+    checked.map_err(|error| {
+        let message = format!(
+            "post-copy cannot be used: the accesses of the destination guest to its memory cannot be held up: {}; \
+             migrate without it (postcopy never), or mend that",
+            causes(&error)
+        );
+        let violation =
+            Violation { kind: "GUEST".into(), subject: "destination".into(), description: message.clone() };
+        precondition("POSTCOPY_UNAVAILABLE", message, [violation], [])
+    })
+}
+
+fn created(request: &v1::NegotiateSessionRequest, info: &GuestInfo, token: &SessionToken) -> Created {
     Created {
         id: request.migration_id.clone(),
         request_id: String::new(),
@@ -169,7 +196,7 @@ fn created(request: &v1::NegotiateSessionRequest, info: &GuestInfo) -> Created {
         guest_pid: info.pid,
         created_unix_ms: unix_milliseconds(),
         guest_was_running: request.guest_running,
-        session: None,
+        session: Some(token.digest()),
     }
 }
 

@@ -12,6 +12,7 @@ use ramferry_proto::v1::exchange_control_response::Answer;
 use super::DestinationSession;
 use crate::MigrationRole;
 use crate::journal::{Durability, MigrationLog, Record};
+use crate::keepsake;
 use crate::migrations::Claim;
 use crate::publish::Publisher;
 use crate::status::causes;
@@ -23,6 +24,8 @@ pub(crate) struct Outside {
     publisher: Publisher,
     claim: Option<Claim>,
     committed: Option<Instant>,
+    /// The guest ran here, and is not to run on.
+    ran: bool,
     journal_nanoseconds: u64,
     gate: StepGate,
 }
@@ -36,7 +39,7 @@ impl Outside {
     ) -> Self {
         let socket = session.agent.config.step_socket.as_deref();
         let gate = StepGate::new(socket, MigrationRole::Destination, &session.entry.id);
-        Self { session, log, publisher, claim: Some(claim), committed: None, journal_nanoseconds: 0, gate }
+        Self { session, log, publisher, claim: Some(claim), committed: None, ran: false, journal_nanoseconds: 0, gate }
     }
 
     fn spawn<F>(&self, work: F)
@@ -69,13 +72,31 @@ impl Outside {
         self.journal_nanoseconds = nanoseconds(started);
     }
 
-    fn answer_running(&mut self) {
-        self.claim.iter().for_each(Claim::is_over);
+    fn answer_running(&mut self, memory_owed: bool) {
+        if !memory_owed {
+            self.claim.iter().for_each(Claim::is_over);
+        }
         let running = v1::DestinationRunning {
             resume_nanoseconds: self.committed.map_or(0, nanoseconds),
             journal_nanoseconds: self.journal_nanoseconds,
+            memory_owed,
         };
         self.session.answer_blocking(Answer::Running(running));
+    }
+
+    /// Takes up what an agent that ended in post-copy left. Where that cannot be had, the guest must not run on.
+    fn retake(&self) {
+        let session = Arc::clone(&self.session);
+        let task = self.session.agent.runtime.spawn(async move {
+            session.handle.send(match session.retake().await {
+                Ok(input) => input,
+                Err(failure) if failure.reason == Reason::MemoryLost => {
+                    DestinationEvent::MemoryLost(failure).into()
+                }
+                Err(failure) => DestinationEvent::Failed(failure).into(),
+            });
+        });
+        self.session.keep(task.abort_handle());
     }
 
     /// Leaves the guest that arrived without settings of ours.
@@ -98,7 +119,9 @@ impl Outside {
             DestinationOutcome::Aborted(failure) if failure.reason == Reason::Cancelled => {
                 (v1::MigrationState::Cancelled, Some(failure))
             }
-            DestinationOutcome::Aborted(failure) => (v1::MigrationState::Failed, Some(failure)),
+            DestinationOutcome::Aborted(failure) | DestinationOutcome::Lost(failure) => {
+                (v1::MigrationState::Failed, Some(failure))
+            }
         };
         let entry = &self.session.entry;
         self.publisher.ended(state, failure.as_ref().map(|failure| failure.reason.as_str()));
@@ -126,6 +149,7 @@ impl Outside {
                 self.claim.take().into_iter().for_each(Claim::keep_until_restart);
             }
         }
+        keepsake::remove(&self.session.agent.config, &self.session.entry.id, MigrationRole::Destination);
         self.session.close();
         let entry = &self.session.entry;
         entry.update(|view| {
@@ -165,8 +189,19 @@ impl DestinationOutside for Outside {
             DestinationAction::AcknowledgeRound { round } => {
                 session.answer_blocking(Answer::RoundEnded(v1::RoundEnded { round }));
             }
-            DestinationAction::StartIncoming => {
-                self.spawn(async move { session.start_incoming().await.map(Into::into) });
+            DestinationAction::StartIncoming { postcopy } => {
+                self.spawn(async move { session.start_incoming(postcopy).await.map(Into::into) });
+            }
+            DestinationAction::TellOwedAccepted => {
+                session.answer_blocking(Answer::OwedAccepted(v1::OwedAccepted {}));
+            }
+            DestinationAction::Pull => self.retake(),
+            DestinationAction::StopGuest => {
+                self.ran = true;
+                self.spawn(async move { session.stop_guest().await.map(Into::into) });
+            }
+            DestinationAction::AnswerLost(failure) => {
+                session.answer_blocking(Answer::Lost(v1::MemoryLost { message: failure.message }));
             }
             DestinationAction::TellIncomingReady => {
                 session.answer_blocking(Answer::IncomingReady(v1::IncomingReady {}));
@@ -178,20 +213,24 @@ impl DestinationOutside for Outside {
             DestinationAction::ResumeGuest => {
                 self.spawn(async move { session.resume().await.map(Into::into) });
             }
-            DestinationAction::AnswerRunning => self.answer_running(),
+            DestinationAction::AnswerRunning { memory_owed } => self.answer_running(memory_owed),
             DestinationAction::WriteAborted(failure) => {
                 let record =
                     Record::Aborted { reason: failure.reason.as_str().into(), message: failure.message };
                 self.write(&record, DestinationEvent::AbortedSynced);
             }
             DestinationAction::DiscardGuest => {
-                self.spawn(async move { session.discard().await.map(Into::into) });
+                let ran = self.ran;
+                self.spawn(async move { session.discard(ran).await.map(Into::into) });
             }
             DestinationAction::AnswerAborted(failure) => {
                 session.answer_blocking(Answer::Aborted(super::aborted(&failure)));
             }
             DestinationAction::Finish(outcome) => self.finish(outcome),
-            DestinationAction::DrainRound { .. } | DestinationAction::Digest | DestinationAction::Release => {
+            DestinationAction::DrainRound { .. }
+            | DestinationAction::Digest
+            | DestinationAction::HoldOwed { .. }
+            | DestinationAction::Release => {
                 unreachable!("the mover carries {action:?} out")
             }
         }
@@ -205,6 +244,11 @@ impl DestinationOutside for Outside {
             }
             let progress = view.progress.get_or_insert_default();
             progress.ram_bytes = snapshot.ram_bytes;
+            if let Some(owed_bytes) = snapshot.owed_bytes {
+                progress.postcopy = true;
+                progress.remaining_bytes = owed_bytes;
+            }
+            progress.postcopy_faults = snapshot.counted.faults.posted;
             progress.registered_bytes = snapshot.counted.registered_bytes;
             progress.registration_time =
                 Some(crate::source::duration_on_the_wire(snapshot.counted.registration));

@@ -90,6 +90,7 @@ pub struct ParametersRecord {
     pub fabric: i32,
     pub streams: u32,
     pub verify: bool,
+    pub postcopy: i32,
 }
 
 /// A duration of a spec that is no time span.
@@ -142,6 +143,7 @@ impl TryFrom<&v1::MigrationParameters> for ParametersRecord {
             fabric: parameters.fabric,
             streams: parameters.streams,
             verify: parameters.verify,
+            postcopy: parameters.postcopy,
         })
     }
 }
@@ -160,6 +162,7 @@ impl From<&ParametersRecord> for v1::MigrationParameters {
             fabric: parameters.fabric,
             streams: parameters.streams,
             verify: parameters.verify,
+            postcopy: parameters.postcopy,
         }
     }
 }

@@ -11,6 +11,7 @@ use ramferry_proto::v1::exchange_control_request::Order;
 use tokio::task::JoinHandle;
 
 use super::Session;
+use super::reads::event_of;
 use super::view;
 use crate::MigrationRole;
 use crate::journal::{Durability, MigrationLog, Record};
@@ -50,6 +51,20 @@ impl Outside {
         task
     }
 
+    /// What fails is tried again; what comes of it the destination tells.
+    fn in_postcopy<F>(&self, work: F)
+    where
+        F: Future<Output = Result<(), Failure>> + Send + 'static,
+    {
+        let handle = self.session.handle.clone();
+        let task = self.session.agent.runtime.spawn(async move {
+            if let Err(failure) = work.await {
+                handle.send(event_of(failure));
+            }
+        });
+        self.session.keep(task.abort_handle());
+    }
+
     fn order(&self, order: Order) {
         if !self.session.peer.send_blocking(order) {
             self.session.handle.send(SourceEvent::PeerLost);
@@ -62,12 +77,12 @@ impl Outside {
             .map_err(|error| Failure::new(Reason::JournalFailed, crate::status::causes(&error)))
     }
 
-    fn pause(&mut self) {
+    fn pause(&mut self, postcopy: bool) {
         if let Err(failure) = self.append(&Record::SwitchingOver, Durability::Buffered) {
             return self.session.handle.send(SourceEvent::Failed(failure));
         }
         let session = Arc::clone(&self.session);
-        let pausing = self.spawn(session.pause());
+        let pausing = self.spawn(session.pause(postcopy));
         self.session.keep_ordering(pausing);
     }
 
@@ -149,7 +164,9 @@ impl Outside {
         ended.error = error.clone();
         ended.set_state(state);
         let record = crate::summary::ended_record(&ended);
-        if *outcome != Outcome::Succeeded {
+        let lost = ended.error.as_ref().is_some_and(|error| error.reason == Reason::MemoryLost.as_str());
+        // A guest that ran elsewhere must not run here again.
+        if *outcome != Outcome::Succeeded && !lost {
             self.restore();
         }
         match self.append(&record, Durability::Buffered) {
@@ -159,6 +176,7 @@ impl Outside {
                 self.claim.take().into_iter().for_each(Claim::keep_until_restart);
             }
         }
+        self.session.end_reads();
         self.session.close();
         self.session.entry.set_driver(None);
         self.session.entry.update(|view| {
@@ -192,7 +210,16 @@ impl SourceOutside for Outside {
             }
             SourceAction::EndRound { round } => self.order(Order::EndRound(v1::EndRound { round })),
             SourceAction::DrainGuest => self.drain(),
-            SourceAction::PauseGuest => self.pause(),
+            SourceAction::PauseGuest { postcopy } => self.pause(postcopy),
+            SourceAction::SendOwed { pages } => {
+                if !session.send_owed(&pages) {
+                    session.handle.send(SourceEvent::PeerLost);
+                }
+            }
+            SourceAction::Reconnect => self.in_postcopy(async move { session.reconnect().await }),
+            SourceAction::TellMemoryLost(failure) => {
+                self.in_postcopy(async move { session.tell_memory_lost(&failure).await });
+            }
             SourceAction::Verify => self.order(Order::Verify(v1::Verify {})),
             SourceAction::MoveDeviceState => {
                 let moving = self.spawn(async move { session.move_device_state().await.map(Into::into) });

@@ -5,15 +5,15 @@ use std::time::Duration;
 
 use bytes::Bytes;
 use ramferry_engine::{Failure, Reason, SourceEvent};
-use ramferry_fabric::RegionKey;
+use ramferry_fabric::{RegionKey, SessionToken};
 use ramferry_fabric::windows::{Window, WindowId};
-use ramferry_mover::{PeerOrder, SourceHandle, SourceInput};
+use ramferry_mover::{PeerOrder, Place, SourceHandle, SourceInput};
 use ramferry_proto::v1;
 use ramferry_proto::v1::exchange_control_request::Order;
 use ramferry_proto::v1::exchange_control_response::Answer;
 use ramferry_proto::v1::peer_service_client::PeerServiceClient;
-use ramferry_ram::{BlockIndex, Digest, Layout, PageRun, PageSets};
-use tokio::sync::{mpsc, watch};
+use ramferry_ram::{BlockIndex, BlockRange, Digest, Layout, PageRun, PageSets};
+use tokio::sync::{Semaphore, mpsc, watch};
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::Status;
 use tonic::transport::{Channel, Endpoint};
@@ -25,6 +25,8 @@ use crate::status::shortened;
 
 /// Orders that wait for the network.
 const ORDERS: usize = 1024;
+/// Orders of the destination that wait or are being carried out, by windows.
+const PLACES: usize = 1 << 20;
 /// Most windows, or runs of pages, that one order carries: less than 1 MiB of them.
 pub(crate) const ORDER_ITEMS: usize = 16 * 1024;
 /// After so long a silence the peer is asked whether it is there.
@@ -82,6 +84,8 @@ pub(crate) struct Peer {
     layout: Option<Layout>,
     handle: SourceHandle,
     device_state: Incoming,
+    /// For what a destination orders in post-copy, by the windows that it is about.
+    places: Arc<Semaphore>,
 }
 
 /// What [`Peer::new`] needs.
@@ -108,6 +112,7 @@ impl Peer {
             layout: setup.layout,
             handle,
             device_state,
+            places: Arc::new(Semaphore::new(PLACES)),
         })
     }
 
@@ -159,8 +164,24 @@ impl Peer {
         self.said.borrow().clone()
     }
 
+    /// The session's, if it is known.
+    pub(super) fn token(&self) -> Option<SessionToken> {
+        <[u8; SessionToken::BYTES]>::try_from(&*self.token).ok().map(SessionToken::from_bytes)
+    }
+
+    /// Room for an order about so many windows.
+    async fn place(&self, windows: usize) -> Result<Place, String> {
+        if windows > ORDER_ITEMS {
+            return Err("the destination's order is about more windows than one may be".into());
+        }
+        let permits = u32::try_from(windows.max(1)).expect("ORDER_ITEMS fits");
+        let place = Arc::clone(&self.places).acquire_many_owned(permits).await;
+        place.map(|place| Arc::new(place) as Place).map_err(|_| "the migration has ended".into())
+    }
+
     /// Ends the control stream.
     pub(crate) fn close(&self) {
+        self.places.close();
         self.orders.lock().expect("no panic while it is held").take();
     }
 
@@ -222,9 +243,19 @@ impl Peer {
                 let _ = self.device_state.send(state).await;
             }
             Answer::DeviceStateLoaded(_) => self.said.send_modify(|said| said.device_state_loaded = true),
+            Answer::RegisterWindows(order) => {
+                let place = self.place(order.windows.len()).await?;
+                self.handle.send(SourceInput::RegisterWindows(windows(order), place));
+            }
+            Answer::ReleaseWindows(order) => {
+                let place = self.place(order.ids.len()).await?;
+                let ids = order.ids.into_iter().map(WindowId).collect();
+                self.handle.send(SourceInput::ReleaseWindows(ids, place));
+            }
             answer => {
                 match &answer {
-                    Answer::Running(running) => {
+                    // What came with the resume; later ones have no news of it.
+                    Answer::Running(running) if self.said.borrow().running.is_none() => {
                         self.said.send_modify(|said| said.running = Some(*running));
                     }
                     Answer::Aborted(_) => self.said.send_modify(|said| said.aborted = true),
@@ -242,7 +273,7 @@ impl Peer {
 /// What the driver is told of an answer; `None` for what is not the driver's.
 pub(crate) fn input(answer: Answer) -> Result<Option<SourceInput>, String> {
     Ok(Some(match answer {
-        Answer::WindowsRegistered(answer) => windows_registered(answer.windows),
+        Answer::WindowsRegistered(answer) => SourceInput::WindowsRegistered(settled(answer.windows)),
         Answer::WindowsReleased(answer) => {
             SourceInput::WindowsReleased(answer.ids.into_iter().map(WindowId).collect())
         }
@@ -253,7 +284,18 @@ pub(crate) fn input(answer: Answer) -> Result<Option<SourceInput>, String> {
             let digests = digests.map_err(|_| "a digest of the destination is not 32 bytes long")?;
             SourceInput::PeerDigests(digests)
         }
-        Answer::Running(_) => SourceEvent::DestinationRunning.into(),
+        Answer::Running(running) => {
+            SourceEvent::DestinationRunning { memory_owed: running.memory_owed }.into()
+        }
+        Answer::OwedAccepted(_) => SourceEvent::OwedAccepted.into(),
+        Answer::StillOwed(answer) => SourceEvent::StillOwed { bytes: answer.bytes }.into(),
+        Answer::ReadsLost(answer) => {
+            let message = format!("the destination's links are lost: {}", shortened(answer.message));
+            SourceEvent::Failed(Failure::new(Reason::LinkLost, message)).into()
+        }
+        Answer::Lost(answer) => {
+            SourceEvent::DestinationLost(Failure::new(Reason::MemoryLost, shortened(answer.message))).into()
+        }
         Answer::Aborted(aborted) => {
             SourceEvent::DestinationAborted(failure_of(&aborted.reason, aborted.message)).into()
         }
@@ -261,22 +303,38 @@ pub(crate) fn input(answer: Answer) -> Result<Option<SourceInput>, String> {
         | Answer::Presence(_)
         | Answer::IncomingReady(_)
         | Answer::DeviceState(_)
-        | Answer::DeviceStateLoaded(_) => return Ok(None),
+        | Answer::DeviceStateLoaded(_)
+        | Answer::RegisterWindows(_)
+        | Answer::ReleaseWindows(_) => return Ok(None),
     }))
 }
 
-fn windows_registered(windows: Vec<v1::RegisteredWindow>) -> SourceInput {
+/// The windows of an order.
+pub(crate) fn windows(order: v1::RegisterWindows) -> Vec<Window> {
+    let window = |window: v1::Window| Window {
+        id: WindowId(window.id),
+        range: BlockRange {
+            block: BlockIndex(window.block),
+            offset: window.offset,
+            length: window.length,
+        },
+    };
+    order.windows.into_iter().map(window).collect()
+}
+
+/// What became of windows at the other side.
+pub(crate) fn settled(windows: Vec<v1::RegisteredWindow>) -> Vec<(WindowId, Result<RegionKey, String>)> {
     let settled = windows.into_iter().map(|window| {
         let id = WindowId(window.id);
         if window.error.is_empty() {
             let elapsed = Duration::from_nanos(window.nanoseconds);
-            tracing::trace!(id = window.id, ?elapsed, "registered at the destination");
+            tracing::trace!(id = window.id, ?elapsed, "registered at the other side");
             (id, Ok(RegionKey(window.remote_key)))
         } else {
             (id, Err(shortened(window.error)))
         }
     });
-    SourceInput::WindowsRegistered(settled.collect())
+    settled.collect()
 }
 
 /// Adds a part of the destination's presence to what came before it; all of it after the last.
@@ -324,17 +382,17 @@ pub(crate) fn failure_of(reason: &str, message: String) -> Failure {
 }
 
 /// Adds a peer's runs to `pages`.
-fn add_runs(pages: &mut PageSets, runs: &v1::PageRuns) -> Result<(), String> {
+pub(crate) fn add_runs(pages: &mut PageSets, runs: &v1::PageRuns) -> Result<(), String> {
     let blocks = pages.iter().count();
     if runs.block as usize >= blocks || !runs.runs.len().is_multiple_of(2) {
-        return Err(format!("the destination named pages of block {}, of {blocks}", runs.block));
+        return Err(format!("pages of block {} were named, of {blocks}", runs.block));
     }
     let set = pages.block_mut(BlockIndex(runs.block));
     for pair in runs.runs.chunks_exact(2) {
         let run = PageRun { first: pair[0], count: pair[1] };
         if !set.admits(run) {
             return Err(format!(
-                "the destination named pages {run:?} of block {}: there are none",
+                "pages {run:?} of block {} were named: there are none",
                 runs.block
             ));
         }
@@ -387,7 +445,6 @@ mod tests {
     use ramferry_ram::Block;
 
     use prost::Message as _;
-    use ramferry_ram::BlockRange;
 
     use super::*;
 

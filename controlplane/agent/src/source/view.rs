@@ -12,6 +12,7 @@ pub(crate) fn state(state: State) -> v1::MigrationState {
         State::Preparing => v1::MigrationState::Preparing,
         State::Precopy => v1::MigrationState::Precopy,
         State::SwitchingOver => v1::MigrationState::SwitchingOver,
+        State::Postcopy => v1::MigrationState::Postcopy,
         State::Cancelling => v1::MigrationState::Cancelling,
         State::Succeeded => v1::MigrationState::Succeeded,
         State::Failed => v1::MigrationState::Failed,
@@ -22,6 +23,7 @@ pub(crate) fn state(state: State) -> v1::MigrationState {
 /// Fills `view` in from `snapshot`, but for its state. The migration was `called` for, then its driver `started`.
 pub(crate) fn fill(view: &mut v1::Migration, snapshot: &SourceSnapshot, called: Instant, started: Instant) {
     view.verified = snapshot.verified;
+    view.trouble = snapshot.trouble.clone();
     if let Some(tracker) = snapshot.tracker {
         tracker.as_str().clone_into(&mut view.tracker);
     }
@@ -61,6 +63,9 @@ fn progress(snapshot: &SourceSnapshot, called: Instant, started: Instant) -> v1:
         setup_time: engine.setup_time.map(since_call),
         first_write_time: counted.first_write.map(|at| duration(at.duration_since(called))),
         total_time: engine.total_time.map(since_call),
+        postcopy: engine.postcopy,
+        postcopy_time: engine.postcopy_time.map(duration),
+        postcopy_faults: 0,
         downtime: engine.downtime.map(duration),
         downtime_parts: parts
             .into_iter()

@@ -159,6 +159,9 @@ pub(crate) struct SetArgs {
     /// Rounds that bring no progress for this long are not converging.
     #[arg(long, value_name = "DURATION", value_parser = duration, group = "change")]
     pub(crate) no_progress_timeout: Option<Duration>,
+    /// Whether the guest may be resumed before all of its memory is there; see `migrate --help`.
+    #[arg(long, value_enum, value_name = "WHEN", group = "change")]
+    pub(crate) postcopy: Option<Postcopy>,
     #[command(flatten)]
     pub(crate) connection: ConnectionArgs,
 }
@@ -209,6 +212,11 @@ pub(crate) struct ParameterArgs {
     /// Rounds that bring no progress for this long are not converging [default: 5s].
     #[arg(long, value_name = "DURATION", value_parser = duration)]
     pub(crate) no_progress_timeout: Option<Duration>,
+    /// Whether the guest may be resumed at the destination before all of its memory is there: a guest that writes faster
+    /// than the link carries moves all the same, with a short pause. Until its last page has come it needs both hosts;
+    /// where the source's memory is lost meanwhile, so is the guest.
+    #[arg(long, value_enum, value_name = "WHEN", default_value = "never")]
+    pub(crate) postcopy: Postcopy,
     /// Compare digests of all memory on both sides while both guests stand still; lengthens the downtime.
     #[arg(long)]
     pub(crate) verify: bool,
@@ -240,6 +248,16 @@ pub(crate) enum OnTimeout {
     Cancel,
     /// Switch over, with a pause longer than --max-downtime.
     Force,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub(crate) enum Postcopy {
+    /// Not before all of it is there.
+    Never,
+    /// Where rounds do not converge, at the timeout, and where a forced switchover would take longer than --max-downtime.
+    Allow,
+    /// After the first round.
+    Always,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
@@ -298,6 +316,17 @@ impl ParameterArgs {
             fabric: fabric.into(),
             streams: self.streams.unwrap_or(0),
             verify: self.verify,
+            postcopy: self.postcopy.into_proto().into(),
+        }
+    }
+}
+
+impl Postcopy {
+    fn into_proto(self) -> v1::Postcopy {
+        match self {
+            Self::Never => v1::Postcopy::Never,
+            Self::Allow => v1::Postcopy::Allow,
+            Self::Always => v1::Postcopy::Always,
         }
     }
 }
@@ -311,6 +340,7 @@ impl SetArgs {
             (self.timeout.is_some(), "timeout"),
             (self.on_timeout.is_some(), "timeout_action"),
             (self.no_progress_timeout.is_some(), "no_progress_timeout"),
+            (self.postcopy.is_some(), "postcopy"),
         ];
         let paths = given.iter().filter(|(given, _)| *given).map(|(_, path)| (*path).to_owned()).collect();
         let parameters = v1::MigrationParameters {
@@ -319,6 +349,7 @@ impl SetArgs {
             timeout: proto_duration(self.timeout.and_then(|timeout| timeout.0)),
             timeout_action: timeout_action(self.on_timeout),
             no_progress_timeout: proto_duration(self.no_progress_timeout),
+            postcopy: self.postcopy.map_or(0, |postcopy| postcopy.into_proto().into()),
             ..Default::default()
         };
         (parameters, prost_types::FieldMask { paths })

@@ -202,6 +202,9 @@ fn parameter_list(parameters: &v1::MigrationParameters) -> String {
         limit("pin budget", parameters.pin_budget_bytes, bytes),
         (parameters.streams != 0).then(|| format!("streams {}", parameters.streams)),
         parameters.verify.then(|| "verify".to_owned()),
+        Some(postcopy_name(parameters.postcopy()))
+            .filter(|name| *name != "never")
+            .map(|name| format!("post-copy {name}")),
     ];
     given.into_iter().flatten().collect::<Vec<_>>().join(", ")
 }

@@ -23,6 +23,8 @@ pub(crate) struct Summary {
     rounds: Vec<Round>,
     setup_seconds: Option<f64>,
     total_seconds: Option<f64>,
+    /// From the destination's resume to the last page.
+    postcopy_seconds: Option<f64>,
     downtime_seconds: Option<f64>,
     downtime_parts: Parts,
     throughput_bits_per_second: u64,
@@ -44,6 +46,8 @@ pub(crate) struct Details {
     destination_agent: String,
     fabric_reason: String,
     tracker: Option<String>,
+    /// What holds the migration up, where it can neither go on nor end.
+    trouble: Option<String>,
     recheck_reason: Option<String>,
     late_bytes: u64,
     round: u32,
@@ -128,7 +132,7 @@ impl Summary {
             state: state_name(migration.state()),
             fabric: fabric_name(migration.fabric()),
             registration: parameters.and_then(|parameters| registration_name(parameters.registration_mode())),
-            postcopy: "never",
+            postcopy: parameters.map_or("never", |parameters| postcopy_name(parameters.postcopy())),
             ram_bytes: progress.ram_bytes,
             present_bytes: progress.present_bytes,
             zero_bytes: progress.zero_bytes,
@@ -136,6 +140,7 @@ impl Summary {
             rounds: rounds.collect(),
             setup_seconds: seconds(progress.setup_time.as_ref()),
             total_seconds: seconds(progress.total_time.as_ref()),
+            postcopy_seconds: seconds(progress.postcopy_time.as_ref()),
             downtime_seconds: seconds(progress.downtime.as_ref()),
             downtime_parts: Parts(parts.collect()),
             throughput_bits_per_second: progress.throughput_bits_per_second,
@@ -163,6 +168,7 @@ impl Details {
             destination_agent: spec.destination_agent,
             fabric_reason: migration.fabric_reason.clone(),
             tracker: Some(migration.tracker.clone()).filter(|tracker| !tracker.is_empty()),
+            trouble: Some(migration.trouble.clone()).filter(|trouble| !trouble.is_empty()),
             recheck_reason: Some(migration.recheck_reason.clone()).filter(|reason| !reason.is_empty()),
             late_bytes: progress.late_bytes,
             round: progress.round,
@@ -219,6 +225,15 @@ pub(crate) fn fabric_name(fabric: v1::FabricKind) -> Option<&'static str> {
     }
 }
 
+/// The name of a mode of post-copy, as `--postcopy` takes it.
+pub(crate) fn postcopy_name(postcopy: v1::Postcopy) -> &'static str {
+    match postcopy {
+        v1::Postcopy::Unspecified | v1::Postcopy::Never => "never",
+        v1::Postcopy::Allow => "allow",
+        v1::Postcopy::Always => "always",
+    }
+}
+
 /// The name of a registration mode, as `--registration` takes it.
 pub(crate) fn registration_name(mode: v1::RegistrationMode) -> Option<&'static str> {
     match mode {
@@ -261,7 +276,7 @@ mod tests {
             text,
             "{\"id\":\"\",\"state\":\"UNSPECIFIED\",\"fabric\":null,\"registration\":null,\"postcopy\":\"never\",\
              \"ram_bytes\":0,\"present_bytes\":0,\"zero_bytes\":0,\"transferred_bytes\":0,\"rounds\":[],\
-             \"setup_seconds\":null,\"total_seconds\":null,\"downtime_seconds\":null,\"downtime_parts\":{},\
+             \"setup_seconds\":null,\"total_seconds\":null,\"postcopy_seconds\":null,\"downtime_seconds\":null,\"downtime_parts\":{},\
              \"throughput_bits_per_second\":0,\"registration_seconds\":0.0,\"registered_bytes\":0,\
              \"pinned_peak_bytes\":0,\"verified\":null,\"error\":null}"
         );

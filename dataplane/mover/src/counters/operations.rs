@@ -12,17 +12,20 @@ pub enum Opcode {
     Write,
     /// Proves that what was posted before it is placed.
     Fence,
+    /// Moves bytes from the peer.
+    Read,
 }
 
 impl Opcode {
     /// Every opcode.
-    pub const ALL: [Opcode; 2] = [Opcode::Write, Opcode::Fence];
+    pub const ALL: [Opcode; 3] = [Opcode::Write, Opcode::Fence, Opcode::Read];
 
     /// The name in metrics.
     pub fn as_str(self) -> &'static str {
         match self {
             Opcode::Write => "write",
             Opcode::Fence => "fence",
+            Opcode::Read => "read",
         }
     }
 }

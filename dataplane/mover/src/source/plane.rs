@@ -105,6 +105,7 @@ impl Driver {
     }
 
     pub(super) fn release(&mut self) {
+        self.stop_lending();
         let Some(plane) = self.plane.take() else {
             return;
         };

@@ -1,0 +1,188 @@
+//! The destination's part of post-copy: links to the source's memory, what the guest is owed, and the way back to both
+//! after a restart of this agent.
+
+use std::net::IpAddr;
+use std::sync::{Arc, Weak};
+
+use ramferry_engine::{DestinationEvent, Failure, Reason};
+use ramferry_fabric::windows::{RegistrationMode, WindowConfig};
+use ramferry_fabric::{FabricKind, SessionToken};
+use ramferry_mover::{DestinationInput, FAULT_LINKS, PeerOrder, Readers, Retaken};
+use ramferry_proto::v1;
+use ramferry_proto::v1::exchange_control_response::Answer;
+use ramferry_ram::{Access, Layout, Memory, Owed, PageSets};
+use ramferry_tracking::postcopy::{self, FaultsError, RemoteFaults};
+
+use super::DestinationSession;
+use crate::MigrationRole;
+use crate::fabrics::{Agreed, Connected};
+use crate::keepsake::{self, Keepsake, Terms};
+use crate::request::MAX_STREAMS;
+use crate::source::{add_runs, blocking_step, is_shm_socket, orders};
+use crate::status::causes;
+
+/// Windows are shorter than in pre-copy: a fault waits for the whole of its window.
+const WINDOW_BYTES: u64 = 8 << 20;
+
+/// What a destination reads, from where.
+#[derive(Default)]
+pub(super) struct Reads {
+    memory: Weak<Memory>,
+    terms: Option<Terms>,
+    /// The source's last offer, until its links are opened.
+    offer: Option<v1::ServeReads>,
+    /// The source's agent, as it came.
+    peer: Option<IpAddr>,
+    /// Of what is owed, what was named so far.
+    owed: Option<PageSets>,
+}
+
+impl DestinationSession {
+    pub(super) fn note_memory(&self, memory: &Arc<Memory>, terms: Terms) {
+        let mut reads = self.reads();
+        reads.memory = Arc::downgrade(memory);
+        reads.terms = Some(terms);
+    }
+
+    /// A control stream came from there.
+    pub(crate) fn note_peer(&self, peer: Option<IpAddr>) {
+        self.reads().peer = peer;
+    }
+
+    /// The source's memory can be read. Before post-copy the links are opened when it begins; in it, at once.
+    pub(crate) fn take_offer(self: &Arc<Self>, offer: v1::ServeReads) {
+        self.reads().offer = Some(offer);
+        if self.entry.view().state() == v1::MigrationState::Postcopy {
+            let session = Arc::clone(self);
+            let connecting = tokio::spawn(async move {
+                if let Err(failure) = session.open_readers().await {
+                    session.handle.send(DestinationEvent::Failed(failure));
+                }
+            });
+            self.keep(connecting.abort_handle());
+        }
+    }
+
+    /// A part of what is owed; all of it after the last.
+    pub(crate) fn take_owed(&self, part: &v1::OwedPages) -> Result<Option<PageSets>, String> {
+        let mut reads = self.reads();
+        let layout = reads.memory.upgrade().map(|memory| memory.layout().clone());
+        let layout: Layout = layout.ok_or("it named what is owed before the memory was there")?;
+        let pages = reads.owed.get_or_insert_with(|| PageSets::new(&layout));
+        for runs in &part.pages {
+            add_runs(pages, runs)?;
+        }
+        Ok(if part.last { reads.owed.take() } else { None })
+    }
+
+    /// Keeps what another agent on this host would need to go on, and opens the links.
+    pub(super) async fn begin_reads(self: &Arc<Self>) -> Result<(), Failure> {
+        let vmm = self.guest.get().await?.pid();
+        let (memory, terms) = self.memory_to_read()?;
+        let kept = Keepsake::new(&self.agent.boot_id, vmm, &terms, None, &memory);
+        kept.write(&keepsake::path(&self.agent.config, &self.entry.id, MigrationRole::Destination))?;
+        self.open_readers().await
+    }
+
+    async fn open_readers(self: &Arc<Self>) -> Result<(), Failure> {
+        let (memory, terms) = self.memory_to_read()?;
+        let (offer, peer) = {
+            let mut reads = self.reads();
+            (reads.offer.take(), reads.peer)
+        };
+        let refused = |what: &str| Failure::new(Reason::PeerRefused, format!("the source's offer: {what}"));
+        let offer = offer.ok_or_else(|| refused("it came to post-copy without one"))?;
+        let token = <[u8; SessionToken::BYTES]>::try_from(&*offer.token)
+            .map_err(|_| refused("its token is not 32 bytes long"))?;
+        let fabric = crate::request::fabric(offer.fabric).ok().flatten();
+        let fabric = fabric.ok_or_else(|| refused("it names no fabric"))?;
+        let most = MAX_STREAMS + FAULT_LINKS as u32;
+        if offer.links == 0 || offer.links > most || offer.address.len() > crate::status::TEXT_BYTES {
+            return Err(refused("it is of no or too many links"));
+        }
+        if fabric == FabricKind::Shm && !is_shm_socket(&offer.address) {
+            return Err(refused("its socket is not one of an agent"));
+        }
+        let agreed = Agreed {
+            token: SessionToken::from_bytes(token),
+            fabric,
+            fabric_reason: String::new(),
+            address: offer.address,
+            streams: offer.links,
+        };
+        let agent = Arc::clone(&self.agent);
+        let to = peer.map_or_else(String::new, |peer| std::net::SocketAddr::new(peer, 0).to_string());
+        let Connected { domain, links } =
+            blocking_step(move || agent.fabrics.connect(&agreed, &memory, &to)).await?;
+        let ordering = Arc::clone(self);
+        let windows = WindowConfig {
+            pin_budget_bytes: terms.pin_budget_bytes,
+            window_bytes: WINDOW_BYTES,
+            ..WindowConfig::new(RegistrationMode::Dynamic)
+        };
+        self.handle.send(DestinationInput::Readers(Box::new(Readers {
+            links,
+            domain,
+            windows,
+            registration_workers: self.agent.config.registration_workers,
+            order: Box::new(move |order| ordering.order_of_the_data_plane(&order)),
+        })));
+        Ok(())
+    }
+
+    fn order_of_the_data_plane(&self, order: &PeerOrder) -> bool {
+        use v1::exchange_control_request::Order;
+        orders(order).into_iter().all(|order| {
+            self.answer_blocking(match order {
+                Order::RegisterWindows(order) => Answer::RegisterWindows(order),
+                Order::ReleaseWindows(order) => Answer::ReleaseWindows(order),
+                other => unreachable!("{other:?} is no order of one that reads"),
+            })
+        })
+    }
+
+    /// Takes up what this agent left when it ended: the VMM waits.
+    pub(super) async fn retake(self: &Arc<Self>) -> Result<DestinationInput, Failure> {
+        let session = Arc::clone(self);
+        blocking_step(move || {
+            let (config, id) = (&session.agent.config, &session.entry.id);
+            let path = keepsake::path(config, id, MigrationRole::Destination);
+            let lost = |why: String| Failure::new(Reason::MemoryLost, why);
+            let kept = Keepsake::read(&path)?.ok_or_else(|| lost(format!("{} is gone", path.display())))?;
+            let memory = kept.reopen(&session.agent.boot_id, Access::ReadWrite)?;
+            let owed = Owed::open(&keepsake::owed_path(config, id), id, memory.layout())
+                .map_err(|error| lost(causes(&error)))?;
+            session.note_memory(&memory, kept.terms());
+            if owed.is_empty() {
+                // It may have been let in already, in part or whole.
+                postcopy::release(kept.vmm, &memory).map_err(|error| of_faults(&error))?;
+                return Ok(DestinationEvent::Pulled.into());
+            }
+            let faults =
+                RemoteFaults::retake(kept.vmm, Arc::clone(&memory)).map_err(|error| of_faults(&error))?;
+            let answering = Arc::clone(&session);
+            Ok(DestinationInput::Retaken(Box::new(Retaken {
+                memory,
+                faults,
+                owed,
+                answer: Arc::new(move |answer| answering.answer_of_the_data_plane(answer)),
+            })))
+        })
+        .await
+    }
+
+    fn memory_to_read(&self) -> Result<(Arc<Memory>, Terms), Failure> {
+        let reads = self.reads();
+        let known = reads.memory.upgrade().zip(reads.terms.clone());
+        known.ok_or_else(|| Failure::new(Reason::Internal, "the guest's RAM is not held any more"))
+    }
+
+    fn reads(&self) -> std::sync::MutexGuard<'_, Reads> {
+        self.reads.lock().expect("no panic while it is held")
+    }
+}
+
+fn of_faults(error: &FaultsError) -> Failure {
+    let reason = if error.vmm_ended() { Reason::GuestFailed } else { Reason::MemoryLost };
+    Failure::new(reason, causes(error))
+}

@@ -1,0 +1,477 @@
+//! Post-copy at the destination: the guest runs, and what it is still owed is read from the source.
+//!
+//! ```text
+//!  VMM touches a page -> fault --+-- not owed: let in, with its neighbours
+//!                                `-- owed: read over a link of the fault threads' own -.
+//!  stream threads: the rest, in order, from where the last fault was ------------------+-> bytes are in the file
+//!                                                                                          -> no longer owed -> let in
+//! ```
+//!
+//! There is one owner of what is owed, and nothing is ever written from afar: a page that was let in is the
+//! guest's. What is owed outlives this process, and so does the VMM's registration: an agent that dies leaves a guest
+//! that waits, and another takes both up.
+
+mod reader;
+
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock};
+use std::thread::{self, JoinHandle};
+use std::time::{Duration, Instant};
+
+use ramferry_fabric::windows::{WindowConfig, WindowId, Windows};
+use ramferry_fabric::{Domain, Link, RegionKey};
+use ramferry_ram::{BlockIndex, Memory, Owed, PageRun, PageSets};
+use ramferry_tracking::postcopy::{PageFault, RemoteFaults};
+
+use self::reader::Reader;
+use crate::copy::{Chunk, Copy, Next, Pass, SendOrder};
+use crate::counters::Counters;
+use crate::{MoverError, Stall};
+
+/// Threads that serve faults, each with a link of its own.
+pub const FAULT_LINKS: usize = 2;
+/// Read around a page that the guest waits for, from it on: what it is likely to want next.
+const AROUND_BYTES: u64 = 64 << 10;
+/// What is not owed is let in together, as far as it lies in one such piece.
+const LET_IN_BYTES: u64 = 2 << 20;
+/// Chunks that a stream thread has under way.
+const DEPTH: usize = 4;
+/// Between two looks whether to stop.
+const PATIENCE: Duration = Duration::from_millis(100);
+/// Between two looks at faults that cannot be served yet.
+const RETRY: Duration = Duration::from_millis(1);
+
+/// What a destination reads the source's memory with.
+pub struct Readers {
+    /// [`FAULT_LINKS`] for faults, the others for the stream: at least one.
+    pub links: Vec<Box<dyn Link>>,
+    /// Where windows are registered.
+    pub domain: Arc<dyn Domain>,
+    /// The registration policy.
+    pub windows: WindowConfig,
+    /// Threads that register.
+    pub registration_workers: usize,
+    /// To the source's agent.
+    pub order: SendOrder,
+}
+
+/// What the threads tell the driver.
+#[derive(Debug)]
+pub(crate) enum PullReport {
+    /// Nothing is owed any more.
+    Pulled,
+    /// The links of this attempt carry nothing more; the guest waits for what it is owed.
+    LinkLost(u64, MoverError),
+    /// The VMM cannot be served.
+    Failed(MoverError),
+}
+
+pub(crate) struct Pull {
+    shared: Arc<Shared>,
+    fault_threads: Vec<JoinHandle<()>>,
+    reading: Option<Reading>,
+    attempts: u64,
+    streaming: bool,
+}
+
+/// One attempt to read: until its links break.
+struct Reading {
+    copy: Arc<Copy>,
+    pass: Arc<Pass>,
+    /// For the stream, until it begins.
+    stream_links: Vec<Reader>,
+    stream_threads: Vec<JoinHandle<()>>,
+    attempt: u64,
+}
+
+struct Shared {
+    memory: Arc<Memory>,
+    faults: RemoteFaults,
+    owed: OnceLock<Owed>,
+    counters: Arc<Counters>,
+    /// One of each fault thread.
+    readers: Vec<Mutex<Option<(u64, Reader)>>>,
+    stop: AtomicBool,
+    told: AtomicBool,
+    report: Box<dyn Fn(PullReport) + Send + Sync>,
+}
+
+impl Pull {
+    /// Serves the faults of a VMM that was armed, from now on. Until it is known what is owed, they wait.
+    pub(crate) fn begin(
+        memory: Arc<Memory>,
+        faults: RemoteFaults,
+        counters: Arc<Counters>,
+        report: Box<dyn Fn(PullReport) + Send + Sync>,
+    ) -> Result<Self, MoverError> {
+        let shared = Arc::new(Shared {
+            memory,
+            faults,
+            owed: OnceLock::new(),
+            counters,
+            readers: (0..FAULT_LINKS).map(|_| Mutex::default()).collect(),
+            stop: AtomicBool::new(false),
+            told: AtomicBool::new(false),
+            report,
+        });
+        let mut pull = Self {
+            shared,
+            fault_threads: Vec::new(),
+            reading: None,
+            attempts: 0,
+            streaming: false,
+        };
+        for index in 0..FAULT_LINKS {
+            let shared = Arc::clone(&pull.shared);
+            let builder = thread::Builder::new().name(format!("fault-{index}"));
+            let body = move || {
+                if let Err(error) = shared.serve_faults(index) {
+                    (shared.report)(PullReport::Failed(error));
+                }
+            };
+            pull.fault_threads.push(builder.spawn(body).map_err(MoverError::Thread)?);
+        }
+        Ok(pull)
+    }
+
+    /// What is owed. Only once.
+    pub(crate) fn hold(&mut self, owed: Owed) {
+        assert!(self.shared.owed.set(owed).is_ok(), "what is owed is held once");
+        self.begin_pass();
+    }
+
+    /// Takes links to the source, in the place of those before.
+    pub(crate) fn connect(&mut self, readers: Readers) -> Result<(), MoverError> {
+        self.disconnect();
+        self.attempts += 1;
+        let attempt = self.attempts;
+        let shared = Arc::clone(&self.shared);
+        let layout = self.shared.memory.layout();
+        let copy = Copy::new(
+            Arc::clone(&self.shared.memory),
+            readers.domain,
+            Windows::new(readers.windows, layout)?,
+            PageSets::new(layout),
+            readers.order,
+            readers.registration_workers,
+            Box::new(move |error| (shared.report)(PullReport::LinkLost(attempt, error))),
+        );
+        let pass = copy.begin(PageSets::new(layout), true);
+        let mut links: Vec<_> = readers
+            .links
+            .into_iter()
+            .map(|link| Reader::new(link, Arc::clone(&copy), Arc::clone(&pass)))
+            .collect();
+        let stream_links = links.split_off(FAULT_LINKS.min(links.len().saturating_sub(1)));
+        self.reading = Some(Reading { copy, pass, stream_links, stream_threads: Vec::new(), attempt });
+        self.begin_pass();
+        for (slot, reader) in self.shared.readers.iter().zip(links) {
+            *lock(slot) = Some((attempt, reader));
+        }
+        if self.streaming { self.stream() } else { Ok(()) }
+    }
+
+    /// Begins to read what nobody waits for, too.
+    pub(crate) fn stream(&mut self) -> Result<(), MoverError> {
+        self.streaming = true;
+        if self.shared.owed.get().is_some_and(Owed::is_empty) {
+            self.shared.tell_pulled();
+        }
+        let Some(reading) = &mut self.reading else { return Ok(()) };
+        for (index, reader) in reading.stream_links.drain(..).enumerate() {
+            let (shared, attempt) = (Arc::clone(&self.shared), reading.attempt);
+            let builder = thread::Builder::new().name(format!("pull-{index}"));
+            let body = move || {
+                if let Err(error) = shared.stream(reader) {
+                    (shared.report)(PullReport::LinkLost(attempt, error));
+                }
+            };
+            reading.stream_threads.push(builder.spawn(body).map_err(MoverError::Thread)?);
+        }
+        Ok(())
+    }
+
+    /// Lets go of the links of `attempt`, if they are those in use; whether they were.
+    pub(crate) fn lost(&mut self, attempt: u64) -> bool {
+        let current = self.reading.as_ref().is_some_and(|reading| reading.attempt == attempt);
+        if current {
+            self.disconnect();
+        }
+        current
+    }
+
+    pub(crate) fn memory(&self) -> &Arc<Memory> {
+        &self.shared.memory
+    }
+
+    /// Whether there are links.
+    pub(crate) fn is_connected(&self) -> bool {
+        self.reading.is_some()
+    }
+
+    /// Windows there are and bytes pinned for them.
+    pub(crate) fn pinned(&self) -> (u64, u64) {
+        self.reading.as_ref().map_or((0, 0), |reading| {
+            let (windows, bytes, _) = reading.copy.pinned();
+            (windows, bytes)
+        })
+    }
+
+    /// Bytes still owed.
+    pub(crate) fn owed_bytes(&self) -> Option<u64> {
+        self.shared.owed.get().map(Owed::bytes)
+    }
+
+    /// Nothing is owed any more, or the guest is not to run: ends the threads; with `let_in`, lets the VMM at everything.
+    pub(crate) fn end(mut self, let_in: bool) -> Result<(), MoverError> {
+        self.shared.stop.store(true, Ordering::Release);
+        self.disconnect();
+        for thread in self.fault_threads.drain(..) {
+            if thread.join().is_err() {
+                tracing::error!("a thread that serves faults panicked");
+            }
+        }
+        let shared = Arc::into_inner(self.shared).expect("every thread has ended");
+        if let_in {
+            shared.faults.end()?;
+        }
+        if let Some(owed) = shared.owed.into_inner() {
+            owed.remove()?;
+        }
+        Ok(())
+    }
+
+    pub(crate) fn remote_registered(&self, windows: Vec<(WindowId, Result<RegionKey, String>)>) {
+        if let Some(reading) = &self.reading {
+            reading.copy.remote_registered(windows);
+        }
+    }
+
+    pub(crate) fn remote_released(&self, windows: &[WindowId]) {
+        if let Some(reading) = &self.reading {
+            reading.copy.remote_released(windows);
+        }
+    }
+
+    fn begin_pass(&mut self) {
+        let Some((reading, owed)) = self.reading.as_mut().zip(self.shared.owed.get()) else { return };
+        match owed.to_page_sets() {
+            Ok(pages) => reading.copy.set_todo(pages),
+            Err(error) => (self.shared.report)(PullReport::Failed(error.into())),
+        }
+    }
+
+    fn disconnect(&mut self) {
+        let Some(reading) = self.reading.take() else { return };
+        reading.pass.stop();
+        for slot in &self.shared.readers {
+            if let Some((_, reader)) = lock(slot).take() {
+                reader.close();
+            }
+        }
+        for thread in reading.stream_threads {
+            if thread.join().is_err() {
+                tracing::error!("a thread that reads the source's memory panicked");
+            }
+        }
+        for reader in reading.stream_links {
+            reader.close();
+        }
+        reading.copy.close();
+    }
+}
+
+impl Shared {
+    fn serve_faults(&self, index: usize) -> Result<(), MoverError> {
+        let mut waiting: Vec<(PageFault, Instant)> = Vec::new();
+        let mut batch = Vec::new();
+        while !self.stop.load(Ordering::Acquire) {
+            let patience = if waiting.is_empty() { PATIENCE } else { RETRY };
+            match self.faults.wait(patience, &mut batch) {
+                Ok(_) => {}
+                // Whoever watches the guest tells of it.
+                Err(error) if error.vmm_ended() => return Ok(()),
+                Err(error) => return Err(error.into()),
+            }
+            let now = Instant::now();
+            waiting.extend(batch.drain(..).map(|fault| (fault, now)));
+            if let Err(error) = self.serve(index, &mut waiting) {
+                match error {
+                    MoverError::Faults(error) if error.vmm_ended() => return Ok(()),
+                    error => return Err(error),
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// Lets in what is here, and reads what is not; leaves in `waiting` what cannot be had yet.
+    fn serve(&self, index: usize, waiting: &mut Vec<(PageFault, Instant)>) -> Result<(), MoverError> {
+        let Some(owed) = self.owed.get() else { return Ok(()) };
+        waiting.sort_by_key(|(fault, since)| (fault.block, fault.page, *since));
+        waiting.dedup_by_key(|(fault, _)| (fault.block, fault.page));
+        let mut still_owed = Vec::new();
+        for (fault, since) in waiting.drain(..) {
+            if owed.is_owed(fault.block, fault.page)? {
+                still_owed.push((fault, since));
+            } else {
+                self.let_in_around(owed, fault.block, fault.page)?;
+            }
+        }
+        if still_owed.is_empty() {
+            return Ok(());
+        }
+        let mut slot = lock(&self.readers[index]);
+        if let Some((attempt, mut reader)) = slot.take() {
+            match self.read_faults(&mut reader, &mut still_owed) {
+                Ok(()) => *slot = Some((attempt, reader)),
+                Err(error @ (MoverError::Faults(_) | MoverError::Owed(_))) => return Err(error),
+                Err(error) => {
+                    reader.close();
+                    (self.report)(PullReport::LinkLost(attempt, error));
+                }
+            }
+        }
+        *waiting = still_owed;
+        Ok(())
+    }
+
+    /// Reads the pages that faults wait for; leaves those that others are reading, or whose windows are not registered yet.
+    fn read_faults(
+        &self,
+        reader: &mut Reader,
+        faults: &mut Vec<(PageFault, Instant)>,
+    ) -> Result<(), MoverError> {
+        let (mut begun, mut arrived, mut left) = (Vec::new(), Vec::new(), Vec::new());
+        let mut awaits_window = false;
+        for (fault, since) in faults.drain(..) {
+            match reader.copy().next_at(reader.pass(), fault.block, fault.page, AROUND_BYTES) {
+                Next::Chunk(chunk) => {
+                    begun.push(since);
+                    reader.read(chunk, &mut arrived)?;
+                }
+                Next::Wait => {
+                    awaits_window = true;
+                    left.push((fault, since));
+                }
+                Next::Done => left.push((fault, since)),
+            }
+        }
+        *faults = left;
+        loop {
+            reader.reap(&mut arrived)?;
+            for chunk in arrived.drain(..) {
+                self.arrived(reader.copy(), &chunk)?;
+            }
+            if reader.in_flight() == 0 {
+                break;
+            }
+            if reader.pass().is_stopped() {
+                return Err(MoverError::Stopped);
+            }
+            reader.idle()?;
+        }
+        let now = Instant::now();
+        for since in begun {
+            self.counters.add_fault(now - since);
+        }
+        if awaits_window {
+            reader.copy().wait_for_windows(RETRY);
+        }
+        Ok(())
+    }
+
+    fn stream(&self, mut reader: Reader) -> Result<(), MoverError> {
+        let mut arrived = Vec::new();
+        let streamed = loop {
+            // What is under way stays owed; closing the link ends it.
+            if reader.pass().is_stopped() {
+                break Ok(());
+            }
+            if let Err(error) = reader.reap(&mut arrived) {
+                break Err(error);
+            }
+            let came = !arrived.is_empty();
+            let settled = arrived.drain(..).try_for_each(|chunk| self.arrived(reader.copy(), &chunk));
+            if let Err(error) = settled {
+                break Err(error);
+            }
+            let mut next = Next::Wait;
+            if reader.in_flight() < DEPTH {
+                next = reader.copy().next(reader.pass());
+            }
+            let went_on = match next {
+                Next::Chunk(chunk) => reader.read(chunk, &mut arrived),
+                Next::Done if reader.in_flight() == 0 => break Ok(()),
+                _ if came => Ok(()),
+                Next::Wait if reader.in_flight() == 0 => {
+                    let started = Instant::now();
+                    reader.copy().wait_for_windows(PATIENCE);
+                    self.counters.add_stall(Stall::Registration, started.elapsed());
+                    Ok(())
+                }
+                _ => reader.idle(),
+            };
+            if let Err(error) = went_on {
+                break Err(error);
+            }
+        };
+        reader.close();
+        match streamed {
+            Err(MoverError::Faults(error)) if error.vmm_ended() => Ok(()),
+            Err(error @ (MoverError::Faults(_) | MoverError::Owed(_))) => {
+                (self.report)(PullReport::Failed(error));
+                Ok(())
+            }
+            streamed => streamed,
+        }
+    }
+
+    /// The bytes of a chunk are here: the guest may have them.
+    fn arrived(&self, copy: &Arc<Copy>, chunk: &Chunk) -> Result<(), MoverError> {
+        let owed = self.owed.get().expect("nothing is read before it is known what is owed");
+        let page_bytes = self.page_bytes(chunk.range.block);
+        let run =
+            PageRun { first: chunk.range.offset / page_bytes, count: chunk.range.length / page_bytes };
+        owed.clear(chunk.range.block, run)?;
+        self.faults.let_in(chunk.range.block, run)?;
+        self.counters.add_data(chunk.range.length, run.count);
+        copy.give_back(chunk.window);
+        if owed.is_empty() {
+            self.tell_pulled();
+        }
+        Ok(())
+    }
+
+    fn tell_pulled(&self) {
+        if !self.told.swap(true, Ordering::AcqRel) {
+            (self.report)(PullReport::Pulled);
+        }
+    }
+
+    /// Lets the VMM at a page that is not owed, and at those around it that are not.
+    fn let_in_around(&self, owed: &Owed, block: BlockIndex, page: u64) -> Result<(), MoverError> {
+        let entry = &self.memory.layout().blocks()[block.get()];
+        let piece = (LET_IN_BYTES / entry.page_bytes).max(1);
+        let begin = page / piece * piece;
+        let end = (begin + piece).min(entry.pages());
+        let mut first = page;
+        while first > begin && !owed.is_owed(block, first - 1)? {
+            first -= 1;
+        }
+        let mut after = page + 1;
+        while after < end && !owed.is_owed(block, after)? {
+            after += 1;
+        }
+        self.faults.let_in(block, PageRun { first, count: after - first })?;
+        Ok(())
+    }
+
+    fn page_bytes(&self, block: BlockIndex) -> u64 {
+        self.memory.layout().blocks()[block.get()].page_bytes
+    }
+}
+
+fn lock<T>(slot: &Mutex<T>) -> MutexGuard<'_, T> {
+    slot.lock().expect("no panic while it is held")
+}
