@@ -289,7 +289,7 @@ pub(crate) fn input(order: Order) -> Result<Option<DestinationInput>, &'static s
             DestinationInput::ZeroPages { block: BlockIndex(order.block), runs: runs.collect() }
         }
         Order::EndRound(order) => DestinationEvent::EndRound { round: order.round }.into(),
-        Order::PrepareIncoming(_) => DestinationEvent::PrepareIncoming.into(),
+        Order::PrepareIncoming(_) => DestinationEvent::PrepareIncoming { postcopy: false }.into(),
         Order::Verify(_) => DestinationEvent::Verify.into(),
         Order::Commit(_) => DestinationEvent::Commit.into(),
         Order::AskOutcome(_) => DestinationEvent::AskOutcome.into(),

@@ -98,7 +98,9 @@ impl Outside {
             DestinationOutcome::Aborted(failure) if failure.reason == Reason::Cancelled => {
                 (v1::MigrationState::Cancelled, Some(failure))
             }
-            DestinationOutcome::Aborted(failure) => (v1::MigrationState::Failed, Some(failure)),
+            DestinationOutcome::Aborted(failure) | DestinationOutcome::Lost(failure) => {
+                (v1::MigrationState::Failed, Some(failure))
+            }
         };
         let entry = &self.session.entry;
         self.publisher.ended(state, failure.as_ref().map(|failure| failure.reason.as_str()));
@@ -165,7 +167,7 @@ impl DestinationOutside for Outside {
             DestinationAction::AcknowledgeRound { round } => {
                 session.answer_blocking(Answer::RoundEnded(v1::RoundEnded { round }));
             }
-            DestinationAction::StartIncoming => {
+            DestinationAction::StartIncoming { .. } => {
                 self.spawn(async move { session.start_incoming().await.map(Into::into) });
             }
             DestinationAction::TellIncomingReady => {
@@ -178,7 +180,7 @@ impl DestinationOutside for Outside {
             DestinationAction::ResumeGuest => {
                 self.spawn(async move { session.resume().await.map(Into::into) });
             }
-            DestinationAction::AnswerRunning => self.answer_running(),
+            DestinationAction::AnswerRunning { .. } => self.answer_running(),
             DestinationAction::WriteAborted(failure) => {
                 let record =
                     Record::Aborted { reason: failure.reason.as_str().into(), message: failure.message };
@@ -191,6 +193,13 @@ impl DestinationOutside for Outside {
                 session.answer_blocking(Answer::Aborted(super::aborted(&failure)));
             }
             DestinationAction::Finish(outcome) => self.finish(outcome),
+            DestinationAction::HoldOwed { .. }
+            | DestinationAction::TellOwedAccepted
+            | DestinationAction::Pull
+            | DestinationAction::StopGuest
+            | DestinationAction::AnswerLost(_) => {
+                unreachable!("no source can order post-copy yet, and {} comes of that", action.name())
+            }
             DestinationAction::DrainRound { .. } | DestinationAction::Digest | DestinationAction::Release => {
                 unreachable!("the mover carries {action:?} out")
             }

@@ -192,7 +192,7 @@ impl SourceOutside for Outside {
             }
             SourceAction::EndRound { round } => self.order(Order::EndRound(v1::EndRound { round })),
             SourceAction::DrainGuest => self.drain(),
-            SourceAction::PauseGuest => self.pause(),
+            SourceAction::PauseGuest { .. } => self.pause(),
             SourceAction::Verify => self.order(Order::Verify(v1::Verify {})),
             SourceAction::MoveDeviceState => {
                 let moving = self.spawn(async move { session.move_device_state().await.map(Into::into) });
@@ -211,6 +211,9 @@ impl SourceOutside for Outside {
             }
             SourceAction::ResumeGuest => self.resume(),
             SourceAction::Finish(outcome) => self.finish(&outcome),
+            SourceAction::SendOwed { .. } | SourceAction::Reconnect | SourceAction::TellMemoryLost(_) => {
+                unreachable!("nothing asks for post-copy yet, and {} comes of that", action.name())
+            }
             SourceAction::Harvest
             | SourceAction::Copy { .. }
             | SourceAction::Recheck { .. }

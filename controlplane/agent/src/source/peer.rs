@@ -253,7 +253,7 @@ pub(crate) fn input(answer: Answer) -> Result<Option<SourceInput>, String> {
             let digests = digests.map_err(|_| "a digest of the destination is not 32 bytes long")?;
             SourceInput::PeerDigests(digests)
         }
-        Answer::Running(_) => SourceEvent::DestinationRunning.into(),
+        Answer::Running(_) => SourceEvent::DestinationRunning { memory_owed: false }.into(),
         Answer::Aborted(aborted) => {
             SourceEvent::DestinationAborted(failure_of(&aborted.reason, aborted.message)).into()
         }

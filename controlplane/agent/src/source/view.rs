@@ -12,6 +12,7 @@ pub(crate) fn state(state: State) -> v1::MigrationState {
         State::Preparing => v1::MigrationState::Preparing,
         State::Precopy => v1::MigrationState::Precopy,
         State::SwitchingOver => v1::MigrationState::SwitchingOver,
+        State::Postcopy => v1::MigrationState::Postcopy,
         State::Cancelling => v1::MigrationState::Cancelling,
         State::Succeeded => v1::MigrationState::Succeeded,
         State::Failed => v1::MigrationState::Failed,
