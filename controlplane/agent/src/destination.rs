@@ -619,6 +619,11 @@ fn guest_failure(error: &GuestError) -> Failure {
     Failure::new(Reason::GuestFailed, causes(error))
 }
 
+/// What the journal keeps of a session's token.
+pub(crate) fn token_digest(token: &SessionToken) -> String {
+    blake3::hash(token.as_bytes()).to_hex().to_string()
+}
+
 /// What became of windows, as it goes over the wire.
 pub(crate) fn windows_registered(windows: Vec<RegisteredWindow>) -> v1::WindowsRegistered {
     let windows = windows.into_iter().map(|window| v1::RegisteredWindow {

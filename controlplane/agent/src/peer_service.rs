@@ -3,14 +3,14 @@
 use std::sync::Arc;
 
 use ramferry_engine::{DestinationEvent, Failure, Reason};
-use ramferry_fabric::windows::{Window, WindowId};
+use ramferry_fabric::windows::WindowId;
 use ramferry_fabric::{FabricKind, SessionToken};
 use ramferry_mover::DestinationInput;
 use ramferry_proto::v1;
 use ramferry_proto::v1::exchange_control_request::Order;
 use ramferry_proto::v1::exchange_control_response::Answer;
 use ramferry_proto::v1::peer_service_server::PeerService;
-use ramferry_ram::{BlockIndex, BlockRange, PageRun};
+use ramferry_ram::{BlockIndex, PageRun};
 use tokio::sync::mpsc;
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Code, Request, Response, Status, Streaming};
@@ -21,7 +21,7 @@ use crate::destination::{self, DestinationSession};
 use crate::device_stream::MESSAGE_BYTES;
 use crate::journal::is_migration_id;
 use crate::migrations::{Entry, is_final};
-use crate::source::{ORDER_ITEMS, failure_of};
+use crate::source::{ORDER_ITEMS, failure_of, settled, windows};
 use crate::status::{invalid_argument, shortened, status};
 
 /// Serves `ramferry.v1.PeerService`.
@@ -115,7 +115,7 @@ fn authorize(session: &DestinationSession, token: &[u8]) -> Result<bool, Status>
     match (&session.token, given) {
         (Some(token), Some(given)) if *token == given => Ok(true),
         // After a restart only its digest is known.
-        (None, Some(given)) => Ok(session.token_digest.as_ref() == Some(&given.digest())),
+        (None, Some(given)) => Ok(session.token_digest.as_ref() == Some(&destination::token_digest(&given))),
         _ => Err(status(Code::PermissionDenied, "SESSION_TOKEN", "the session's token is another", [])),
     }
 }

@@ -183,8 +183,8 @@ impl Convergence {
         };
         let message = format!(
             "rounds brought no progress for {:?}: {cause}the guest dirties {}, the copy reaches {}, expected \
-             downtime {}, max_downtime {:?}. Raise max_downtime{}, force the switchover (timeout_action FORCE), or \
-             migrate while the guest writes less",
+             downtime {}, max_downtime {:?}. Raise max_downtime{}, allow post-copy, force the switchover (timeout_action \
+             FORCE), or migrate while the guest writes less",
             parameters.no_progress_timeout,
             shown_rate(self.dirty_rate),
             shown_rate(self.throughput()),

@@ -7,6 +7,8 @@
 //!    | Prepared
 //!  Receiving   EndRound        -> DrainRound    -> AcknowledgeRound        any number of times
 //!    |         PrepareIncoming -> StartIncoming -> TellIncomingReady       once
+//!    |         Owed            -> HoldOwed      -> TellOwedAccepted        once, only into post-copy; no order but
+//!    |                                                                     Commit after this
 //!    |         Verify          -> Digest                                   no order while another is served
 //!    |         DeviceStateLoaded -> TellDeviceStateLoaded                  also while a round is drained; no order
 //!    |                                                                     but Commit after this
@@ -14,7 +16,8 @@
 //!  Committing -- write failed, or a veto came up --+        COMMITTED may be durable; the guest was not resumed
 //!    | CommittedSynced                             |
 //! ===|=============================================|===== the guest may run: never ABORTED from here =========
-//!  Resuming    ResumeGuest, until GuestResumed     |
+//!  Resuming    ResumeGuest, until GuestResumed;    |       memory owed: Pulling, see `postcopy.rs`
+//!    |         Pull, where memory is owed          |
 //!    | GuestResumed, GuestGone: AnswerRunning      |
 //!  Running     Release -> Finish(Running)          |
 //!                                                  v
@@ -24,8 +27,8 @@
 //!  Discarding  DiscardGuest -> Finish(Aborted)
 //! ```
 //!
-//! Restarts: no record -> Aborting; COMMITTED -> Resuming; ABORTED -> Discarding. At its end it goes on answering:
-//! RUNNING or ABORTED, to each Commit and AskOutcome.
+//! Restarts: no record -> Aborting; COMMITTED -> Resuming, also where memory is owed; ABORTED -> Discarding. At its end
+//! it goes on answering: RUNNING, ABORTED or LOST, to each Commit and AskOutcome.
 //!
 //! # A COMMITTED that is not to be
 //!
@@ -41,8 +44,11 @@
 //! When its VMM ends after the order to resume, the guest may have run, and others may have seen what it did: it was
 //! this side's, and is lost with its VMM. RUNNING is the answer all the same, for the source must never resume it.
 
+mod aborting;
 mod interface;
 mod phase;
+mod postcopy;
+mod receiving;
 
 use std::time::Duration;
 
@@ -50,16 +56,22 @@ pub use interface::{DestinationAction, DestinationEvent, DestinationOutcome};
 
 use crate::limits;
 use crate::retry::Retry;
+use crate::trouble::Trouble;
 use crate::{Failure, Reason, State};
-use phase::{Found, Incoming, Phase, Receiving, Serving};
+use phase::{Found, Phase, Receiving};
+use postcopy::Owed;
+
+const RUNNING: DestinationAction = DestinationAction::AnswerRunning { memory_owed: false };
 
 /// The destination of one migration.
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 pub struct Destination {
     phase: Phase,
     /// When the step under way has lasted too long.
     limit: Option<Duration>,
-    trouble: Option<Failure>,
+    trouble: Option<Trouble>,
+    /// Memory that is still at the source.
+    owed: Option<Owed>,
 }
 
 impl Destination {
@@ -81,6 +93,12 @@ impl Destination {
         Self::in_phase(Phase::Restarted(Found::Committed))
     }
 
+    /// After a restart, when COMMITTED is the journal's last record and memory is still owed: resumes the guest, goes on
+    /// reading what is owed, and answers RUNNING, from `Start` on.
+    pub fn recover_postcopy() -> Self {
+        Self::in_phase(Phase::Restarted(Found::Postcopy))
+    }
+
     /// After a restart, when ABORTED is the journal's last record: discards the guest and answers ABORTED, from
     /// `Start` on.
     pub fn recover_aborted(cause: Failure) -> Self {
@@ -94,10 +112,15 @@ impl Destination {
             Phase::Pending | Phase::Prepare | Phase::Receiving(_) => self.before_commit(now, event, actions),
             Phase::Committing { .. } => self.committing(now, event, actions),
             Phase::Resuming(_) => self.resuming(now, event, actions),
-            Phase::Running => self.running(now, &event, actions),
+            Phase::Pulling => self.pulling(now, event, actions),
+            Phase::Stopping { .. } => self.stopping(now, event, actions),
+            Phase::Running { .. } | Phase::Lost { .. } => self.releasing(now, &event, actions),
             Phase::Aborting { .. } => self.aborting(now, event, actions),
             Phase::Discarding { .. } => self.discarding(now, &event, actions),
-            Phase::EndedRunning => answer(&event, DestinationAction::AnswerRunning, actions),
+            Phase::EndedRunning => answer(&event, RUNNING, actions),
+            Phase::EndedLost { cause } => {
+                answer(&event, DestinationAction::AnswerLost(cause.clone()), actions);
+            }
             Phase::EndedAborted { cause } => {
                 answer(&event, DestinationAction::AnswerAborted(cause.clone()), actions);
             }
@@ -106,7 +129,7 @@ impl Destination {
 
     /// When `Tick` is due.
     pub fn deadline(&self) -> Option<Duration> {
-        self.phase.retry_at().into_iter().chain(self.limit).min()
+        self.phase.retry_at().into_iter().chain(self.limit).chain(self.pull_at()).min()
     }
 
     /// The migration's state, as the source would call it. Final from `Finish` on, not before.
@@ -119,14 +142,23 @@ impl Destination {
         self.phase.name()
     }
 
-    /// What holds the migration up, where it can neither go on nor end: the guest does not resume, or a record
-    /// cannot be written.
+    /// What holds the migration up, where it can neither go on nor end: the guest does not resume or stop, a record
+    /// cannot be written, or what is owed does not come.
     pub fn trouble(&self) -> Option<&Failure> {
-        self.trouble.as_ref()
+        self.held_up().map(|trouble| &trouble.failure)
+    }
+
+    /// Since when there has been trouble, on the clock of the events.
+    pub fn trouble_since(&self) -> Option<Duration> {
+        self.held_up().map(|trouble| trouble.since)
+    }
+
+    fn held_up(&self) -> Option<&Trouble> {
+        self.trouble.as_ref().or_else(|| self.owed.as_ref()?.trouble())
     }
 
     fn in_phase(phase: Phase) -> Self {
-        Self { phase, limit: None, trouble: None }
+        Self { phase, limit: None, trouble: None, owed: None }
     }
 
     fn enter(&mut self, phase: Phase, limit: Option<Duration>) {
@@ -139,6 +171,10 @@ impl Destination {
     fn restart(&mut self, now: Duration, actions: &mut Vec<DestinationAction>) {
         match std::mem::replace(&mut self.phase, Phase::Pending) {
             Phase::Restarted(Found::Committed) => self.resume(now, actions),
+            Phase::Restarted(Found::Postcopy) => {
+                self.owed = Some(Owed::default());
+                self.resume(now, actions);
+            }
             Phase::Restarted(Found::Aborted(cause)) => {
                 actions.push(DestinationAction::Release);
                 self.discard(now, cause, false, actions);
@@ -162,6 +198,7 @@ impl Destination {
             DestinationEvent::Prepared => self.prepared(),
             DestinationEvent::Failed(failure)
             | DestinationEvent::GuestGone(failure)
+            | DestinationEvent::MemoryLost(failure)
             | DestinationEvent::Abort(failure) => {
                 self.abort(failure, actions);
             }
@@ -175,9 +212,10 @@ impl Destination {
             }
             DestinationEvent::Tick => self.step_limit(now, actions),
             DestinationEvent::EndRound { .. }
-            | DestinationEvent::PrepareIncoming
+            | DestinationEvent::PrepareIncoming { .. }
+            | DestinationEvent::Owed { .. }
             | DestinationEvent::Verify
-            | DestinationEvent::Commit => self.order(now, &event, actions),
+            | DestinationEvent::Commit => self.order(now, event, actions),
             answer => self.served(&answer, actions),
         }
     }
@@ -193,65 +231,6 @@ impl Destination {
         if matches!(self.phase, Phase::Prepare) {
             self.enter(Phase::Receiving(Receiving::BEGIN), None);
         }
-    }
-
-    /// An order of the source. One that may not come now is a breach of the protocol.
-    fn order(&mut self, now: Duration, order: &DestinationEvent, actions: &mut Vec<DestinationAction>) {
-        let Phase::Receiving(receiving) = &mut self.phase else {
-            return self.breach(order, actions);
-        };
-        let free = receiving.takes_orders();
-        let (serving, limit, action) = match *order {
-            DestinationEvent::EndRound { round } if free && receiving.expects(round) => {
-                (Serving::Drain { round }, limits::DRAIN, DestinationAction::DrainRound { round })
-            }
-            DestinationEvent::PrepareIncoming if free && receiving.incoming == Incoming::Off => {
-                receiving.incoming = Incoming::Starting;
-                (Serving::Incoming, limits::INCOMING, DestinationAction::StartIncoming)
-            }
-            DestinationEvent::Verify if free => (Serving::Digest, limits::VERIFY, DestinationAction::Digest),
-            DestinationEvent::Commit if receiving.is_complete() => {
-                self.enter(Phase::Committing { veto: None }, None);
-                return actions.push(DestinationAction::WriteCommitted);
-            }
-            _ => return self.breach(order, actions),
-        };
-        receiving.serving = serving;
-        self.limit = Some(now.saturating_add(limit));
-        actions.push(action);
-    }
-
-    fn breach(&mut self, order: &DestinationEvent, actions: &mut Vec<DestinationAction>) {
-        let message = format!("the source's agent ordered {order:?} in the step {}", self.phase.name());
-        self.abort(Failure::new(Reason::PeerRefused, message), actions);
-    }
-
-    /// The result of an action; passes it on to the source when it is the one waited for.
-    fn served(&mut self, result: &DestinationEvent, actions: &mut Vec<DestinationAction>) {
-        let Phase::Receiving(receiving) = &mut self.phase else { return };
-        match (receiving.serving, result) {
-            // The source's VMM sends it beside the last round's end.
-            (Serving::Nothing | Serving::Drain { .. }, DestinationEvent::DeviceStateLoaded)
-                if receiving.incoming == Incoming::Ready =>
-            {
-                receiving.incoming = Incoming::Loaded;
-                return actions.push(DestinationAction::TellDeviceStateLoaded);
-            }
-            (Serving::Drain { round }, DestinationEvent::RoundDrained { round: drained })
-                if round == *drained =>
-            {
-                receiving.rounds_ended = round;
-                actions.push(DestinationAction::AcknowledgeRound { round });
-            }
-            (Serving::Incoming, DestinationEvent::IncomingReady) => {
-                receiving.incoming = Incoming::Ready;
-                actions.push(DestinationAction::TellIncomingReady);
-            }
-            (Serving::Digest, DestinationEvent::Verified) => {}
-            _ => return,
-        }
-        receiving.serving = Serving::Nothing;
-        self.limit = None;
     }
 
     fn step_limit(&mut self, now: Duration, actions: &mut Vec<DestinationAction>) {
@@ -276,7 +255,7 @@ impl Destination {
             DestinationEvent::Failed(failure) if failure.reason == Reason::GuestFailed => {
                 veto.get_or_insert(failure);
             }
-            DestinationEvent::Abort(failure) => {
+            DestinationEvent::Abort(failure) | DestinationEvent::MemoryLost(failure) => {
                 veto.get_or_insert(failure);
             }
             _ => {}
@@ -287,114 +266,56 @@ impl Destination {
         let answer_by = now.saturating_add(limits::RESUME_ANSWER);
         self.enter(Phase::Resuming(Retry::new(Some(answer_by))), None);
         actions.push(DestinationAction::ResumeGuest);
+        self.pull(now, actions);
     }
 
     fn resuming(&mut self, now: Duration, event: DestinationEvent, actions: &mut Vec<DestinationAction>) {
         let Phase::Resuming(retry) = &mut self.phase else { return };
         match event {
-            DestinationEvent::GuestResumed | DestinationEvent::GuestGone(_) => {
-                self.enter(Phase::Running, Some(now.saturating_add(limits::RELEASE)));
-                actions.extend([DestinationAction::AnswerRunning, DestinationAction::Release]);
+            DestinationEvent::GuestResumed if self.owed.is_some() => {
+                self.enter(Phase::Pulling, None);
+                actions.push(DestinationAction::AnswerRunning { memory_owed: true });
             }
+            DestinationEvent::GuestResumed | DestinationEvent::GuestGone(_) => self.runs(now, actions),
             DestinationEvent::Failed(failure) if failure.reason == Reason::GuestFailed => {
                 retry.put_off(now);
-                self.trouble = Some(failure);
+                Trouble::note(&mut self.trouble, now, failure);
             }
             DestinationEvent::Tick if retry.is_due(now) => {
                 retry.ordered(Some(now.saturating_add(limits::RESUME_ANSWER)));
                 actions.push(DestinationAction::ResumeGuest);
             }
-            _ => {}
+            event => self.pull_answered(now, event, actions),
         }
     }
 
-    fn running(&mut self, now: Duration, event: &DestinationEvent, actions: &mut Vec<DestinationAction>) {
+    /// Nothing is owed to the guest, or to what is left of it.
+    fn runs(&mut self, now: Duration, actions: &mut Vec<DestinationAction>) {
+        let after_postcopy = matches!(self.phase, Phase::Pulling);
+        self.owed = None;
+        self.enter(Phase::Running { after_postcopy }, Some(now.saturating_add(limits::RELEASE)));
+        actions.extend([RUNNING, DestinationAction::Release]);
+    }
+
+    fn releasing(&mut self, now: Duration, event: &DestinationEvent, actions: &mut Vec<DestinationAction>) {
         let given_up = *event == DestinationEvent::Tick && self.limit.is_some_and(|limit| limit <= now);
-        if given_up || *event == DestinationEvent::Released {
-            self.enter(Phase::EndedRunning, None);
-            actions.push(DestinationAction::Finish(DestinationOutcome::Running));
-        } else {
-            answer(event, DestinationAction::AnswerRunning, actions);
-        }
-    }
-
-    /// Must not be called once the guest was ordered to resume.
-    fn abort(&mut self, cause: Failure, actions: &mut Vec<DestinationAction>) {
-        assert!(!matches!(self.phase, Phase::Resuming(_) | Phase::Running | Phase::EndedRunning));
-        actions.extend([DestinationAction::WriteAborted(cause.clone()), DestinationAction::Release]);
-        self.enter(Phase::Aborting { cause, write: Retry::new(None), released: false }, None);
-    }
-
-    /// ABORTED is being written. It is not written anew before the write under way has failed: records must not
-    /// change places. There is no giving up: without the record there is no answer to the source, which may be
-    /// waiting for it with its guest paused.
-    fn aborting(&mut self, now: Duration, event: DestinationEvent, actions: &mut Vec<DestinationAction>) {
-        let Phase::Aborting { cause, write, released } = &mut self.phase else { return };
-        match event {
-            DestinationEvent::AbortedSynced => {
-                let (cause, released) = (cause.clone(), *released);
-                self.discard(now, cause, released, actions);
+        let done = given_up || *event == DestinationEvent::Released;
+        match &self.phase {
+            Phase::Lost { cause } if done => self.ends_lost(cause.clone(), actions),
+            Phase::Lost { .. } => {}
+            _ if done => {
+                self.enter(Phase::EndedRunning, None);
+                actions.push(DestinationAction::Finish(DestinationOutcome::Running));
             }
-            DestinationEvent::Released => *released = true,
-            DestinationEvent::Failed(failure) if failure.reason == Reason::JournalFailed => {
-                write.put_off(now);
-                self.trouble = Some(failure);
-            }
-            DestinationEvent::Tick if write.is_due(now) => {
-                write.ordered(None);
-                actions.push(DestinationAction::WriteAborted(cause.clone()));
-            }
-            _ => {}
-        }
-    }
-
-    fn discard(
-        &mut self,
-        now: Duration,
-        cause: Failure,
-        released: bool,
-        actions: &mut Vec<DestinationAction>,
-    ) {
-        actions.extend([DestinationAction::AnswerAborted(cause.clone()), DestinationAction::DiscardGuest]);
-        let discard = Some(Retry::new(None));
-        let limit = Some(now.saturating_add(limits::DISCARD));
-        self.enter(Phase::Discarding { cause, discard, released }, limit);
-    }
-
-    fn discarding(&mut self, now: Duration, event: &DestinationEvent, actions: &mut Vec<DestinationAction>) {
-        let Phase::Discarding { cause, discard, released } = &mut self.phase else { return };
-        match event {
-            DestinationEvent::GuestDiscarded => *discard = None,
-            DestinationEvent::Released => *released = true,
-            DestinationEvent::Failed(failure) if failure.reason == Reason::GuestFailed => {
-                if let Some(retry) = discard {
-                    retry.put_off(now);
-                    self.trouble = Some(failure.clone());
-                }
-            }
-            DestinationEvent::Tick if self.limit.is_some_and(|limit| limit <= now) => {
-                *discard = None;
-                *released = true;
-            }
-            DestinationEvent::Tick => {
-                if let Some(retry) = discard.as_mut().filter(|retry| retry.is_due(now)) {
-                    retry.ordered(None);
-                    actions.push(DestinationAction::DiscardGuest);
-                }
-            }
-            _ => answer(event, DestinationAction::AnswerAborted(cause.clone()), actions),
-        }
-        if discard.is_none() && *released {
-            let cause = cause.clone();
-            self.enter(Phase::EndedAborted { cause: cause.clone() }, None);
-            actions.push(DestinationAction::Finish(DestinationOutcome::Aborted(cause)));
+            _ => answer(event, RUNNING, actions),
         }
     }
 }
 
-/// Answers where the source wants to know.
+/// Answers where the source wants to know, or would tell again.
 fn answer(event: &DestinationEvent, answer: DestinationAction, actions: &mut Vec<DestinationAction>) {
-    if matches!(event, DestinationEvent::Commit | DestinationEvent::AskOutcome) {
+    use DestinationEvent::{AskOutcome, Commit, MemoryLost};
+    if matches!(event, Commit | AskOutcome | MemoryLost(_)) {
         actions.push(answer);
     }
 }

@@ -37,11 +37,13 @@ pub enum Reason {
     Internal,
     /// One step took longer than it may.
     StepTimeout,
+    /// The guest ran at the destination, and memory that it needs there cannot be had from the source again.
+    MemoryLost,
 }
 
 impl Reason {
     /// Every reason.
-    pub const ALL: [Self; 15] = [
+    pub const ALL: [Self; 16] = [
         Self::LinkLost,
         Self::PeerLost,
         Self::PeerRefused,
@@ -57,6 +59,7 @@ impl Reason {
         Self::AgentRestarted,
         Self::Internal,
         Self::StepTimeout,
+        Self::MemoryLost,
     ];
 
     /// The reason as the API, the journal and the metrics write it.
@@ -77,6 +80,7 @@ impl Reason {
             Self::AgentRestarted => "AGENT_RESTARTED",
             Self::Internal => "INTERNAL",
             Self::StepTimeout => "STEP_TIMEOUT",
+            Self::MemoryLost => "MEMORY_LOST",
         }
     }
 }
@@ -120,6 +124,18 @@ impl Failure {
     /// What the source reports when the destination gave up because of `cause`.
     pub(crate) fn destination_aborted(cause: &Failure) -> Self {
         Self::new(Reason::DestinationAborted, format!("the destination gave up: {cause}"))
+    }
+
+    /// What both sides report when the guest's memory cannot be had from the source again, because of `cause`.
+    pub(crate) fn memory_lost(cause: &Failure) -> Self {
+        if cause.reason == Reason::MemoryLost {
+            return cause.clone();
+        }
+        let message = format!(
+            "memory that the guest had left at the source is lost: {cause}. The guest is stopped at the destination, \
+             and does not run at the source: start it again, as after a power failure"
+        );
+        Self::new(Reason::MemoryLost, message)
     }
 }
 

@@ -19,10 +19,18 @@
 //!   writer can reach, and from then on keep a hash of each page, taken just before it is sent.
 //! * Give the destination's VMM no device state before the zero pages that were sent ahead of it are applied: a VMM
 //!   reads guest RAM while it loads.
+//! * In a switchover into post-copy serve the destination's reads of memory from `PauseGuest` on, until `Release`, and
+//!   catch every access of the destination's VMM to guest RAM from `StartIncoming` on: it waits until what it needs is
+//!   there.
+//! * Let what is owed outlive the destination's agent, from `OwedHeld` on: a page counts as owed until its bytes are in
+//!   place, and is let in only when it does not. A page that was let in once is never written again.
+//! * Let nobody run a guest on what is not its memory: where the agent ends, or memory is lost, accesses to what is
+//!   owed wait.
 //! * Never hold `ResumeGuest` back behind anything else, least of all behind a
 //!   `PauseGuest` that is under way: it interrupts that one.
 //! * Keep a [`Destination`] after its `Finish`, for as long as its source may ask: it goes on answering.
 //! * Write the outcome to the journal at `Finish`. The `recover_` constructors are for journals without one.
+//! * Report `GuestStopped` only when no earlier `ResumeGuest` can run the guest any more.
 //! * Report `GuestResumed` only when the guest runs and no earlier `PauseGuest` can still stop it.
 //!
 //! # Who may run the guest
@@ -36,6 +44,9 @@
 //!    was not yet ordered to resume.
 //! 5. A source that does not know the outcome asks. A destination that is asked before it was
 //!    told to commit never commits.
+//! 6. In post-copy the guest is the destination's, whatever becomes of the source's agent, its VMM or the way there: it
+//!    waits for its memory. The source lets go of nothing before the destination says that it has everything. Where
+//!    the source says that memory is lost for good, the destination's guest is stopped, and no guest runs on.
 #![forbid(unsafe_code)]
 
 mod convergence;
@@ -46,9 +57,10 @@ mod parameters;
 mod progress;
 mod retry;
 mod source;
+mod trouble;
 
 pub use destination::{Destination, DestinationAction, DestinationEvent, DestinationOutcome};
 pub use failure::{Failure, Reason, UnknownReason};
-pub use parameters::{BytesPerSecond, ParameterError, Parameters, TimeoutAction};
+pub use parameters::{BytesPerSecond, ParameterError, Parameters, Postcopy, TimeoutAction};
 pub use progress::{DowntimeParts, FixedCosts, Progress, Round, State};
 pub use source::{LateWrites, Outcome, Source, SourceAction, SourceEvent};

@@ -32,6 +32,8 @@ pub const LAST_COPY_FACTOR: u32 = 4;
 pub const VERIFY: Duration = Duration::from_secs(600);
 /// For the device state.
 pub const DEVICE_STATE: Duration = Duration::from_secs(60);
+/// For the destination to hold what is owed, and to catch every access to it. Both sides.
+pub const OWED: Duration = Duration::from_secs(30);
 /// For HANDED_OVER to be durable at the source.
 pub const HANDOVER: Duration = Duration::from_secs(30);
 /// For the answer to COMMIT. After it the source asks.
@@ -46,6 +48,8 @@ pub const INCOMING: Duration = Duration::from_secs(30);
 pub const UNDO: Duration = Duration::from_secs(10);
 /// For links, regions and tracker to be let go.
 pub const RELEASE: Duration = Duration::from_secs(60);
+/// For a destination guest whose memory is lost to stop. After it its VMM is ended.
+pub const STOP: Duration = Duration::from_secs(30);
 /// For the destination to be rid of its guest.
 pub const DISCARD: Duration = Duration::from_secs(60);
 
@@ -53,7 +57,7 @@ pub const DISCARD: Duration = Duration::from_secs(60);
 pub const RETRY_FIRST: Duration = Duration::from_millis(100);
 /// Longest interval before something that failed is tried again.
 pub const RETRY_MOST: Duration = Duration::from_secs(5);
-/// A guest's resume is ordered again after so long without an answer.
+/// A guest's resume or stop is ordered again after so long without an answer.
 pub const RESUME_ANSWER: Duration = Duration::from_secs(5);
 /// The resume of a source guest is tried for so long. After that its VMM is taken for dead.
 pub const RESUME: Duration = Duration::from_secs(600);

@@ -17,6 +17,20 @@ pub enum TimeoutAction {
     Force,
 }
 
+/// Whether the guest may run at the destination before all of its memory is there. From its resume there until the last
+/// page has arrived it needs both hosts.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+pub enum Postcopy {
+    /// No.
+    #[default]
+    Never,
+    /// Where rounds do not converge, at the timeout, and where a switchover that is forced would take longer than
+    /// `max_downtime`. Goes before `timeout_action`.
+    Allow,
+    /// After the first round.
+    Always,
+}
+
 /// What the caller asks of a migration. Can be changed while it runs.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Parameters {
@@ -28,10 +42,12 @@ pub struct Parameters {
     pub timeout: Option<Duration>,
     /// What is done at the timeout, and when the migration does not converge.
     pub timeout_action: TimeoutAction,
+    /// Whether the guest may run at the destination before all of its memory is there.
+    pub postcopy: Postcopy,
     /// Rounds that bring no progress for this long do not converge.
     pub no_progress_timeout: Duration,
     /// Whether RAM is compared on both sides while both guests stand still. The time that takes is not
-    /// counted in the expected downtime.
+    /// counted in the expected downtime. After a switchover into post-copy there is nothing to compare.
     pub verify: bool,
 }
 
@@ -76,6 +92,7 @@ impl Default for Parameters {
             bandwidth_limit: None,
             timeout: None,
             timeout_action: TimeoutAction::default(),
+            postcopy: Postcopy::default(),
             no_progress_timeout: Duration::from_secs(5),
             verify: false,
         }

@@ -13,11 +13,13 @@ pub enum State {
     Precopy,
     /// The guest is being paused, or stands still until its destination runs.
     SwitchingOver,
+    /// The guest runs at the destination; memory that it needs is still at the source.
+    Postcopy,
     /// It is being undone, because of a failure or because it was cancelled.
     Cancelling,
     /// The guest runs at the destination.
     Succeeded,
-    /// It failed; the guest is the source's.
+    /// It failed; the guest is the source's, or lost its memory on its way.
     Failed,
     /// It was cancelled; the guest runs at the source.
     Cancelled,
@@ -31,6 +33,7 @@ impl State {
             Self::Preparing => "PREPARING",
             Self::Precopy => "PRECOPY",
             Self::SwitchingOver => "SWITCHING_OVER",
+            Self::Postcopy => "POSTCOPY",
             Self::Cancelling => "CANCELLING",
             Self::Succeeded => "SUCCEEDED",
             Self::Failed => "FAILED",
@@ -88,6 +91,8 @@ pub struct DowntimeParts {
     pub acknowledge: Duration,
     /// Comparison of RAM, where it was asked for.
     pub verify: Duration,
+    /// Until the destination held the list of pages that it is owed, where the switchover led into post-copy.
+    pub owed: Duration,
     /// Until the destination had loaded the device state.
     pub device_state: Duration,
     /// HANDED_OVER to the source's journal.
@@ -98,7 +103,7 @@ pub struct DowntimeParts {
 
 impl DowntimeParts {
     /// The parts with their names, in order.
-    pub fn named(&self) -> [(&'static str, Duration); 10] {
+    pub fn named(&self) -> [(&'static str, Duration); 11] {
         [
             ("pause", self.pause),
             ("harvest", self.harvest),
@@ -107,6 +112,7 @@ impl DowntimeParts {
             ("fence", self.fence),
             ("acknowledge", self.acknowledge),
             ("verify", self.verify),
+            ("owed", self.owed),
             ("device_state", self.device_state),
             ("journal", self.journal),
             ("commit", self.commit),
@@ -121,7 +127,8 @@ pub struct Progress {
     pub round: u32,
     /// Copied rounds, oldest first; only the last [`Progress::ROUNDS_KEPT`].
     pub rounds: Vec<Round>,
-    /// Of the round under way, when it began; of the next one, between rounds.
+    /// Of the round under way, when it began; of the next one, between rounds. In post-copy what the destination is still
+    /// owed, as it last said.
     pub remaining_bytes: u64,
     /// Sent in all rounds, without zero pages.
     pub transferred_bytes: u64,
@@ -143,6 +150,10 @@ pub struct Progress {
     pub setup_time: Option<Duration>,
     /// From the start to the destination guest's resume.
     pub total_time: Option<Duration>,
+    /// Whether memory was owed when the guest was handed over.
+    pub postcopy: bool,
+    /// From the destination guest's resume until all of its memory was there, where any was owed.
+    pub postcopy_time: Option<Duration>,
     /// From the source guest's pause to the word that the destination's runs.
     pub downtime: Option<Duration>,
     /// Parts of the downtime, as far as they are known.

@@ -30,6 +30,11 @@ impl Retry {
         self.at = at;
     }
 
+    /// It was done: not due again before it is put off.
+    pub(crate) fn done(&mut self) {
+        *self = Self::new(None);
+    }
+
     /// It failed, or nothing tells when it does: puts the next try off.
     pub(crate) fn put_off(&mut self, now: Duration) {
         self.at = Some(now.saturating_add(self.interval));

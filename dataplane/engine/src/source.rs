@@ -15,19 +15,31 @@
 //!  Pause                                      v
 //!    | GuestPaused                                        downtime begins
 //!  LastHarvest [-> LastRecheck] -> LastCopy -> LastFence [-> LastAcknowledge -> Verify] -> DeviceState
+//!    |                                                                                       ^
+//!    +-- into post-copy: SendOwed -----------------------------------------------------------+
 //!    | DeviceStateMoved and RoundEnded, in either order: where the first comes first, LastAcknowledge
 //!  Handover                                               HANDED_OVER is being written; no Cancel from here
 //!    | HandedOverSynced
 //! ===|================================================== COMMIT is sent: the source may not resume ===========
 //!  Commit -- PeerLost, Failed, COMMIT_ANSWER passed --> Ask <-- recover_handed_over
 //!    |                                                   |      AskOutcome at PeerBack and at intervals
-//!    +------- DestinationRunning ------------------------+--> Ending: Release, Finish(Succeeded)
+//!    +------- DestinationRunning, memory owed -----------+--> Serve, see `postcopy.rs`; then, as the next
+//!    +------- DestinationRunning, nothing owed ----------+--> Ending: Release, Finish(Succeeded)
 //!    +------- DestinationAborted ------------------------+--> Ending: ResumeGuest, Release, Finish(Failed)
+//!    +------- DestinationLost ---------------------------+--> Ending: Release, Finish(Failed)
 //!
 //!  From anywhere above the line, on Failed, Cancel, PeerLost, DestinationAborted, a step's limit or the timeout:
 //!  Ending: ResumeGuest (from Pause on), StopCopy, AbortPeer, then Release, then Finish (see `ending.rs`).
 //!  recover_before_handover goes there at once.
 //! ```
+//!
+//! # Into post-copy
+//!
+//! With [`Postcopy::Always`] the first harvest, with [`Postcopy::Allow`] rounds that do not converge, a forced
+//! switchover that would take too long, or the timeout: it cuts the round under way short, and what that did not
+//! send is owed. So is what was harvested and what is unsettled, see `late.rs`: no round, no recheck and no comparison
+//! come between the last harvest and the device state. Where nothing is owed in the end, the switchover is an
+//! ordinary one.
 //!
 //! # Why the source may resume during Handover
 //!
@@ -42,10 +54,12 @@
 //! be ABORTED; resuming a guest that runs changes nothing. A driver that writes the outcome to the journal at
 //! `Finish` spares itself the question.
 
+mod doubt;
 mod ending;
 mod interface;
 mod late;
 mod phase;
+mod postcopy;
 mod rounds;
 mod switchover;
 
@@ -56,14 +70,17 @@ use ramferry_ram::PageSets;
 
 use crate::convergence::Convergence;
 use crate::retry::Retry;
-use crate::{Failure, FixedCosts, ParameterError, Parameters, Progress, Reason, State, TimeoutAction};
-use ending::{Ending, Plan};
+use crate::trouble::Trouble;
+use crate::{
+    Failure, FixedCosts, ParameterError, Parameters, Postcopy, Progress, Reason, State, TimeoutAction,
+};
+use ending::{Ending, Guest, Plan};
 use late::Late;
 pub(crate) use late::RecheckDue;
 use phase::Phase;
 
 /// The source of one migration.
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 pub struct Source {
     parameters: Parameters,
     progress: Progress,
@@ -76,15 +93,21 @@ pub struct Source {
     last_harvest_at: Duration,
     paused_at: Option<Duration>,
     commit_at: Option<Duration>,
+    /// When the destination said that the guest runs there.
+    resumed_at: Option<Duration>,
     /// Switch over after the round under way.
     forced: bool,
+    /// The timeout has passed that post-copy is to answer.
+    at_once: bool,
     /// The guest wrote these, and no round carries them yet.
     owed: Option<PageSets>,
     late: Late,
     ask: Retry,
     asked_at: Option<Duration>,
-    /// The last failure that did not end the migration, because the outcome is in doubt.
-    doubt: Option<Failure>,
+    /// Failures that did not end the migration, because the outcome is in doubt, or the guest runs at the destination.
+    doubt: Option<Trouble>,
+    /// This side's memory was lost while the outcome was in doubt.
+    memory_lost: Option<Failure>,
 }
 
 impl Source {
@@ -125,6 +148,7 @@ impl Source {
                 self.fail(now, failure, actions);
             }
             Phase::Commit | Phase::Ask => self.in_doubt(now, event, actions),
+            Phase::Serve { .. } => self.serving(now, event, actions),
             _ => self.under_way(now, event, actions),
         }
     }
@@ -133,7 +157,7 @@ impl Source {
     pub fn deadline(&self) -> Option<Duration> {
         match &self.phase {
             Phase::Ending(ending) => ending.deadline(),
-            Phase::Ask => self.ask.at(),
+            Phase::Ask | Phase::Serve { .. } => self.ask.at(),
             Phase::Restarted => Some(Duration::ZERO),
             _ => self.timeout_at().into_iter().chain(self.phase_limit).min(),
         }
@@ -162,18 +186,27 @@ impl Source {
     /// Whether `Cancel` keeps the guest here: not from the order to write HANDED_OVER on.
     pub fn can_cancel(&self) -> bool {
         match &self.phase {
-            Phase::Handover | Phase::Commit | Phase::Ask | Phase::Ended(_) => false,
-            Phase::Ending(ending) => *ending.outcome() != Outcome::Succeeded,
+            Phase::Handover | Phase::Commit | Phase::Ask | Phase::Serve { .. } | Phase::Ended(_) => false,
+            Phase::Ending(ending) => ending.guest_stays(),
             _ => true,
         }
     }
 
-    /// What holds the migration up, where it can neither go on nor end: the outcome cannot be learnt, or the
-    /// guest does not resume.
+    /// What holds the migration up, where it can neither go on nor end: the outcome cannot be learnt, the guest does
+    /// not resume, or the destination cannot be served.
     pub fn trouble(&self) -> Option<&Failure> {
+        self.held_up().map(|trouble| &trouble.failure)
+    }
+
+    /// Since when there has been trouble, on the clock of the events.
+    pub fn trouble_since(&self) -> Option<Duration> {
+        self.held_up().map(|trouble| trouble.since)
+    }
+
+    fn held_up(&self) -> Option<&Trouble> {
         match &self.phase {
             Phase::Ending(ending) => ending.trouble(),
-            Phase::Commit | Phase::Ask => self.doubt.as_ref(),
+            Phase::Commit | Phase::Ask | Phase::Serve { .. } => self.doubt.as_ref(),
             _ => None,
         }
     }
@@ -190,12 +223,15 @@ impl Source {
             last_harvest_at: Duration::ZERO,
             paused_at: None,
             commit_at: None,
+            resumed_at: None,
             forced: false,
+            at_once: false,
             owed: None,
             late: Late::default(),
             ask: Retry::new(None),
             asked_at: None,
             doubt: None,
+            memory_lost: None,
         }
     }
 
@@ -204,12 +240,12 @@ impl Source {
         match event {
             SourceEvent::Start => self.start(now, actions),
             SourceEvent::Cancel => self.cancel(now, actions),
-            SourceEvent::Failed(failure) | SourceEvent::GuestGone(failure) => {
-                self.fail(now, failure, actions);
-            }
+            SourceEvent::Failed(failure)
+            | SourceEvent::GuestGone(failure)
+            | SourceEvent::MemoryLost(failure) => self.fail(now, failure, actions),
             SourceEvent::PeerLost => self.peer_lost(now, actions),
             SourceEvent::DestinationAborted(cause) => self.destination_aborted(now, &cause, actions),
-            SourceEvent::DestinationRunning => {
+            SourceEvent::DestinationRunning { .. } | SourceEvent::DestinationLost(_) => {
                 let message =
                     "the destination's agent says that the guest runs there, and was not told to run it";
                 self.fail(now, Failure::new(Reason::PeerRefused, message), actions);
@@ -295,23 +331,43 @@ impl Source {
         self.fail(now, Failure::new(Reason::StepTimeout, message), actions);
     }
 
-    /// The caller's timeout, while it still counts.
+    /// The caller's timeout, while it still counts. A round that ends in a forced switchover may go on beyond it only
+    /// where there is no post-copy.
     fn timeout_at(&self) -> Option<Duration> {
-        let counts = self.phase.is_before_switchover() && !self.forced;
+        let is_answered =
+            self.leaves_at_once() || (self.forced && self.parameters.postcopy == Postcopy::Never);
+        let counts = self.phase.is_before_switchover() && !is_answered;
         self.parameters.timeout.filter(|_| counts).map(|timeout| self.started_at.saturating_add(timeout))
     }
 
+    fn leaves_at_once(&self) -> bool {
+        self.at_once && self.parameters.postcopy != Postcopy::Never
+    }
+
     fn timed_out(&mut self, now: Duration, actions: &mut Vec<SourceAction>) {
+        if self.parameters.postcopy != Postcopy::Never {
+            return self.leave_at_once(now, actions);
+        }
         match self.parameters.timeout_action {
             TimeoutAction::Force => self.force(now, actions),
             TimeoutAction::Cancel => {
                 let message = format!(
                     "the guest was not switched over within the timeout of {:?}. Raise the timeout or max_downtime, \
-                     or choose timeout_action FORCE",
+                     allow post-copy, or choose timeout_action FORCE",
                     self.parameters.timeout.unwrap_or_default()
                 );
                 self.fail(now, Failure::new(Reason::Timeout, message), actions);
             }
+        }
+    }
+
+    /// Into post-copy, with what the round under way has not sent.
+    fn leave_at_once(&mut self, now: Duration, actions: &mut Vec<SourceAction>) {
+        self.at_once = true;
+        match self.phase {
+            Phase::Wait => self.harvest(now, actions),
+            Phase::Copy | Phase::Recheck => actions.push(SourceAction::StopCopy),
+            _ => {}
         }
     }
 
@@ -344,7 +400,7 @@ impl Source {
         }
         let plan = Plan {
             outcome,
-            resume_guest: !self.phase.is_before_switchover(),
+            guest: Guest::Stays { resume: !self.phase.is_before_switchover() },
             stop_copy: self.phase.reads_memory(),
             abort_peer,
         };

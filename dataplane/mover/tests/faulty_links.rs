@@ -95,11 +95,11 @@ impl SourceOutside for Outside {
         let input = match action {
             SourceAction::Prepare => SourceInput::Ready(self.parts.take().unwrap()),
             SourceAction::EndRound { round } => SourceEvent::RoundEnded { round }.into(),
-            SourceAction::PauseGuest => SourceInput::GuestPaused(Duration::ZERO),
+            SourceAction::PauseGuest { .. } => SourceInput::GuestPaused(Duration::ZERO),
             SourceAction::Verify => SourceInput::PeerDigests(self.peer.memory.memory.digests().unwrap()),
             SourceAction::MoveDeviceState => SourceEvent::DeviceStateMoved.into(),
             SourceAction::WriteHandedOver => SourceEvent::HandedOverSynced.into(),
-            SourceAction::SendCommit => SourceEvent::DestinationRunning.into(),
+            SourceAction::SendCommit => SourceEvent::DestinationRunning { memory_owed: false }.into(),
             SourceAction::ResumeGuest => SourceEvent::GuestResumed.into(),
             SourceAction::AbortPeer(_) => SourceEvent::PeerAborted.into(),
             SourceAction::Finish(outcome) => return self.finished.send((outcome, self.counted)).unwrap(),

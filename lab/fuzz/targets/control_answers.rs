@@ -75,7 +75,7 @@ impl SourceOutside for Agent {
         let right: SourceInput = match action {
             SourceAction::Prepare => SourceInput::Ready(Box::new(self.parts())),
             SourceAction::EndRound { round } => SourceEvent::RoundEnded { round }.into(),
-            SourceAction::PauseGuest => {
+            SourceAction::PauseGuest { .. } => {
                 self.orders.push("pause");
                 SourceEvent::GuestPaused.into()
             }
@@ -90,7 +90,7 @@ impl SourceOutside for Agent {
             }
             SourceAction::SendCommit => {
                 self.orders.push("COMMIT");
-                SourceEvent::DestinationRunning.into()
+                SourceEvent::DestinationRunning { memory_owed: false }.into()
             }
             SourceAction::AskOutcome => {
                 SourceEvent::DestinationAborted(Failure::new(Reason::DestinationAborted, "asked")).into()

@@ -33,7 +33,7 @@ impl DestinationOutside for Agent {
             DestinationAction::Prepare => {
                 DestinationInput::Ready(self.parts.take().expect("it is prepared once"))
             }
-            DestinationAction::StartIncoming => DestinationEvent::IncomingReady.into(),
+            DestinationAction::StartIncoming { .. } => DestinationEvent::IncomingReady.into(),
             // All of the device state came before.
             DestinationAction::TellIncomingReady => DestinationEvent::DeviceStateLoaded.into(),
             DestinationAction::WriteCommitted => {

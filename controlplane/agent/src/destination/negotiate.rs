@@ -10,7 +10,7 @@ use ramferry_proto::v1;
 use ramferry_ram::{Block, Layout, RamFile};
 use tonic::{Code, Status};
 
-use super::{Plan, Start, start};
+use super::{Plan, Start, start, token_digest};
 use crate::MigrationRole;
 use crate::core::{Agent, PROTOCOL_VERSION};
 use crate::guest_cell::GuestCell;
@@ -196,7 +196,7 @@ fn created(request: &v1::NegotiateSessionRequest, info: &GuestInfo, token: &Sess
         guest_pid: info.pid,
         created_unix_ms: unix_milliseconds(),
         guest_was_running: request.guest_running,
-        session: Some(token.digest()),
+        session: Some(token_digest(token)),
     }
 }
 

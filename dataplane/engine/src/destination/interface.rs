@@ -1,3 +1,5 @@
+use ramferry_ram::PageSets;
+
 use crate::Failure;
 
 /// What a destination is told.
@@ -18,9 +20,19 @@ pub enum DestinationEvent {
         round: u32,
     },
     /// The source's order: have the VMM wait for device state.
-    PrepareIncoming,
+    PrepareIncoming {
+        /// The switchover may lead into post-copy.
+        postcopy: bool,
+    },
     /// Answer to `StartIncoming`.
     IncomingReady,
+    /// The source's order: these pages are owed. They are not here, or not as they are at the source.
+    Owed {
+        /// All of them.
+        pages: PageSets,
+    },
+    /// Answer to `HoldOwed`.
+    OwedHeld,
     /// The source's order: digests of all blocks.
     Verify,
     /// Answer to `Digest`: the digests are sent.
@@ -43,8 +55,17 @@ pub enum DestinationEvent {
     AbortedSynced,
     /// Answer to `ResumeGuest`: the guest runs.
     GuestResumed,
-    /// Answer to `ResumeGuest`: its VMM has ended. The guest may have run before that.
+    /// Answer to `ResumeGuest` and `StopGuest`, or at any time in post-copy: its VMM has ended. The guest may have run
+    /// before that.
     GuestGone(Failure),
+    /// Links to the source are open, and what is owed comes; after a `Failed` of `Pull`.
+    PullResumed,
+    /// Answer to `Pull`: nothing is owed any more, and every page was let in.
+    Pulled,
+    /// The source's word: memory that is owed cannot be had again.
+    MemoryLost(Failure),
+    /// Answer to `StopGuest`: the guest stands still, and no earlier `ResumeGuest` can run it any more.
+    GuestStopped,
     /// Answer to `DiscardGuest`.
     GuestDiscarded,
     /// Answer to `Release`.
@@ -71,28 +92,53 @@ pub enum DestinationAction {
         round: u32,
     },
     /// See that the VMM will not start its guest by itself, and have it wait for device state (`IncomingReady`).
-    StartIncoming,
+    StartIncoming {
+        /// Before that, catch every access of the VMM to guest RAM, and from now on let it in to what is there; to what
+        /// is owed once it has been read from the source.
+        postcopy: bool,
+    },
     /// Tell the source that the VMM waits.
     TellIncomingReady,
+    /// Take note of what is owed, so that it outlives this agent; from then on no access reaches it before its bytes
+    /// are in place. Open the links that they are read over (`OwedHeld`).
+    HoldOwed {
+        /// All of it.
+        pages: PageSets,
+    },
+    /// Tell the source that what is owed is held.
+    TellOwedAccepted,
     /// Make digests of all blocks and send them (`Verified`).
     Digest,
     /// Tell the source that the device state is loaded.
     TellDeviceStateLoaded,
     /// Append COMMITTED to the journal, durably (`CommittedSynced`).
     WriteCommitted,
-    /// Have the guest run here. Idempotent: a guest that runs is left alone (`GuestResumed`).
+    /// Have the guest run here. Idempotent: a guest that runs is left alone (`GuestResumed`). Where memory is owed it may
+    /// have to wait for that, and must not hold the `Pull` up that comes behind it.
     ResumeGuest,
     /// Tell the source that the guest runs, if it can be reached.
-    AnswerRunning,
+    AnswerRunning {
+        /// Whether memory is still owed. The source lets go once it is not.
+        memory_owed: bool,
+    },
+    /// Read what is owed from the source, what the guest waits for first: over the links that there are, or new ones
+    /// (`Pulled`; `Failed` where it cannot go on, and then it is ordered again: `PullResumed`). After a restart catch
+    /// accesses again first. Idempotent.
+    Pull,
+    /// Have the guest stand still: its memory is lost. Idempotent (`GuestStopped`).
+    StopGuest,
+    /// Tell the source that the guest was stopped because its memory is lost, if it can be reached.
+    AnswerLost(Failure),
     /// Append ABORTED to the journal, durably (`AbortedSynced`).
     WriteAborted(Failure),
     /// Be rid of the guest, whatever is under way on it. Idempotent (`GuestDiscarded`).
     DiscardGuest,
     /// Tell the source that the guest never will run, if it can be reached.
     AnswerAborted(Failure),
-    /// Let go of links and regions, and end whatever is still under way (`Released`).
+    /// Let go of links and regions, and end whatever is still under way (`Released`). Where memory is still owed and the
+    /// VMM lives, accesses to that go on waiting.
     Release,
-    /// The end. Only answers to the source's questions follow.
+    /// The end, to be written to the journal before the answer that follows. Only answers to the source's questions follow.
     Finish(DestinationOutcome),
 }
 
@@ -103,13 +149,18 @@ impl DestinationAction {
             Self::Prepare => "prepare",
             Self::DrainRound { .. } => "drain_round",
             Self::AcknowledgeRound { .. } => "acknowledge_round",
-            Self::StartIncoming => "start_incoming",
+            Self::StartIncoming { .. } => "start_incoming",
+            Self::HoldOwed { .. } => "hold_owed",
+            Self::TellOwedAccepted => "tell_owed_accepted",
             Self::TellIncomingReady => "tell_incoming_ready",
             Self::Digest => "digest",
             Self::TellDeviceStateLoaded => "tell_device_state_loaded",
             Self::WriteCommitted => "write_committed",
             Self::ResumeGuest => "resume_guest",
-            Self::AnswerRunning => "answer_running",
+            Self::AnswerRunning { .. } => "answer_running",
+            Self::Pull => "pull",
+            Self::StopGuest => "stop_guest",
+            Self::AnswerLost(_) => "answer_lost",
             Self::WriteAborted(_) => "write_aborted",
             Self::DiscardGuest => "discard_guest",
             Self::AnswerAborted(_) => "answer_aborted",
@@ -134,4 +185,6 @@ pub enum DestinationOutcome {
     Running,
     /// The guest never will run here.
     Aborted(Failure),
+    /// The guest ran here, and was stopped because its memory is lost.
+    Lost(Failure),
 }

@@ -11,7 +11,7 @@ pub(super) enum Incoming {
     /// Being told.
     Starting,
     /// Waits for it.
-    Ready,
+    Ready { postcopy: bool },
     /// Has loaded it.
     Loaded,
 }
@@ -26,10 +26,12 @@ pub(super) enum Serving {
     /// Makes digests.
     Digest,
     /// Has the VMM wait for device state.
-    Incoming,
+    Incoming { postcopy: bool },
+    /// Takes note of what is owed.
+    Hold,
 }
 
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 pub(super) struct Receiving {
     pub(super) incoming: Incoming,
     pub(super) serving: Serving,
@@ -40,9 +42,10 @@ impl Receiving {
     pub(super) const BEGIN: Self =
         Self { incoming: Incoming::Off, serving: Serving::Nothing, rounds_ended: 0 };
 
-    /// Whether the next order to do something may come: RAM is final once the device state is loaded.
-    pub(super) fn takes_orders(&self) -> bool {
-        self.serving == Serving::Nothing && self.incoming != Incoming::Loaded
+    /// Whether the next order to do something may come: RAM is final once the device state is loaded, or what is
+    /// `owed` is held.
+    pub(super) fn takes_orders(&self, is_owed: bool) -> bool {
+        self.serving == Serving::Nothing && self.incoming != Incoming::Loaded && !is_owed
     }
 
     /// Whether `round` is the one that ends next.
@@ -57,14 +60,16 @@ impl Receiving {
 }
 
 /// The last record of the journal that was found after a restart.
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 pub(super) enum Found {
     Prepared,
     Committed,
+    /// COMMITTED, and memory is owed.
+    Postcopy,
     Aborted(Failure),
 }
 
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 pub(super) enum Phase {
     /// Waits for `Start`.
     Pending,
@@ -78,8 +83,14 @@ pub(super) enum Phase {
     Committing { veto: Option<Failure> },
     /// COMMITTED is durable; the guest is being resumed.
     Resuming(Retry),
+    /// The guest runs; what it is owed is being read.
+    Pulling,
+    /// Memory is lost; the guest is being stopped, or, once that took too long, its VMM ended.
+    Stopping { cause: Failure, retry: Retry, discards: bool },
     /// The guest runs; links are being let go.
-    Running,
+    Running { after_postcopy: bool },
+    /// The guest stands still for good; links are being let go.
+    Lost { cause: Failure },
     /// ABORTED is being written.
     Aborting { cause: Failure, write: Retry, released: bool },
     /// ABORTED is durable; the guest is being discarded.
@@ -88,6 +99,8 @@ pub(super) enum Phase {
     EndedRunning,
     /// Only answers.
     EndedAborted { cause: Failure },
+    /// Only answers.
+    EndedLost { cause: Failure },
 }
 
 impl Phase {
@@ -99,7 +112,8 @@ impl Phase {
             Self::Receiving(receiving) => match (receiving.serving, receiving.incoming) {
                 (Serving::Drain { .. }, _) => "drain",
                 (Serving::Digest, _) => "verify",
-                (Serving::Incoming, _) => "incoming",
+                (Serving::Incoming { .. }, _) => "incoming",
+                (Serving::Hold, _) => "hold",
                 (Serving::Nothing, Incoming::Off) => "receive",
                 (Serving::Nothing, Incoming::Loaded) => "loaded",
                 (Serving::Nothing, _) => "receive_last",
@@ -108,8 +122,10 @@ impl Phase {
             Self::Resuming(_) => "resume",
             Self::Aborting { .. } => "abort",
             Self::Discarding { .. } => "discard",
-            Self::Running => "release",
-            Self::EndedRunning | Self::EndedAborted { .. } => "ended",
+            Self::Pulling => "pull",
+            Self::Stopping { .. } => "stop",
+            Self::Running { .. } | Self::Lost { .. } => "release",
+            Self::EndedRunning | Self::EndedAborted { .. } | Self::EndedLost { .. } => "ended",
         }
     }
 
@@ -118,14 +134,29 @@ impl Phase {
             Self::Pending => State::Pending,
             Self::Prepare => State::Preparing,
             Self::Receiving(receiving) if receiving.incoming == Incoming::Off => State::Precopy,
-            Self::Receiving(_) | Self::Committing { .. } | Self::Resuming(_) | Self::Running => {
-                State::SwitchingOver
+            Self::Receiving(_)
+            | Self::Committing { .. }
+            | Self::Resuming(_)
+            | Self::Running { after_postcopy: false } => State::SwitchingOver,
+            Self::Pulling | Self::Stopping { .. } | Self::Running { .. } | Self::Lost { .. } => {
+                State::Postcopy
             }
-            Self::Restarted(Found::Committed) => State::SwitchingOver,
+            Self::Restarted(Found::Committed | Found::Postcopy) => State::SwitchingOver,
             Self::Restarted(_) | Self::Aborting { .. } | Self::Discarding { .. } => State::Cancelling,
             Self::EndedRunning => State::Succeeded,
             Self::EndedAborted { cause } if cause.reason == Reason::Cancelled => State::Cancelled,
-            Self::EndedAborted { .. } => State::Failed,
+            Self::EndedAborted { .. } | Self::EndedLost { .. } => State::Failed,
+        }
+    }
+
+    /// Whether the guest was ordered to resume here: it is never aborted any more.
+    pub(super) fn may_have_run(&self) -> bool {
+        match self {
+            Self::Resuming(_) | Self::Pulling | Self::Stopping { .. } => true,
+            Self::Running { .. } | Self::Lost { .. } | Self::EndedRunning | Self::EndedLost { .. } => true,
+            Self::Pending | Self::Restarted(_) | Self::Prepare | Self::Receiving(_) => false,
+            Self::Committing { .. } | Self::Aborting { .. } | Self::Discarding { .. } => false,
+            Self::EndedAborted { .. } => false,
         }
     }
 
@@ -133,7 +164,7 @@ impl Phase {
     pub(super) fn retry_at(&self) -> Option<Duration> {
         match self {
             Self::Resuming(retry) | Self::Aborting { write: retry, .. } => retry.at(),
-            Self::Discarding { discard: Some(retry), .. } => retry.at(),
+            Self::Discarding { discard: Some(retry), .. } | Self::Stopping { retry, .. } => retry.at(),
             Self::Restarted(_) => Some(Duration::ZERO),
             _ => None,
         }

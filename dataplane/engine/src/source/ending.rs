@@ -16,37 +16,47 @@ use std::time::Duration;
 use super::{Outcome, SourceAction, SourceEvent};
 use crate::limits::{RELEASE, RESUME, RESUME_ANSWER, UNDO};
 use crate::retry::Retry;
-use crate::{Failure, Reason};
+use crate::trouble::Trouble;
+use crate::{Failure, Reason, State};
+
+/// Whose the guest is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Guest {
+    /// The source's: to be resumed where it may be paused.
+    Stays { resume: bool },
+    /// The destination's, or was; it is not resumed here, whatever comes.
+    Left { state: State },
+}
 
 /// What is to be undone.
 #[derive(Debug)]
 pub(super) struct Plan {
     pub(super) outcome: Outcome,
-    /// The guest may be paused, and is to run here.
-    pub(super) resume_guest: bool,
+    pub(super) guest: Guest,
     /// A copy or a recheck is under way.
     pub(super) stop_copy: bool,
     /// The destination does not know yet that it ends, and why.
     pub(super) abort_peer: Option<Failure>,
 }
 
-#[derive(Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 enum Release {
     Held,
     Ordered,
     Done,
 }
 
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 struct Resume {
     retry: Retry,
     give_up_at: Duration,
-    last_failure: Option<Failure>,
+    trouble: Option<Trouble>,
 }
 
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 pub(super) struct Ending {
     outcome: Outcome,
+    guest: Guest,
     resume: Option<Resume>,
     copy_stops: bool,
     telling_peer: bool,
@@ -62,6 +72,7 @@ impl Ending {
     pub(super) fn begin(now: Duration, plan: Plan, actions: &mut Vec<SourceAction>) -> Self {
         let mut ending = Self {
             outcome: plan.outcome,
+            guest: plan.guest,
             resume: None,
             copy_stops: plan.stop_copy,
             telling_peer: plan.abort_peer.is_some(),
@@ -69,7 +80,7 @@ impl Ending {
             undo_limit: Some(now.saturating_add(UNDO)),
             release_limit: None,
         };
-        if plan.resume_guest {
+        if plan.guest == (Guest::Stays { resume: true }) {
             ending.order_resume(now, actions);
         }
         if plan.stop_copy {
@@ -90,7 +101,7 @@ impl Ending {
         match event {
             SourceEvent::GuestResumed => self.resume = None,
             SourceEvent::GuestGone(failure) if self.resume.is_some() => self.lost(&failure),
-            SourceEvent::GuestPaused if self.outcome != Outcome::Succeeded => self.order_resume(now, actions),
+            SourceEvent::GuestPaused if self.guest_stays() => self.order_resume(now, actions),
             SourceEvent::Failed(failure) => self.failed(now, failure),
             SourceEvent::Copied { .. } | SourceEvent::Rechecked { .. } => self.copy_stops = false,
             SourceEvent::PeerAborted | SourceEvent::PeerLost => self.telling_peer = false,
@@ -112,13 +123,20 @@ impl Ending {
         if self.resume.is_some() { "resume" } else { "release" }
     }
 
-    pub(super) fn outcome(&self) -> &Outcome {
-        &self.outcome
+    pub(super) fn state(&self) -> State {
+        match self.guest {
+            Guest::Stays { .. } => State::Cancelling,
+            Guest::Left { state } => state,
+        }
+    }
+
+    pub(super) fn guest_stays(&self) -> bool {
+        matches!(self.guest, Guest::Stays { .. })
     }
 
     /// Why the guest does not run yet.
-    pub(super) fn trouble(&self) -> Option<&Failure> {
-        self.resume.as_ref()?.last_failure.as_ref()
+    pub(super) fn trouble(&self) -> Option<&Trouble> {
+        self.resume.as_ref()?.trouble.as_ref()
     }
 
     fn order_resume(&mut self, now: Duration, actions: &mut Vec<SourceAction>) {
@@ -127,7 +145,7 @@ impl Ending {
             Some(resume) => resume.retry.ordered(answer_by),
             None => {
                 let give_up_at = now.saturating_add(RESUME);
-                self.resume = Some(Resume { retry: Retry::new(answer_by), give_up_at, last_failure: None });
+                self.resume = Some(Resume { retry: Retry::new(answer_by), give_up_at, trouble: None });
             }
         }
         actions.push(SourceAction::ResumeGuest);
@@ -139,7 +157,7 @@ impl Ending {
             && let Some(resume) = &mut self.resume
         {
             resume.retry.put_off(now);
-            resume.last_failure = Some(failure);
+            Trouble::note(&mut resume.trouble, now, failure);
         }
     }
 
@@ -161,7 +179,8 @@ impl Ending {
     }
 
     fn give_resume_up(&mut self) {
-        let cause = self.trouble().map_or("it did not answer".to_owned(), Failure::to_string);
+        let cause =
+            self.trouble().map_or("it did not answer".to_owned(), |trouble| trouble.failure.to_string());
         let message = format!(
             "the source guest could not be resumed for {RESUME:?} ({cause}). The destination never runs it: resume \
              it here through its VMM (QMP: `migrate_cancel`, `cont`), or start it again"

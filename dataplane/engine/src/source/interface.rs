@@ -72,12 +72,28 @@ pub enum SourceEvent {
         /// Whether all of RAM is equal on both sides.
         equal: bool,
     },
+    /// Answer to `SendOwed`: the destination holds the list, and will have its VMM wait for each of the pages.
+    OwedAccepted,
     /// Answer to `MoveDeviceState`: the VMM has sent all of it, and the destination has loaded it.
     DeviceStateMoved,
     /// Answer to `WriteHandedOver`: the record is durable.
     HandedOverSynced,
-    /// The destination's guest runs. Answer to `SendCommit` or `AskOutcome`.
-    DestinationRunning,
+    /// The destination's guest runs. Answer to `SendCommit`, `AskOutcome` and `Reconnect`; comes by itself when nothing
+    /// is owed any more.
+    DestinationRunning {
+        /// Whether memory is still owed. Never again once it is not.
+        memory_owed: bool,
+    },
+    /// The destination's guest ran, and was stopped because memory is lost. Answer to `TellMemoryLost`, `AskOutcome` and
+    /// `Reconnect`.
+    DestinationLost(Failure),
+    /// What the destination is still owed, as it says while it pulls.
+    StillOwed {
+        /// Of the pages.
+        bytes: u64,
+    },
+    /// This side's memory cannot be had again: its file is gone, say. Answer to `Reconnect`, or at any time.
+    MemoryLost(Failure),
     /// The destination's guest never will run. May come at any time.
     DestinationAborted(Failure),
     /// The control stream ended.
@@ -136,7 +152,15 @@ pub enum SourceAction {
     },
     /// Have the destination's VMM wait for device state, and this one start its device stream up to where it has
     /// stopped the vCPUs (`GuestPaused`).
-    PauseGuest,
+    PauseGuest {
+        /// The switchover may lead into post-copy: catch accesses there, and serve reads of memory here, from now on.
+        postcopy: bool,
+    },
+    /// Give the destination the list of pages that it is owed (`OwedAccepted`).
+    SendOwed {
+        /// All that it does not have, or may not have as it is now. Never none.
+        pages: PageSets,
+    },
     /// Compare all of RAM with the destination's (`Verified`).
     Verify,
     /// Let the VMM send its device state, behind what was sent to the destination before, and wait until the destination has loaded it (`DeviceStateMoved`).
@@ -148,6 +172,14 @@ pub enum SourceAction {
     /// Ask the destination whether it committed, over a new control stream when there is none (`DestinationRunning`,
     /// `DestinationAborted`, or nothing when it cannot be reached).
     AskOutcome,
+    /// Serve reads of memory again, where that was interrupted, and ask the destination how far it is, over a new control
+    /// stream when there is none (`DestinationRunning`, `DestinationLost`, `MemoryLost`, or nothing when it cannot be
+    /// reached). Ordered again until one of them comes.
+    Reconnect,
+    /// Tell the destination that memory is lost for good, over a new control stream when there is none
+    /// (`DestinationLost`, `DestinationRunning` with nothing owed, or nothing when it cannot be reached). Ordered again
+    /// until one of them comes.
+    TellMemoryLost(Failure),
     /// Tell the destination to give up, as far as it can be reached, in bounded time (`PeerAborted`).
     AbortPeer(Failure),
     /// Have the guest run here, at once. Idempotent: a guest that runs is left alone (`GuestResumed`).
@@ -185,12 +217,15 @@ impl SourceAction {
             Self::Recheck { .. } => "recheck",
             Self::Fence => "fence",
             Self::EndRound { .. } => "end_round",
-            Self::PauseGuest => "pause_guest",
+            Self::PauseGuest { .. } => "pause_guest",
+            Self::SendOwed { .. } => "send_owed",
             Self::Verify => "verify",
             Self::MoveDeviceState => "move_device_state",
             Self::WriteHandedOver => "write_handed_over",
             Self::SendCommit => "send_commit",
             Self::AskOutcome => "ask_outcome",
+            Self::Reconnect => "reconnect",
+            Self::TellMemoryLost(_) => "tell_memory_lost",
             Self::AbortPeer(_) => "abort_peer",
             Self::ResumeGuest => "resume_guest",
             Self::Release => "release",
@@ -205,7 +240,7 @@ impl SourceAction {
 pub enum Outcome {
     /// The guest runs at the destination.
     Succeeded,
-    /// The guest is the source's.
+    /// The guest is the source's; or, with MEMORY_LOST, was the destination's and runs nowhere.
     Failed(Failure),
     /// The guest runs at the source.
     Cancelled,

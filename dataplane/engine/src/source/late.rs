@@ -11,6 +11,8 @@
 //! * At the pause the VMM has ended its transfers. What was sent in later rounds, from a harvest in which a page may
 //!   have been marked that was not filled yet, is unsettled: it is rechecked after the last harvest.
 //!
+//! * In a switchover into post-copy nothing is rechecked: what is unsettled at the pause is owed, and read once more.
+//!
 //! Where nobody can be asked to drain, everything stays unsettled; a settle then still sends early what differs, and
 //! measures what the recheck at the pause will cost.
 
@@ -21,7 +23,7 @@ use ramferry_ram::PageSets;
 use super::phase::Phase;
 use super::{LateWrites, Source, SourceAction};
 
-#[derive(Debug, Default)]
+#[derive(Clone, Debug, Default)]
 pub(super) struct Late {
     writes: LateWrites,
     /// Sent since late writes are expected, and not settled.
@@ -96,6 +98,14 @@ impl Late {
 
     pub(super) fn settled_round_ended(&mut self) {
         self.settling = false;
+    }
+
+    /// `pages`, and all that may have been filled since it was sent.
+    pub(super) fn and_unsettled(&self, mut pages: PageSets) -> PageSets {
+        if let Some(unsettled) = &self.unsettled {
+            pages.union_with(unsettled);
+        }
+        pages
     }
 
     /// What must be rechecked when `pages` are sent in any case; `None` when nothing.

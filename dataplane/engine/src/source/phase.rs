@@ -1,11 +1,10 @@
 use std::time::Duration;
 
-use super::Outcome;
 use super::ending::Ending;
-use crate::{State, limits};
+use crate::{Failure, State, limits};
 
 /// What a source waits for.
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 pub(super) enum Phase {
     /// `Start`.
     Pending,
@@ -28,9 +27,13 @@ pub(super) enum Phase {
     /// `Rechecked`.
     Recheck,
     /// `GuestPaused`.
-    Pause,
+    Pause {
+        postcopy: bool,
+    },
     /// `Harvested`, with the guest paused; and so on.
-    LastHarvest,
+    LastHarvest {
+        postcopy: bool,
+    },
     LastRecheck,
     LastCopy,
     LastFence,
@@ -40,6 +43,8 @@ pub(super) enum Phase {
     },
     /// `Verified`.
     Verify,
+    /// `OwedAccepted`.
+    SendOwed,
     /// `DeviceStateMoved`, and `RoundEnded` unless that came.
     DeviceState {
         acknowledged: bool,
@@ -50,6 +55,10 @@ pub(super) enum Phase {
     Commit,
     /// The same, asking. COMMIT may have been sent.
     Ask,
+    /// `DestinationRunning` with nothing owed: the destination pulls. Once memory is `lost`, `DestinationLost`.
+    Serve {
+        lost: Option<Failure>,
+    },
     /// Its own end.
     Ending(Ending),
     /// Nothing.
@@ -69,17 +78,20 @@ impl Phase {
             Self::Harvest => "harvest",
             Self::Drain => "drain",
             Self::Recheck => "recheck",
-            Self::Pause => "pause",
-            Self::LastHarvest => "last_harvest",
+            Self::Pause { .. } => "pause",
+            Self::LastHarvest { .. } => "last_harvest",
             Self::LastRecheck => "last_recheck",
             Self::LastCopy => "last_copy",
             Self::LastFence => "last_fence",
             Self::LastAcknowledge { .. } => "last_acknowledge",
             Self::Verify => "verify",
+            Self::SendOwed => "send_owed",
             Self::DeviceState { .. } => "device_state",
             Self::Handover => "handover",
             Self::Commit => "commit",
             Self::Ask => "ask",
+            Self::Serve { lost: None } => "serve",
+            Self::Serve { lost: Some(_) } => "memory_lost",
             Self::Ending(ending) => ending.phase(),
             Self::Ended(_) => "ended",
         }
@@ -96,41 +108,44 @@ impl Phase {
             | Self::Harvest
             | Self::Drain
             | Self::Recheck => State::Precopy,
-            Self::Pause
-            | Self::LastHarvest
+            Self::Pause { .. }
+            | Self::LastHarvest { .. }
             | Self::LastRecheck
             | Self::LastCopy
             | Self::LastFence
             | Self::LastAcknowledge { .. }
             | Self::Verify
+            | Self::SendOwed
             | Self::DeviceState { .. }
             | Self::Handover
             | Self::Commit
             | Self::Ask => State::SwitchingOver,
-            Self::Ending(ending) if *ending.outcome() == Outcome::Succeeded => State::SwitchingOver,
-            Self::Restarted | Self::Ending(_) => State::Cancelling,
+            Self::Serve { .. } => State::Postcopy,
+            Self::Ending(ending) => ending.state(),
+            Self::Restarted => State::Cancelling,
             Self::Ended(state) => *state,
         }
     }
 
     /// How long the phase may last. `Wait` and `Ask` have times of their own; a round may take as long as it
-    /// takes while the guest runs, for its links fail when they make no progress.
+    /// takes while the guest runs, for its links fail when they make no progress, and so may post-copy.
     pub(super) fn limit(&self) -> Option<Duration> {
         match self {
             Self::Prepare => Some(limits::PREPARE),
             Self::Fence | Self::LastFence => Some(limits::FENCE),
             Self::Acknowledge | Self::LastAcknowledge { .. } => Some(limits::ACKNOWLEDGE),
-            Self::Harvest | Self::LastHarvest => Some(limits::HARVEST),
+            Self::Harvest | Self::LastHarvest { .. } => Some(limits::HARVEST),
             Self::Drain => Some(limits::DRAIN_GUEST),
             Self::Recheck | Self::LastRecheck => Some(limits::RECHECK),
-            Self::Pause => Some(limits::PAUSE),
+            Self::Pause { .. } => Some(limits::PAUSE),
             Self::LastCopy => Some(limits::LAST_COPY),
             Self::Verify => Some(limits::VERIFY),
+            Self::SendOwed => Some(limits::OWED),
             Self::DeviceState { .. } => Some(limits::DEVICE_STATE),
             Self::Handover => Some(limits::HANDOVER),
             Self::Commit => Some(limits::COMMIT_ANSWER),
             Self::Pending | Self::Restarted | Self::Copy | Self::Wait | Self::Ask => None,
-            Self::Ending(_) | Self::Ended(_) => None,
+            Self::Serve { .. } | Self::Ending(_) | Self::Ended(_) => None,
         }
     }
 

@@ -8,7 +8,7 @@ use super::phase::Phase;
 use super::{Source, SourceAction, SourceEvent};
 use crate::convergence::{Convergence, Verdict};
 use crate::limits::ROUND_INTERVAL;
-use crate::{Round, TimeoutAction};
+use crate::{Postcopy, Round, TimeoutAction};
 
 impl Source {
     pub(super) fn rounds_answered(
@@ -22,6 +22,10 @@ impl Source {
                 self.convergence = Convergence::new(fixed);
                 self.progress.setup_time = Some(now.saturating_sub(self.started_at));
                 self.last_harvest_at = now;
+                if self.leaves_at_once() {
+                    self.owed = Some(pages);
+                    return self.pause(now, true, actions);
+                }
                 if let Some(limit) = self.parameters.bandwidth_limit {
                     actions.push(SourceAction::SetBandwidthLimit(Some(limit)));
                 }
@@ -49,7 +53,15 @@ impl Source {
             }
             (Phase::Drain, SourceEvent::Drained { complete }) => {
                 self.late.drained(complete);
+                if self.leaves_at_once() {
+                    return self.pause(now, true, actions);
+                }
                 self.recheck(now, actions);
+            }
+            // Cut short: it settles nothing.
+            (Phase::Recheck, SourceEvent::Rechecked { differing, .. }) if self.leaves_at_once() => {
+                self.owed = Some(self.take_owed_and(differing));
+                self.pause(now, true, actions);
             }
             (Phase::Recheck, SourceEvent::Rechecked { differing, checked_bytes, elapsed }) => {
                 self.note_recheck(&differing, checked_bytes, elapsed);
@@ -63,7 +75,7 @@ impl Source {
 
     fn harvest_when_due(&mut self, now: Duration, actions: &mut Vec<SourceAction>) {
         let due = self.last_harvest_at.saturating_add(ROUND_INTERVAL);
-        if now < due && !self.forced {
+        if now < due && !self.forced && !self.leaves_at_once() {
             self.enter(now, Phase::Wait);
             self.phase_limit = Some(due);
         } else {
@@ -81,6 +93,10 @@ impl Source {
         let recheck = self.late.recheck_due();
         self.progress.expected_downtime = self.convergence.expected_downtime(owed_bytes, recheck.bytes);
         let verdict = self.convergence.judge(now, owed_bytes, recheck, &self.parameters);
+        if self.is_for_postcopy(verdict) {
+            self.owed = Some(pages);
+            return self.pause(now, true, actions);
+        }
         let or_fail = self.parameters.timeout_action == TimeoutAction::Cancel;
         match verdict {
             Verdict::NextRound if !self.forced => self.copy(now, Phase::Copy, pages, actions),
@@ -90,14 +106,30 @@ impl Source {
                 self.fail(now, failure, actions);
             }
             _ if recheck.never_settled => self.settle(now, pages, actions),
-            _ => self.pause(now, pages, actions),
+            _ => {
+                self.owed = Some(pages);
+                self.pause(now, false, actions);
+            }
         }
     }
 
-    fn pause(&mut self, now: Duration, pages: PageSets, actions: &mut Vec<SourceAction>) {
-        self.owed = Some(pages);
-        self.enter(now, Phase::Pause);
-        actions.push(SourceAction::PauseGuest);
+    /// Whether the switchover begins now, and leads into post-copy. There nothing has to be settled first: what is
+    /// not will be owed.
+    fn is_for_postcopy(&self, verdict: Verdict) -> bool {
+        let hurried = self.forced || self.leaves_at_once();
+        match self.parameters.postcopy {
+            Postcopy::Never => false,
+            Postcopy::Allow => {
+                verdict == Verdict::NotConverging || (hurried && verdict != Verdict::SwitchOver)
+            }
+            Postcopy::Always => true,
+        }
+    }
+
+    /// Begins the switchover; all that no round carries is in `owed`.
+    fn pause(&mut self, now: Duration, postcopy: bool, actions: &mut Vec<SourceAction>) {
+        self.enter(now, Phase::Pause { postcopy });
+        actions.push(SourceAction::PauseGuest { postcopy });
     }
 
     /// Begins the next round with `pages`, in `phase`.

@@ -1,18 +1,19 @@
-//! From the guest's pause to the answer to COMMIT.
+//! From the guest's pause to COMMIT.
 //!
 //! The last fence proves that every write is placed. The destination's acknowledgement adds its word that its links
 //! and its RAM are sound: HANDED_OVER needs that, the device state does not. So the two go side by side, unless RAM is
 //! compared, which takes both sides' word that it is complete.
+//!
+//! Into post-copy there is no last round: the last fence was the last round's while the guest ran, and nothing is sent
+//! since. The destination must hold what it is owed before its VMM loads device state, for that reads RAM.
 
 use std::time::Duration;
 
 use ramferry_ram::PageSets;
 
-use super::ending::Plan;
 use super::phase::Phase;
-use super::{Outcome, Source, SourceAction, SourceEvent};
-use crate::limits::{LAST_COPY, LAST_COPY_FACTOR, RETRY_FIRST};
-use crate::retry::Retry;
+use super::{Source, SourceAction, SourceEvent};
+use crate::limits::{LAST_COPY, LAST_COPY_FACTOR};
 use crate::{Failure, Reason};
 
 impl Source {
@@ -24,25 +25,25 @@ impl Source {
     ) {
         let took = self.phase_took(now);
         match (&mut self.phase, answer) {
-            (Phase::Pause, SourceEvent::GuestPaused) => {
+            (Phase::Pause { postcopy }, SourceEvent::GuestPaused) => {
+                let postcopy = *postcopy;
                 self.paused_at = Some(now);
                 self.progress.downtime_parts.pause = took;
-                self.next(now, Phase::LastHarvest, SourceAction::Harvest, actions);
+                self.next(now, Phase::LastHarvest { postcopy }, SourceAction::Harvest, actions);
             }
-            (Phase::LastHarvest, SourceEvent::Harvested { written, elapsed }) => {
+            (Phase::LastHarvest { postcopy }, SourceEvent::Harvested { written, elapsed }) => {
+                let postcopy = *postcopy;
                 self.progress.downtime_parts.harvest = took;
                 let pages = self.note_harvest(now, written, elapsed);
-                if self.parameters.bandwidth_limit.is_some() {
-                    actions.push(SourceAction::SetBandwidthLimit(None));
+                if postcopy {
+                    self.owe(now, pages, actions);
+                } else {
+                    self.last_round(now, pages, actions);
                 }
-                match self.late.unsettled_but(&pages) {
-                    Some(unsettled) => {
-                        self.owed = Some(pages);
-                        let recheck = SourceAction::Recheck { pages: unsettled };
-                        self.next(now, Phase::LastRecheck, recheck, actions);
-                    }
-                    None => self.last_copy(now, pages, actions),
-                }
+            }
+            (Phase::SendOwed, SourceEvent::OwedAccepted) => {
+                self.progress.downtime_parts.owed = took;
+                self.move_device_state(now, true, actions);
             }
             (Phase::LastRecheck, SourceEvent::Rechecked { differing, checked_bytes, elapsed }) => {
                 self.progress.downtime_parts.recheck = took;
@@ -105,6 +106,31 @@ impl Source {
         }
     }
 
+    /// Into post-copy: nothing is copied any more. Where nothing is owed, an ordinary switchover is as short.
+    fn owe(&mut self, now: Duration, pages: PageSets, actions: &mut Vec<SourceAction>) {
+        let pages = self.late.and_unsettled(pages);
+        if pages.is_empty() {
+            return self.last_round(now, pages, actions);
+        }
+        self.progress.postcopy = true;
+        self.progress.remaining_bytes = pages.bytes();
+        self.next(now, Phase::SendOwed, SourceAction::SendOwed { pages }, actions);
+    }
+
+    fn last_round(&mut self, now: Duration, pages: PageSets, actions: &mut Vec<SourceAction>) {
+        if self.parameters.bandwidth_limit.is_some() {
+            actions.push(SourceAction::SetBandwidthLimit(None));
+        }
+        match self.late.unsettled_but(&pages) {
+            Some(unsettled) => {
+                self.owed = Some(pages);
+                let recheck = SourceAction::Recheck { pages: unsettled };
+                self.next(now, Phase::LastRecheck, recheck, actions);
+            }
+            None => self.last_copy(now, pages, actions),
+        }
+    }
+
     fn last_copy(&mut self, now: Duration, pages: PageSets, actions: &mut Vec<SourceAction>) {
         let expected = self.convergence.copy_time(pages.bytes()).unwrap_or_default();
         self.copy(now, Phase::LastCopy, pages, actions);
@@ -131,72 +157,5 @@ impl Source {
                            writes it that is not tracked. The guest runs on at the source";
             self.fail(now, Failure::new(Reason::VerifyFailed, message), actions);
         }
-    }
-
-    /// Below the line: only the destination's answer ends the doubt. Nothing else resumes the guest or gives up,
-    /// however often it has to be asked.
-    pub(super) fn in_doubt(&mut self, now: Duration, event: SourceEvent, actions: &mut Vec<SourceAction>) {
-        match event {
-            SourceEvent::DestinationRunning => self.destination_runs(now, actions),
-            SourceEvent::DestinationAborted(cause) => self.destination_aborted(now, &cause, actions),
-            SourceEvent::PeerLost => {
-                let message = "the control stream to the destination's agent ended, and whether the guest runs \
-                               there is not known. It is asked until it answers: see that its agent runs and can \
-                               be reached";
-                self.doubt(now, Failure::new(Reason::PeerLost, message));
-            }
-            SourceEvent::Failed(failure) | SourceEvent::GuestGone(failure) => self.doubt(now, failure),
-            SourceEvent::Start => self.ask_outcome(now, actions),
-            SourceEvent::PeerBack => self.peer_back(now, actions),
-            SourceEvent::Tick => self.in_doubt_tick(now, actions),
-            _ => {}
-        }
-    }
-
-    fn in_doubt_tick(&mut self, now: Duration, actions: &mut Vec<SourceAction>) {
-        let unanswered =
-            matches!(self.phase, Phase::Commit) && self.phase_limit.is_some_and(|limit| limit <= now);
-        let due = matches!(self.phase, Phase::Ask) && self.ask.is_due(now);
-        if unanswered || due {
-            self.ask_outcome(now, actions);
-        }
-    }
-
-    /// An answer may be on its way already: gives it time before it asks.
-    fn doubt(&mut self, now: Duration, failure: Failure) {
-        self.doubt = Some(failure);
-        if matches!(self.phase, Phase::Commit) {
-            self.enter(now, Phase::Ask);
-            self.ask = Retry::new(Some(now.saturating_add(RETRY_FIRST)));
-        }
-    }
-
-    /// Asks at once, unless it has just asked: a stream that comes and goes must not make it spin.
-    fn peer_back(&mut self, now: Duration, actions: &mut Vec<SourceAction>) {
-        let not_before = self.asked_at.map(|asked_at| asked_at.saturating_add(RETRY_FIRST));
-        match not_before {
-            Some(not_before) if now < not_before => self.ask.ordered(Some(not_before)),
-            _ => self.ask_outcome(now, actions),
-        }
-    }
-
-    fn ask_outcome(&mut self, now: Duration, actions: &mut Vec<SourceAction>) {
-        if matches!(self.phase, Phase::Commit) {
-            self.enter(now, Phase::Ask);
-        }
-        self.ask.put_off(now);
-        self.asked_at = Some(now);
-        actions.push(SourceAction::AskOutcome);
-    }
-
-    fn destination_runs(&mut self, now: Duration, actions: &mut Vec<SourceAction>) {
-        if let (Some(paused_at), Some(commit_at)) = (self.paused_at, self.commit_at) {
-            self.progress.downtime_parts.commit = now.saturating_sub(commit_at);
-            self.progress.downtime = Some(now.saturating_sub(paused_at));
-            self.progress.total_time = Some(now.saturating_sub(self.started_at));
-        }
-        let outcome = Outcome::Succeeded;
-        let plan = Plan { outcome, resume_guest: false, stop_copy: false, abort_peer: None };
-        self.end(now, plan, actions);
     }
 }

@@ -21,7 +21,7 @@ fn a_migration_that_goes_well_takes_its_steps_in_order() {
         DestinationAction::Prepare,
         DestinationAction::DrainRound { round: 1 },
         DestinationAction::AcknowledgeRound { round: 1 },
-        DestinationAction::StartIncoming,
+        DestinationAction::StartIncoming { postcopy: false },
         DestinationAction::TellIncomingReady,
         DestinationAction::DrainRound { round: 2 },
         DestinationAction::AcknowledgeRound { round: 2 },
@@ -29,7 +29,7 @@ fn a_migration_that_goes_well_takes_its_steps_in_order() {
         DestinationAction::TellDeviceStateLoaded,
         DestinationAction::WriteCommitted,
         DestinationAction::ResumeGuest,
-        DestinationAction::AnswerRunning,
+        DestinationAction::AnswerRunning { memory_owed: false },
         DestinationAction::Release,
         DestinationAction::Finish(DestinationOutcome::Running),
     ];
@@ -92,8 +92,14 @@ fn peer_lost_while_committing_changes_nothing() {
     assert!(checked.handle(DestinationEvent::AskOutcome).is_empty());
     assert!(checked.handle(failed(Reason::LinkLost)).is_empty());
     assert_eq!(checked.handle(DestinationEvent::CommittedSynced), [DestinationAction::ResumeGuest]);
-    assert_eq!(checked.handle(DestinationEvent::GuestResumed)[0], DestinationAction::AnswerRunning);
-    assert_eq!(checked.handle(DestinationEvent::AskOutcome), [DestinationAction::AnswerRunning]);
+    assert_eq!(
+        checked.handle(DestinationEvent::GuestResumed)[0],
+        DestinationAction::AnswerRunning { memory_owed: false }
+    );
+    assert_eq!(
+        checked.handle(DestinationEvent::AskOutcome),
+        [DestinationAction::AnswerRunning { memory_owed: false }]
+    );
 }
 
 #[test]
@@ -141,7 +147,10 @@ fn a_guest_that_was_ordered_to_resume_is_resumed_until_it_runs() {
     }
     assert!(checked.handle(DestinationEvent::Abort(failure(Reason::Cancelled))).is_empty());
     assert_eq!(checked.times(&DestinationAction::ResumeGuest), 21);
-    assert_eq!(checked.handle(DestinationEvent::GuestResumed)[0], DestinationAction::AnswerRunning);
+    assert_eq!(
+        checked.handle(DestinationEvent::GuestResumed)[0],
+        DestinationAction::AnswerRunning { memory_owed: false }
+    );
     assert!(checked.destination.trouble().is_none());
 }
 
@@ -153,7 +162,7 @@ fn orders_out_of_order_are_a_breach_of_the_protocol() {
         ("receive", DestinationEvent::Commit),
         ("drain", DestinationEvent::EndRound { round: 2 }),
         ("drain", DestinationEvent::Commit),
-        ("receive_last", DestinationEvent::PrepareIncoming),
+        ("receive_last", DestinationEvent::PrepareIncoming { postcopy: false }),
         ("receive_last", DestinationEvent::Commit),
         ("loaded", DestinationEvent::EndRound { round: 3 }),
         ("loaded", DestinationEvent::Verify),
@@ -192,7 +201,10 @@ fn restarts_follow_the_last_record() {
     assert!(aborts(&prepared.handle(DestinationEvent::Start), Reason::AgentRestarted));
     let mut committed = Checked::restarted_committed();
     assert_eq!(committed.handle(DestinationEvent::AskOutcome), [DestinationAction::ResumeGuest]);
-    assert_eq!(committed.handle(DestinationEvent::GuestResumed)[0], DestinationAction::AnswerRunning);
+    assert_eq!(
+        committed.handle(DestinationEvent::GuestResumed)[0],
+        DestinationAction::AnswerRunning { memory_owed: false }
+    );
     let mut aborted = Checked::restarted_aborted();
     let actions = aborted.handle(DestinationEvent::Start);
     assert_eq!(actions[0], DestinationAction::Release);
@@ -203,7 +215,10 @@ fn restarts_follow_the_last_record() {
 fn a_guest_whose_vmm_ended_after_the_order_to_resume_is_answered_for_and_never_aborted() {
     for mut checked in [Checked::at("resume"), restarted_committed()] {
         let actions = checked.handle(DestinationEvent::GuestGone(failure(Reason::GuestFailed)));
-        assert_eq!(actions, [DestinationAction::AnswerRunning, DestinationAction::Release]);
+        assert_eq!(
+            actions,
+            [DestinationAction::AnswerRunning { memory_owed: false }, DestinationAction::Release]
+        );
         checked.handle(DestinationEvent::Released);
         assert_eq!(checked.destination.state(), State::Succeeded);
     }

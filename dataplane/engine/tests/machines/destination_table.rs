@@ -3,8 +3,11 @@
 use std::time::Duration;
 
 use ramferry_engine::{
-    Destination, DestinationAction, DestinationEvent, DestinationOutcome, Failure, Reason, State,
+    Destination, DestinationAction, DestinationEvent, DestinationOutcome, Failure, Reason, State, limits,
 };
+use ramferry_ram::PageSets;
+
+use crate::source_harness::pages;
 
 pub(crate) fn failure(reason: Reason) -> Failure {
     Failure::new(reason, "for a test")
@@ -17,7 +20,7 @@ pub(crate) fn good_path() -> Vec<(&'static str, DestinationEvent)> {
         ("prepare", DestinationEvent::Prepared),
         ("receive", DestinationEvent::EndRound { round: 1 }),
         ("drain", DestinationEvent::RoundDrained { round: 1 }),
-        ("receive", DestinationEvent::PrepareIncoming),
+        ("receive", DestinationEvent::PrepareIncoming { postcopy: false }),
         ("incoming", DestinationEvent::IncomingReady),
         ("receive_last", DestinationEvent::EndRound { round: 2 }),
         ("drain", DestinationEvent::RoundDrained { round: 2 }),
@@ -41,6 +44,28 @@ pub(crate) fn path_without_verify() -> Vec<(&'static str, DestinationEvent)> {
     path
 }
 
+pub(crate) fn owed() -> PageSets {
+    pages(3)
+}
+
+/// A migration into post-copy.
+pub(crate) fn postcopy_path() -> Vec<(&'static str, DestinationEvent)> {
+    vec![
+        ("pending", DestinationEvent::Start),
+        ("prepare", DestinationEvent::Prepared),
+        ("receive", DestinationEvent::PrepareIncoming { postcopy: true }),
+        ("incoming", DestinationEvent::IncomingReady),
+        ("receive_last", DestinationEvent::Owed { pages: owed() }),
+        ("hold", DestinationEvent::OwedHeld),
+        ("receive_last", DestinationEvent::DeviceStateLoaded),
+        ("loaded", DestinationEvent::Commit),
+        ("commit", DestinationEvent::CommittedSynced),
+        ("resume", DestinationEvent::GuestResumed),
+        ("pull", DestinationEvent::Pulled),
+        ("release", DestinationEvent::Released),
+    ]
+}
+
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Last {
     Nothing,
@@ -48,7 +73,7 @@ enum Last {
     Aborted,
 }
 
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 pub(crate) struct Checked {
     pub(crate) destination: Destination,
     pub(crate) now: Duration,
@@ -57,6 +82,12 @@ pub(crate) struct Checked {
     write_pending: bool,
     resume_ordered: bool,
     resumed: bool,
+    /// Memory is owed, and may not be there.
+    owed: bool,
+    /// The source told that it never will be.
+    memory_lost: bool,
+    /// The guest stands still for good, or its VMM is ended, or could not be.
+    stopped: bool,
     finished: bool,
 }
 
@@ -73,24 +104,38 @@ impl Checked {
         Self::over(Destination::recover_committed(), Last::Committed)
     }
 
+    pub(crate) fn restarted_postcopy() -> Self {
+        Self { owed: true, ..Self::over(Destination::recover_postcopy(), Last::Committed) }
+    }
+
     pub(crate) fn restarted_aborted() -> Self {
         Self::over(Destination::recover_aborted(failure(Reason::LinkLost)), Last::Aborted)
     }
 
     /// After `steps` of the good path.
     pub(crate) fn after(steps: usize) -> Self {
-        let mut checked = Self::new();
-        for (phase, event) in good_path().into_iter().take(steps) {
-            assert_eq!(checked.destination.phase(), phase);
-            checked.handle(event);
-        }
-        checked
+        Self::along(good_path().into_iter().take(steps))
     }
 
     /// Where the good path first comes to `phase`.
     pub(crate) fn at(phase: &str) -> Self {
-        let steps = good_path().iter().position(|(name, _)| *name == phase);
-        Self::after(steps.unwrap_or_else(|| panic!("{phase} is not on the path")))
+        Self::on(good_path(), phase)
+    }
+
+    /// The same, on `path`.
+    pub(crate) fn on(path: Vec<(&'static str, DestinationEvent)>, phase: &str) -> Self {
+        let steps = path.iter().position(|(name, _)| *name == phase);
+        let steps = steps.unwrap_or_else(|| panic!("{phase} is not on the path"));
+        Self::along(path.into_iter().take(steps))
+    }
+
+    fn along(path: impl Iterator<Item = (&'static str, DestinationEvent)>) -> Self {
+        let mut checked = Self::new();
+        for (phase, event) in path {
+            assert_eq!(checked.destination.phase(), phase);
+            checked.handle(event);
+        }
+        checked
     }
 
     fn over(destination: Destination, last_record: Last) -> Self {
@@ -102,6 +147,9 @@ impl Checked {
             write_pending: false,
             resume_ordered: false,
             resumed: false,
+            owed: false,
+            memory_lost: false,
+            stopped: false,
             finished: false,
         }
     }
@@ -127,6 +175,7 @@ impl Checked {
             }
             _ => {}
         }
+        self.note_memory(&event);
         let mut actions = Vec::new();
         self.destination.handle(self.now, event, &mut actions);
         for action in &actions {
@@ -135,6 +184,37 @@ impl Checked {
         }
         assert_eq!(self.destination.state().is_final(), self.finished);
         actions
+    }
+
+    fn note_memory(&mut self, event: &DestinationEvent) {
+        let phase = self.destination.phase();
+        match event {
+            DestinationEvent::OwedHeld if phase == "hold" => self.owed = true,
+            DestinationEvent::Pulled if self.resume_ordered && !self.memory_lost => self.owed = false,
+            // There is no guest to owe anything to.
+            DestinationEvent::GuestGone(_) if self.resume_ordered && !self.memory_lost => self.owed = false,
+            DestinationEvent::MemoryLost(_) if ["resume", "pull"].contains(&phase) && self.owed => {
+                self.memory_lost = true;
+            }
+            DestinationEvent::GuestStopped
+            | DestinationEvent::GuestGone(_)
+            | DestinationEvent::GuestDiscarded
+                if phase == "stop" =>
+            {
+                self.stopped = true;
+            }
+            DestinationEvent::Tick if self.now >= limits::STOP + limits::DISCARD && phase == "stop" => {
+                self.stopped = true;
+            }
+            _ => {}
+        }
+    }
+
+    /// The same destination after `event`.
+    pub(crate) fn then(&self, event: &DestinationEvent) -> Self {
+        let mut checked = self.clone();
+        checked.handle(event.clone());
+        checked
     }
 
     /// The time passes until the next tick is due; false when none is.
@@ -150,8 +230,12 @@ impl Checked {
     }
 
     fn check(&mut self, action: &DestinationAction, pending_before: bool) {
-        let answers =
-            matches!(action, DestinationAction::AnswerRunning | DestinationAction::AnswerAborted(_));
+        let answers = matches!(
+            action,
+            DestinationAction::AnswerRunning { .. }
+                | DestinationAction::AnswerAborted(_)
+                | DestinationAction::AnswerLost(_)
+        );
         assert!(!self.finished || answers, "{action:?} after the end");
         match action {
             DestinationAction::WriteCommitted => {
@@ -166,17 +250,42 @@ impl Checked {
             }
             DestinationAction::ResumeGuest => {
                 assert_eq!(self.last_record, Last::Committed, "resumes before COMMITTED is durable");
+                assert!(!self.memory_lost, "resumes on what is not its memory");
                 self.resume_ordered = true;
             }
-            DestinationAction::AnswerRunning => assert!(self.resumed, "says that it runs and it does not"),
+            DestinationAction::AnswerRunning { memory_owed } => {
+                assert!(self.resumed, "says that it runs and it does not");
+                assert_eq!(*memory_owed, self.owed, "the source lets go by this");
+                assert!(!self.memory_lost);
+            }
+            DestinationAction::AnswerLost(_) => {
+                assert!(self.memory_lost && self.stopped, "it may run on");
+                assert!(self.finished, "a restart would resume it, and the source not tell again");
+            }
+            DestinationAction::Pull => {
+                assert!(self.owed && self.resume_ordered && !self.memory_lost);
+            }
+            DestinationAction::StopGuest => assert!(self.owed && self.memory_lost && !self.stopped),
+            DestinationAction::Release if self.resume_ordered => {
+                assert!(!self.owed || self.stopped, "lets go of what the guest waits for");
+            }
             DestinationAction::AnswerAborted(_) => {
                 assert_eq!(self.last_record, Last::Aborted, "says that it aborted before that is durable");
             }
             DestinationAction::DiscardGuest => {
-                assert_eq!(self.last_record, Last::Aborted, "discards what it may have to run");
+                let must_go = self.last_record == Last::Aborted || (self.memory_lost && !self.stopped);
+                assert!(must_go, "discards what it may have to run");
             }
             DestinationAction::Finish(outcome) => {
-                assert_eq!(*outcome == DestinationOutcome::Running, self.resumed);
+                let expected = match outcome {
+                    DestinationOutcome::Running => self.resumed && !self.owed,
+                    DestinationOutcome::Aborted(_) => !self.resume_ordered,
+                    DestinationOutcome::Lost(failure) => {
+                        assert_eq!(failure.reason, Reason::MemoryLost);
+                        self.memory_lost && self.stopped
+                    }
+                };
+                assert!(expected, "{outcome:?}");
                 self.finished = true;
             }
             _ => {}
@@ -194,8 +303,11 @@ fn events() -> Vec<DestinationEvent> {
         DestinationEvent::EndRound { round: 3 },
         DestinationEvent::RoundDrained { round: 1 },
         DestinationEvent::RoundDrained { round: 2 },
-        DestinationEvent::PrepareIncoming,
+        DestinationEvent::PrepareIncoming { postcopy: false },
+        DestinationEvent::PrepareIncoming { postcopy: true },
         DestinationEvent::IncomingReady,
+        DestinationEvent::Owed { pages: owed() },
+        DestinationEvent::OwedHeld,
         DestinationEvent::Verify,
         DestinationEvent::Verified,
         DestinationEvent::DeviceStateLoaded,
@@ -208,6 +320,10 @@ fn events() -> Vec<DestinationEvent> {
         DestinationEvent::AbortedSynced,
         DestinationEvent::GuestResumed,
         DestinationEvent::GuestGone(failure(Reason::GuestFailed)),
+        DestinationEvent::PullResumed,
+        DestinationEvent::Pulled,
+        DestinationEvent::MemoryLost(failure(Reason::MemoryLost)),
+        DestinationEvent::GuestStopped,
         DestinationEvent::GuestDiscarded,
         DestinationEvent::Released,
         DestinationEvent::Tick,
@@ -229,6 +345,19 @@ fn steps() -> Vec<Way> {
     let path: Vec<_> = path_without_verify().into_iter().map(|(_, event)| event).collect();
     steps.extend((8..=path.len()).map(|count| (Checked::new as fn() -> Checked, path[..count].to_vec())));
 
+    let path: Vec<_> = postcopy_path().into_iter().map(|(_, event)| event).collect();
+    steps.extend((3..=path.len()).map(|count| (Checked::new as fn() -> Checked, path[..count].to_vec())));
+    let memory_lost = DestinationEvent::MemoryLost(failure(Reason::MemoryLost));
+    let stopped = DestinationEvent::GuestStopped;
+    for begin in [pulling as fn() -> Checked, resuming, Checked::restarted_postcopy] {
+        steps.push((begin, vec![failed(Reason::LinkLost), DestinationEvent::PeerLost]));
+        steps.push((begin, vec![DestinationEvent::Start, memory_lost.clone()]));
+        steps.push((begin, vec![DestinationEvent::Pulled]));
+    }
+    steps.push((pulling, vec![memory_lost.clone(), stopped.clone()]));
+    steps.push((pulling, vec![memory_lost, stopped, DestinationEvent::Released]));
+    steps.push((unstoppable, vec![]));
+
     let lost = vec![DestinationEvent::PeerLost];
     let synced = [lost.clone(), vec![DestinationEvent::AbortedSynced]].concat();
     let ended = [synced.clone(), vec![DestinationEvent::GuestDiscarded, DestinationEvent::Released]].concat();
@@ -249,6 +378,24 @@ fn steps() -> Vec<Way> {
 
 fn loaded() -> Checked {
     Checked::at("loaded")
+}
+
+fn pulling() -> Checked {
+    Checked::on(postcopy_path(), "pull")
+}
+
+fn resuming() -> Checked {
+    Checked::on(postcopy_path(), "resume")
+}
+
+/// Its VMM is being ended, because it did not stop.
+fn unstoppable() -> Checked {
+    let mut checked = pulling();
+    checked.handle(DestinationEvent::MemoryLost(failure(Reason::MemoryLost)));
+    while checked.times(&DestinationAction::DiscardGuest) == 0 {
+        assert!(checked.tick());
+    }
+    checked
 }
 
 fn committing() -> Checked {
@@ -273,7 +420,7 @@ fn every_step_is_reached_by_the_table() {
     reached.sort_unstable();
     reached.dedup();
     let mut all: Vec<_> = good_path().iter().map(|(phase, _)| *phase).collect();
-    all.extend(["abort", "discard", "restarted", "ended"]);
+    all.extend(["abort", "discard", "restarted", "ended", "hold", "pull", "stop"]);
     all.sort_unstable();
     all.dedup();
     assert_eq!(reached, all);
@@ -284,20 +431,20 @@ fn every_step_is_reached_by_the_table() {
 fn no_three_events_in_any_step_break_a_rule() {
     let events = events();
     for step in &steps() {
+        let begun = reach(step);
         for first in &events {
+            let first = begun.then(first);
             for second in &events {
+                let second = first.then(second);
                 for third in &events {
-                    let mut checked = reach(step);
-                    for event in [first, second, third] {
-                        checked.handle(event.clone());
-                    }
+                    second.then(third);
                 }
             }
         }
     }
 }
 
-/// From any step, after any event, ticks alone: it ends, or waits for the source, or for a record.
+/// From any step, after any event, ticks alone: it ends, or waits for the source, or for a record, or for memory.
 #[test]
 fn silence_after_any_event_in_any_step_leaves_nothing_undecided() {
     for step in &steps() {
@@ -308,11 +455,27 @@ fn silence_after_any_event_in_any_step_leaves_nothing_undecided() {
                 checked.tick();
             }
             let phase = checked.destination.phase();
-            let rests =
-                ["pending", "receive", "receive_last", "loaded", "commit", "abort", "resume", "ended"];
+            let rests = [
+                "pending",
+                "receive",
+                "receive_last",
+                "loaded",
+                "commit",
+                "abort",
+                "resume",
+                "pull",
+                "ended",
+            ];
             assert!(rests.contains(&phase), "{event:?}: {phase}");
+            let links =
+                checked.destination.trouble().is_some_and(|trouble| trouble.reason != Reason::PeerLost);
+            if phase == "pull" && links {
+                assert!(checked.times(&DestinationAction::Pull) > 900);
+            }
             if phase == "resume" {
-                assert!(checked.times(&DestinationAction::ResumeGuest) > 900);
+                // Where links are down as well, one tick in two is theirs.
+                let resumed = checked.times(&DestinationAction::ResumeGuest);
+                assert!(resumed > 400 && resumed + checked.times(&DestinationAction::Pull) > 900);
             }
         }
     }
@@ -330,13 +493,20 @@ fn commit_and_ask_are_always_answered_in_the_end() {
                 DestinationEvent::CommittedSynced,
                 DestinationEvent::AbortedSynced,
                 DestinationEvent::GuestResumed,
+                DestinationEvent::GuestStopped,
+                DestinationEvent::Released,
             ] {
                 checked.handle(answer);
             }
             checked.tick();
             checked.handle(DestinationEvent::AbortedSynced);
             let answered = checked.actions.iter().any(|action| {
-                matches!(action, DestinationAction::AnswerRunning | DestinationAction::AnswerAborted(_))
+                matches!(
+                    action,
+                    DestinationAction::AnswerRunning { .. }
+                        | DestinationAction::AnswerAborted(_)
+                        | DestinationAction::AnswerLost(_)
+                )
             });
             assert!(answered, "{question:?}: {:?}", checked.actions);
         }

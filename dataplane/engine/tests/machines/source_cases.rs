@@ -7,7 +7,7 @@ use ramferry_engine::{
 
 use crate::source_harness::{
     Checked, PAGE_BYTES, PAGES, copied, cut_short, failure, fenced, good_path, harvested, late_path,
-    milliseconds, pages, path_without_verify, prepared, rechecked,
+    milliseconds, pages, path_without_verify, postcopy_path, prepared, rechecked,
 };
 use crate::source_table::switchover_steps;
 
@@ -61,7 +61,7 @@ fn a_migration_that_goes_well_takes_its_steps_in_order() {
         SourceAction::Fence,
         SourceAction::EndRound { round: 1 },
         SourceAction::Harvest,
-        SourceAction::PauseGuest,
+        SourceAction::PauseGuest { postcopy: false },
         SourceAction::Harvest,
         SourceAction::Copy { round: 2, pages: pages(2) },
         SourceAction::Fence,
@@ -112,7 +112,7 @@ fn parts_of(steps: [SourceEvent; 2]) -> DowntimeParts {
     assert!(checked.handle(first).is_empty(), "HANDED_OVER before both are there");
     checked.now += milliseconds(2);
     assert_eq!(checked.handle(second), [SourceAction::WriteHandedOver]);
-    for event in [SourceEvent::HandedOverSynced, SourceEvent::DestinationRunning] {
+    for event in [SourceEvent::HandedOverSynced, SourceEvent::DestinationRunning { memory_owed: false }] {
         checked.now += milliseconds(2);
         checked.handle(event);
     }
@@ -150,7 +150,7 @@ fn rounds_go_on_while_the_guest_dirties_too_much_and_end_when_it_calms_down() {
         assert_eq!(checked.source.state(), State::Precopy);
         end_round(&mut checked);
     }
-    assert_eq!(checked.handle(harvested(1)), [SourceAction::PauseGuest]);
+    assert_eq!(checked.handle(harvested(1)), [SourceAction::PauseGuest { postcopy: false }]);
     let progress = checked.source.progress();
     assert_eq!(progress.rounds.len(), 4);
     assert_eq!(progress.rounds[0].dirtied_bytes, PAGES * PAGE_BYTES);
@@ -175,7 +175,7 @@ fn pages_of_a_round_cut_short_are_owed_to_the_next() {
 #[test]
 fn pages_harvested_before_the_pause_are_in_the_last_round() {
     let mut checked = after_first_round(Parameters::default());
-    assert_eq!(checked.handle(harvested(PAGES)), [SourceAction::PauseGuest]);
+    assert_eq!(checked.handle(harvested(PAGES)), [SourceAction::PauseGuest { postcopy: false }]);
     checked.handle(SourceEvent::GuestPaused);
     let actions = checked.handle(harvested(0));
     assert_eq!(actions, [SourceAction::Copy { round: 2, pages: pages(PAGES) }]);
@@ -219,7 +219,7 @@ fn a_guest_that_never_calms_down_does_not_converge() {
 fn a_guest_that_never_calms_down_is_switched_over_where_that_was_asked_for() {
     let mut checked = after_first_round(Parameters { timeout_action: TimeoutAction::Force, ..tight() });
     for _ in 0..1000 {
-        if checked.handle(harvested(PAGES)) == [SourceAction::PauseGuest] {
+        if checked.handle(harvested(PAGES)) == [SourceAction::PauseGuest { postcopy: false }] {
             return;
         }
         end_round(&mut checked);
@@ -237,7 +237,7 @@ fn a_forced_switchover_comes_after_the_round_under_way() {
     checked.handle(copied(PAGES));
     checked.handle(fenced());
     assert_eq!(checked.handle(SourceEvent::RoundEnded { round: 1 }), [SourceAction::Harvest]);
-    assert_eq!(checked.handle(harvested(PAGES)), [SourceAction::PauseGuest]);
+    assert_eq!(checked.handle(harvested(PAGES)), [SourceAction::PauseGuest { postcopy: false }]);
 }
 
 #[test]
@@ -266,7 +266,7 @@ fn the_timeout_forces_a_switchover_where_that_was_asked_for() {
     assert!(checked.handle(SourceEvent::Tick).is_empty());
     assert_eq!(checked.source.deadline(), None);
     end_round(&mut checked);
-    assert_eq!(checked.handle(harvested(PAGES)), [SourceAction::PauseGuest]);
+    assert_eq!(checked.handle(harvested(PAGES)), [SourceAction::PauseGuest { postcopy: false }]);
 }
 
 #[test]
@@ -292,7 +292,7 @@ fn new_parameters_count_from_the_next_decision_and_bad_ones_never() {
     assert!(checked.handle(SourceEvent::SetParameters(limited)).is_empty());
     let bad = Parameters { max_downtime: Duration::ZERO, ..Parameters::default() };
     assert!(checked.handle(SourceEvent::SetParameters(bad)).is_empty());
-    assert_eq!(checked.handle(harvested(PAGES)), [SourceAction::PauseGuest]);
+    assert_eq!(checked.handle(harvested(PAGES)), [SourceAction::PauseGuest { postcopy: false }]);
 }
 
 #[test]
@@ -357,7 +357,7 @@ fn differing_ram_resumes_the_source() {
 
 #[test]
 fn each_step_of_the_switchover_has_a_limit() {
-    for (path, phase) in switchover_steps(&[good_path(), path_without_verify()]) {
+    for (path, phase) in switchover_steps(&[good_path(), path_without_verify(), postcopy_path()]) {
         let mut checked = Checked::on(path, phase);
         checked.tick();
         assert_eq!(checked.source.phase(), "resume", "{phase}");
@@ -400,7 +400,10 @@ fn peer_lost_after_commit_asks_until_it_is_answered() {
     assert_eq!(checked.handle(SourceEvent::PeerBack), [SourceAction::AskOutcome]);
     assert!(checked.handle(SourceEvent::Cancel).is_empty());
     assert_eq!(checked.source.trouble().unwrap().reason, Reason::PeerLost);
-    assert_eq!(checked.handle(SourceEvent::DestinationRunning), [SourceAction::Release]);
+    assert_eq!(
+        checked.handle(SourceEvent::DestinationRunning { memory_owed: false }),
+        [SourceAction::Release]
+    );
     let_end(&mut checked);
     assert_eq!(checked.ended(), Some(&Outcome::Succeeded));
 }
@@ -444,7 +447,10 @@ fn an_agent_restarted_after_handover_asks_and_leaves_the_guest_alone() {
     assert_eq!(checked.handle(SourceEvent::Start), [SourceAction::AskOutcome]);
     assert!(checked.handle(SourceEvent::PeerLost).is_empty());
     assert!(checked.handle(SourceEvent::Failed(failure(Reason::Internal))).is_empty());
-    assert_eq!(checked.handle(SourceEvent::DestinationRunning), [SourceAction::Release]);
+    assert_eq!(
+        checked.handle(SourceEvent::DestinationRunning { memory_owed: false }),
+        [SourceAction::Release]
+    );
 }
 
 #[test]
@@ -494,7 +500,7 @@ fn a_guest_that_drains_settles_before_its_pause_and_has_nothing_left_to_recheck_
     assert_eq!(checked.handle(rechecked(5)), [copy]);
     assert_eq!(checked.source.progress().late_bytes, 5 * PAGE_BYTES);
     end_round(&mut checked);
-    assert_eq!(checked.handle(harvested(1)), [SourceAction::PauseGuest]);
+    assert_eq!(checked.handle(harvested(1)), [SourceAction::PauseGuest { postcopy: false }]);
     checked.handle(SourceEvent::GuestPaused);
     assert_eq!(checked.handle(harvested(2)), [SourceAction::Copy { round: 3, pages: pages(2) }]);
     assert_eq!(checked.source.phase(), "last_copy");
@@ -516,7 +522,7 @@ fn rounds_after_a_settle_are_rechecked_at_the_pause_and_no_others() {
     settle(&mut checked, milliseconds(64));
     // To recheck what was sent since would take longer than the downtime: it settles once more.
     settle(&mut checked, milliseconds(1) / 10);
-    assert_eq!(checked.handle(harvested(0)), [SourceAction::PauseGuest]);
+    assert_eq!(checked.handle(harvested(0)), [SourceAction::PauseGuest { postcopy: false }]);
     checked.handle(SourceEvent::GuestPaused);
     assert_eq!(checked.handle(harvested(2)), [SourceAction::Recheck { pages: but(PAGES, 2) }]);
 }
@@ -537,7 +543,7 @@ fn without_a_drain_everything_is_rechecked_at_the_pause_and_counted_in_the_downt
             elapsed: milliseconds(40),
         });
         end_round(&mut checked);
-        assert_eq!(checked.handle(harvested(0)), [SourceAction::PauseGuest]);
+        assert_eq!(checked.handle(harvested(0)), [SourceAction::PauseGuest { postcopy: false }]);
         assert!(checked.source.progress().expected_downtime.unwrap() >= milliseconds(40));
         checked.handle(SourceEvent::GuestPaused);
         let actions = checked.handle(harvested(2));
@@ -580,7 +586,7 @@ fn a_forced_switchover_settles_first() {
     checked.handle(SourceEvent::Drained { complete: true });
     checked.handle(rechecked(0));
     end_round(&mut checked);
-    assert_eq!(checked.handle(harvested(PAGES)), [SourceAction::PauseGuest]);
+    assert_eq!(checked.handle(harvested(PAGES)), [SourceAction::PauseGuest { postcopy: false }]);
 }
 
 #[test]

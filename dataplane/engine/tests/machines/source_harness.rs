@@ -3,7 +3,8 @@
 use std::time::Duration;
 
 use ramferry_engine::{
-    Failure, FixedCosts, LateWrites, Outcome, Parameters, Reason, Source, SourceAction, SourceEvent, State,
+    Failure, FixedCosts, LateWrites, Outcome, Parameters, Postcopy, Reason, Source, SourceAction,
+    SourceEvent, State,
 };
 use ramferry_ram::{Block, BlockIndex, Layout, PageRun, PageSets};
 
@@ -99,7 +100,7 @@ pub(crate) fn late_path() -> Vec<(&'static str, SourceEvent)> {
         ("verify", SourceEvent::Verified { equal: true }),
         ("device_state", SourceEvent::DeviceStateMoved),
         ("handover", SourceEvent::HandedOverSynced),
-        ("commit", SourceEvent::DestinationRunning),
+        ("commit", SourceEvent::DestinationRunning { memory_owed: false }),
         ("release", SourceEvent::Released),
     ]
 }
@@ -125,7 +126,7 @@ pub(crate) fn good_path() -> Vec<(&'static str, SourceEvent)> {
         ("verify", SourceEvent::Verified { equal: true }),
         ("device_state", SourceEvent::DeviceStateMoved),
         ("handover", SourceEvent::HandedOverSynced),
-        ("commit", SourceEvent::DestinationRunning),
+        ("commit", SourceEvent::DestinationRunning { memory_owed: false }),
         ("release", SourceEvent::Released),
     ]
 }
@@ -140,7 +141,33 @@ pub(crate) fn path_without_verify() -> Vec<(&'static str, SourceEvent)> {
     path
 }
 
-#[derive(Debug)]
+/// A migration into post-copy, with a guest whose pages are filled late.
+pub(crate) fn postcopy_path() -> Vec<(&'static str, SourceEvent)> {
+    vec![
+        ("pending", SourceEvent::Start),
+        ("prepare", SourceEvent::LateWrites(LateWrites::Drainable)),
+        ("prepare", prepared()),
+        ("copy", copied(PAGES)),
+        ("fence", fenced()),
+        ("acknowledge", SourceEvent::RoundEnded { round: 1 }),
+        ("wait", SourceEvent::Tick),
+        ("harvest", harvested(1)),
+        ("pause", SourceEvent::GuestPaused),
+        ("last_harvest", harvested(2)),
+        ("send_owed", SourceEvent::OwedAccepted),
+        ("device_state", SourceEvent::DeviceStateMoved),
+        ("handover", SourceEvent::HandedOverSynced),
+        ("commit", SourceEvent::DestinationRunning { memory_owed: true }),
+        ("serve", SourceEvent::MemoryLost(failure(Reason::LinkLost))),
+        ("memory_lost", SourceEvent::DestinationLost(failure(Reason::MemoryLost))),
+        ("release", SourceEvent::Released),
+    ]
+}
+
+/// Steps that only a migration into post-copy has.
+pub(crate) const POSTCOPY_STEPS: [&str; 3] = ["send_owed", "serve", "memory_lost"];
+
+#[derive(Clone, Debug)]
 pub(crate) struct Checked {
     pub(crate) source: Source,
     pub(crate) now: Duration,
@@ -155,11 +182,18 @@ pub(crate) struct Checked {
     /// Rounds that the destination acknowledged once it was told of their end.
     acknowledged: Option<u32>,
     device_state_moved: bool,
+    /// Nothing is owed to it any more.
+    peer_has_everything: bool,
+    peer_lost_memory: bool,
+    owed_accepted: bool,
+    /// As the last parameters had it.
+    postcopy: Postcopy,
 }
 
 impl Checked {
     pub(crate) fn new(parameters: Parameters) -> Self {
-        Self::over(Source::new(parameters).unwrap())
+        let postcopy = parameters.postcopy;
+        Self { postcopy, ..Self::over(Source::new(parameters).unwrap()) }
     }
 
     pub(crate) fn restarted_before_handover() -> Self {
@@ -174,13 +208,20 @@ impl Checked {
 
     /// A migration that verifies, as far as `phase` on the good path.
     pub(crate) fn at(phase: &str) -> Self {
-        Self::on(if LATE_STEPS.contains(&phase) { late_path() } else { good_path() }, phase)
+        let path = match phase {
+            phase if LATE_STEPS.contains(&phase) => late_path(),
+            phase if POSTCOPY_STEPS.contains(&phase) => postcopy_path(),
+            _ => good_path(),
+        };
+        Self::on(path, phase)
     }
 
-    /// The same, on `path`, which verifies where it has a step for that.
+    /// The same, on `path`, which verifies where it has a step for that, and leads into post-copy where it has.
     pub(crate) fn on(path: Vec<(&'static str, SourceEvent)>, phase: &str) -> Self {
-        let verify = path.iter().any(|(name, _)| *name == "verify");
-        let mut checked = Self::new(Parameters { verify, ..Parameters::default() });
+        let has = |step| path.iter().any(|(name, _)| *name == step);
+        let postcopy = if has("send_owed") { Postcopy::Always } else { Postcopy::Never };
+        let parameters = Parameters { verify: has("verify"), postcopy, ..Parameters::default() };
+        let mut checked = Self::new(parameters);
         for (name, event) in path {
             assert_eq!(checked.source.phase(), name);
             if name == phase {
@@ -208,6 +249,10 @@ impl Checked {
             peer_running: false,
             acknowledged: None,
             device_state_moved: false,
+            peer_has_everything: false,
+            peer_lost_memory: false,
+            owed_accepted: false,
+            postcopy: Postcopy::default(),
         }
     }
 
@@ -215,8 +260,16 @@ impl Checked {
     pub(crate) fn handle(&mut self, event: SourceEvent) -> Vec<SourceAction> {
         match &event {
             SourceEvent::DestinationAborted(_) if !self.peer_running => self.peer_aborted = true,
-            SourceEvent::DestinationRunning if self.commit_may_be_out && !self.peer_aborted => {
+            SourceEvent::DestinationRunning { memory_owed }
+                if self.commit_may_be_out && !self.peer_aborted && !self.peer_lost_memory =>
+            {
                 self.peer_running = true;
+                self.peer_has_everything |= !memory_owed;
+            }
+            SourceEvent::DestinationLost(_)
+                if self.commit_may_be_out && !self.peer_aborted && !self.peer_has_everything =>
+            {
+                (self.peer_running, self.peer_lost_memory) = (true, true);
             }
             SourceEvent::HandedOverSynced if self.source.phase() == "handover" => {
                 self.handed_over_synced = true;
@@ -225,6 +278,12 @@ impl Checked {
                 if self.times(&SourceAction::EndRound { round: *round }) > 0 =>
             {
                 self.acknowledged = self.acknowledged.max(Some(*round));
+            }
+            SourceEvent::OwedAccepted => {
+                self.owed_accepted |= matches!(self.actions.last(), Some(SourceAction::SendOwed { .. }));
+            }
+            SourceEvent::SetParameters(parameters) if parameters.check().is_ok() => {
+                self.postcopy = parameters.postcopy;
             }
             SourceEvent::DeviceStateMoved => {
                 self.device_state_moved = self.times(&SourceAction::MoveDeviceState) > 0;
@@ -241,6 +300,13 @@ impl Checked {
         }
         self.check_between();
         actions
+    }
+
+    /// The same source after `event`.
+    pub(crate) fn then(&self, event: &SourceEvent) -> Self {
+        let mut checked = self.clone();
+        checked.handle(event.clone());
+        checked
     }
 
     /// The time passes until the next tick is due; false when none is.
@@ -265,7 +331,9 @@ impl Checked {
     fn check(&mut self, index: usize, action: &SourceAction, batch: usize) {
         let before = &self.actions;
         match action {
-            SourceAction::PauseGuest => {
+            SourceAction::PauseGuest { postcopy } => {
+                assert!(*postcopy || self.postcopy != Postcopy::Always);
+                assert!(!*postcopy || self.postcopy != Postcopy::Never, "post-copy without consent");
                 assert!(!self.pause_ordered, "paused twice");
                 self.pause_ordered = true;
             }
@@ -278,7 +346,9 @@ impl Checked {
             SourceAction::WriteHandedOver => {
                 assert_eq!(before.last(), Some(&SourceAction::MoveDeviceState));
                 assert!(self.device_state_moved, "hands over what has not arrived");
-                assert_eq!(self.acknowledged, Some(self.source.progress().round), "an unacknowledged round");
+                assert_eq!(self.source.progress().postcopy, self.owed_accepted, "what is owed must be held");
+                let is_acknowledged = self.acknowledged == Some(self.source.progress().round);
+                assert!(is_acknowledged || self.owed_accepted, "an unacknowledged round");
             }
             SourceAction::SendCommit => {
                 assert!(self.handed_over_synced, "COMMIT before HANDED_OVER is durable");
@@ -286,9 +356,26 @@ impl Checked {
                 assert!(!self.commit_may_be_out, "COMMIT twice");
                 self.commit_may_be_out = true;
             }
-            SourceAction::AskOutcome => assert!(self.commit_may_be_out),
+            SourceAction::AskOutcome => assert!(self.commit_may_be_out && !self.peer_running),
+            SourceAction::Reconnect | SourceAction::TellMemoryLost(_) => {
+                assert!(self.peer_running && !self.peer_has_everything, "{action:?}");
+                assert!(!self.peer_lost_memory, "{action:?}");
+            }
+            SourceAction::SendOwed { pages } => {
+                assert!(!pages.is_empty());
+                let asked = [SourceAction::PauseGuest { postcopy: true }, SourceAction::Harvest];
+                assert!(before.ends_with(&asked), "what the guest wrote last is not among it");
+            }
+            SourceAction::MoveDeviceState => {
+                let last = before.last();
+                assert!(self.owed_accepted || !matches!(last, Some(SourceAction::SendOwed { .. })));
+            }
+            SourceAction::Release => {
+                assert_eq!(self.times(action), 0, "released twice");
+                let is_served = self.peer_running && !self.peer_lost_memory;
+                assert!(!is_served || self.peer_has_everything, "lets go of what is owed");
+            }
             SourceAction::AbortPeer(_) => assert!(!self.commit_may_be_out, "aborts what may be committed"),
-            SourceAction::Release => assert_eq!(self.times(action), 0, "released twice"),
             SourceAction::Finish(outcome) => {
                 assert_eq!(index + 1, batch, "actions after the end");
                 self.check_outcome(outcome);
@@ -301,6 +388,11 @@ impl Checked {
         match outcome {
             Outcome::Succeeded => {
                 assert!(self.peer_running && !self.peer_aborted, "no word that the guest runs there");
+                assert!(self.peer_has_everything && !self.peer_lost_memory, "its memory is not there");
+            }
+            Outcome::Failed(failure) if self.peer_running => {
+                assert!(self.peer_lost_memory, "no word that the guest was stopped there");
+                assert_eq!(failure.reason, Reason::MemoryLost);
             }
             Outcome::Failed(_) | Outcome::Cancelled => {
                 assert!(!self.commit_may_be_out || self.peer_aborted, "gave up in doubt");
@@ -312,7 +404,7 @@ impl Checked {
     fn check_between(&self) {
         assert_eq!(self.source.state().is_final(), self.ended().is_some());
         let phase = self.source.phase();
-        let waits_for_ever = ["pending", "copy", "ended"].contains(&phase);
+        let waits_for_ever = ["pending", "copy", "serve", "ended"].contains(&phase);
         assert!(waits_for_ever || self.source.deadline().is_some(), "no deadline in {phase}");
         if self.commit_may_be_out {
             assert!(!self.source.can_cancel() || self.peer_aborted);

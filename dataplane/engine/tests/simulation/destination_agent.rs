@@ -99,7 +99,7 @@ fn perform(world: &mut World, action: DestinationAction, fate: Fate) {
             world.after(microseconds(100), Happening::Drained { life, round, fate });
         }
         DestinationAction::AcknowledgeRound { round } => message = Some(Message::RoundEnded(round)),
-        DestinationAction::StartIncoming => {
+        DestinationAction::StartIncoming { .. } => {
             act(1000, Effect::WaitForDeviceState, DestinationEvent::IncomingReady);
         }
         DestinationAction::TellIncomingReady => message = Some(Message::IncomingReady),
@@ -113,7 +113,7 @@ fn perform(world: &mut World, action: DestinationAction, fate: Fate) {
             }
         }
         DestinationAction::ResumeGuest => resume(world, fate),
-        DestinationAction::AnswerRunning => message = Some(Message::Running),
+        DestinationAction::AnswerRunning { .. } => message = Some(Message::Running),
         DestinationAction::WriteAborted(_) if sabotage == Sabotage::AbortWithoutRecord => {
             act(1000, Effect::Nothing, DestinationEvent::AbortedSynced);
         }
@@ -128,6 +128,11 @@ fn perform(world: &mut World, action: DestinationAction, fate: Fate) {
             world.destination.takes_writes = false;
             world.cut_links();
         }
+        DestinationAction::HoldOwed { .. }
+        | DestinationAction::TellOwedAccepted
+        | DestinationAction::Pull
+        | DestinationAction::StopGuest
+        | DestinationAction::AnswerLost(_) => unreachable!("no migration allows post-copy"),
         DestinationAction::Finish(outcome) => {
             let first = world.destination.outcome.is_none();
             world.checker.require(first, Violation::WrongOutcome);
@@ -183,7 +188,7 @@ pub(crate) fn arrives(world: &mut World, message: Message) {
     let event = match message {
         Message::ZeroPage(page) => return zero(world, page),
         Message::EndRound(round) => DestinationEvent::EndRound { round },
-        Message::PrepareIncoming => DestinationEvent::PrepareIncoming,
+        Message::PrepareIncoming => DestinationEvent::PrepareIncoming { postcopy: false },
         Message::Verify => DestinationEvent::Verify,
         Message::DeviceState(state) => return load(world, life, state),
         Message::Commit => DestinationEvent::Commit,

@@ -145,7 +145,7 @@ fn perform(world: &mut World, action: SourceAction, fate: Fate) {
         SourceAction::Recheck { pages } => recheck(world, &pages, fate),
         SourceAction::Fence => fence(world, fate),
         SourceAction::EndRound { round } => world.send(Side::Source, Message::EndRound(round), fate),
-        SourceAction::PauseGuest => begin_pause(world, fate),
+        SourceAction::PauseGuest { .. } => begin_pause(world, fate),
         SourceAction::Verify => {
             world.source.verifying = Some(fate);
             world.send(Side::Source, Message::Verify, fate);
@@ -192,6 +192,9 @@ fn perform(world: &mut World, action: SourceAction, fate: Fate) {
             );
         }
         SourceAction::SetBandwidthLimit(_) => {}
+        SourceAction::SendOwed { .. } | SourceAction::Reconnect | SourceAction::TellMemoryLost(_) => {
+            unreachable!("no migration allows post-copy")
+        }
         SourceAction::Finish(outcome) => {
             let first = world.source.outcome.is_none();
             world.checker.require(first, Violation::WrongOutcome);
@@ -376,7 +379,7 @@ pub(crate) fn arrives(world: &mut World, message: Message) {
             return world.act(Side::Source, microseconds(100), Effect::Nothing, reply, fate);
         }
         Message::DeviceStateLoaded => SourceEvent::DeviceStateMoved,
-        Message::Running => SourceEvent::DestinationRunning,
+        Message::Running => SourceEvent::DestinationRunning { memory_owed: false },
         Message::Aborted(cause) => SourceEvent::DestinationAborted(cause),
         other => panic!("{other:?} to the source"),
     };

@@ -140,13 +140,13 @@ impl SourceOutside for Outside {
                 self.at(Moment::Drain);
                 SourceEvent::Drained { complete: self.drains }
             }
-            SourceAction::PauseGuest => {
+            SourceAction::PauseGuest { .. } => {
                 self.at(Moment::Pause);
                 return self.handle.send(SourceInput::GuestPaused(Duration::ZERO));
             }
             SourceAction::MoveDeviceState => SourceEvent::DeviceStateMoved,
             SourceAction::WriteHandedOver => SourceEvent::HandedOverSynced,
-            SourceAction::SendCommit => SourceEvent::DestinationRunning,
+            SourceAction::SendCommit => SourceEvent::DestinationRunning { memory_owed: false },
             SourceAction::AbortPeer(_) => SourceEvent::PeerAborted,
             SourceAction::ResumeGuest => SourceEvent::GuestResumed,
             SourceAction::Finish(outcome) => {
