@@ -10,19 +10,32 @@ use rustix::mm::UserfaultfdFlags;
 use rustix::process::{PidfdFlags, PidfdGetfdFlags};
 
 use crate::pagemap::{ScanError, Scanner};
+use crate::postcopy;
 use crate::remote_call::UFFD_USER_MODE_ONLY;
-use crate::uffd;
+use crate::uffd::{self, NamedFeatures};
 
 /// Names of the features of userfaultfd that `uffd_wp` needs and this kernel lacks.
 ///
 /// # Errors
 /// When no userfaultfd can be had.
 pub fn userfaultfd_lacks() -> io::Result<Vec<&'static str>> {
+    lacking(uffd::WRITE_PROTECTION)
+}
+
+/// Names of the features of userfaultfd that post-copy needs at the destination and this kernel lacks.
+///
+/// # Errors
+/// When no userfaultfd can be had.
+pub fn postcopy_lacks() -> io::Result<Vec<&'static str>> {
+    lacking(postcopy::FEATURES)
+}
+
+fn lacking(needed: &NamedFeatures) -> io::Result<Vec<&'static str>> {
     let flags = (rustix::fs::OFlags::CLOEXEC | rustix::fs::OFlags::NONBLOCK).bits();
     let flags = UserfaultfdFlags::from_bits_retain(flags | UFFD_USER_MODE_ONLY as u32);
     // SAFETY: nothing is registered with the descriptor, so that it changes nothing of this process' memory.
     let fd: OwnedFd = unsafe { rustix::mm::userfaultfd(flags) }?;
-    uffd::lacking(&fd)
+    uffd::lacking(&fd, needed)
 }
 
 /// Whether the kernel knows `PAGEMAP_SCAN`.

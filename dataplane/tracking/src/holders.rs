@@ -82,13 +82,9 @@ pub(crate) fn find_holders(files: &[TrackedFile], known: &[u32]) -> io::Result<V
 pub(crate) fn is_userfaultfd_open() -> bool {
     let Ok(mut processes) = process::other_processes() else { return true };
     processes.push(std::process::id());
-    let is_open = |pid: u32| {
-        let entries = match fs::read_dir(format!("/proc/{pid}/fd")) {
-            Ok(entries) => entries,
-            Err(error) => return error.kind() == io::ErrorKind::PermissionDenied,
-        };
-        let mut targets = entries.flatten().filter_map(|entry| fs::read_link(entry.path()).ok());
-        targets.any(|target| target.as_os_str() == "anon_inode:[userfaultfd]")
+    let is_open = |pid: u32| match process::userfaultfds_of(pid) {
+        Ok(found) => !found.is_empty(),
+        Err(error) => error.kind() == io::ErrorKind::PermissionDenied,
     };
     processes.into_iter().any(is_open)
 }

@@ -1,4 +1,5 @@
-//! Which pages of a running guest were written, without the VMM's help.
+//! Which pages of a running guest were written, without the VMM's help; and, in
+//! post-copy, which it reaches for ([`postcopy`]).
 //!
 //! The guest's RAM is files that its VMM, and perhaps other processes, have
 //! mapped shared. A [`Tracker`] watches every process that can write to them,
@@ -32,6 +33,7 @@ mod holders;
 mod huge;
 pub mod maps;
 mod pagemap;
+pub mod postcopy;
 mod process;
 mod ptrace;
 pub mod remote_call;

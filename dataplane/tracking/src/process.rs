@@ -3,6 +3,7 @@
 
 use std::fs;
 use std::io;
+use std::os::fd::{AsRawFd as _, BorrowedFd};
 
 /// What `/proc/PID/task/TID/status` says that matters here.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -84,7 +85,12 @@ pub(crate) fn comm_of(pid: u32) -> String {
 
 /// Whether this process has the capability of that number.
 pub(crate) fn have_capability(number: u32) -> bool {
-    let status = fs::read_to_string("/proc/self/status").unwrap_or_default();
+    has_capability("self", number)
+}
+
+/// Whether process `pid` has the capability of that number, in whatever user namespace it is.
+pub(crate) fn has_capability(pid: &str, number: u32) -> bool {
+    let status = fs::read_to_string(format!("/proc/{pid}/status")).unwrap_or_default();
     let mask = status.lines().find_map(|line| line.strip_prefix("CapEff:"));
     let mask = mask.and_then(|mask| u64::from_str_radix(mask.trim(), 16).ok()).unwrap_or(0);
     mask & (1 << number) != 0
@@ -96,6 +102,33 @@ pub(crate) fn share_address_space(one: u32, other: u32) -> bool {
     const KCMP_VM: libc::c_int = 1;
     // SAFETY: kcmp takes five numbers and touches no memory of ours.
     unsafe { libc::syscall(libc::SYS_kcmp, one, other, KCMP_VM, 0, 0) == 0 }
+}
+
+/// Whether descriptor `theirs` of process `pid` is the open file that `ours` is; `None` where
+/// the kernel cannot tell.
+pub(crate) fn is_same_open_file(ours: BorrowedFd<'_>, pid: u32, theirs: u32) -> Option<bool> {
+    const KCMP_FILE: libc::c_int = 0;
+    let (us, ours) = (std::process::id(), ours.as_raw_fd());
+    // SAFETY: kcmp takes five numbers and touches no memory of ours.
+    match unsafe {
+        libc::syscall(libc::SYS_kcmp, us, pid, KCMP_FILE, ours as libc::c_long, theirs as libc::c_long)
+    } {
+        -1 => None,
+        order => Some(order == 0),
+    }
+}
+
+/// Descriptors of process `pid` that are userfaultfds, by their numbers.
+pub(crate) fn userfaultfds_of(pid: u32) -> io::Result<Vec<u32>> {
+    let mut found = Vec::new();
+    for entry in fs::read_dir(format!("/proc/{pid}/fd"))?.flatten() {
+        let is_one =
+            fs::read_link(entry.path()).is_ok_and(|target| target.as_os_str() == "anon_inode:[userfaultfd]");
+        let number = entry.file_name().to_str().and_then(|name| name.parse::<u32>().ok());
+        found.extend(number.filter(|_| is_one));
+    }
+    found.sort_unstable();
+    Ok(found)
 }
 
 #[cfg(test)]

@@ -1,4 +1,5 @@
-//! A userfaultfd of another process, without that process's help.
+//! A userfaultfd of another process, without that process's help; and what else
+//! only a process itself may do.
 //!
 //! A userfaultfd serves the address space of whoever called `userfaultfd(2)`.
 //! So one thread of the process is stopped with `ptrace(2)`, is made to call it
@@ -9,6 +10,9 @@
 //! seize -> stop -> block its signals -> [userfaultfd] -> pidfd_getfd -> [close]
 //!   -> its registers and signal mask as before -> stop once more -> detach
 //! ```
+//!
+//! Where the registration must outlive us, its copy is left open; it is closed the same
+//! way later ([`remote_close`]). [`remote_forget`] has it empty its page tables.
 //!
 //! What keeps the process unharmed:
 //!
@@ -29,6 +33,8 @@
 //!   suspended for this thread while we trace it; where that is not allowed,
 //!   nothing is tried.
 
+mod error;
+mod injection;
 mod report;
 
 use std::fs::File;
@@ -37,13 +43,13 @@ use std::os::fd::{AsFd as _, AsRawFd as _, OwnedFd};
 use std::os::unix::fs::FileExt;
 use std::time::{Duration, Instant};
 
-use rustix::process::{Pid, PidfdFlags, PidfdGetfdFlags};
-use thiserror::Error;
+pub use error::RemoteCallError;
 
-use crate::deputy::{self, REPORT_BYTES};
-use crate::maps::{self, MapsError, Vma};
+use crate::deputy;
+use crate::maps::{self, Vma};
 use crate::process;
 use crate::ptrace::{Event, Registers, Resume, TraceError, Tracee};
+use injection::Injection;
 
 /// How long a thread has to stop before another is tried.
 const STOP_TIMEOUT: Duration = Duration::from_secs(1);
@@ -57,8 +63,6 @@ const DEPUTY_POLL: Duration = Duration::from_millis(5);
 const MAX_THREADS: usize = 4;
 /// Times a thread found in a restartable sequence is let run and stopped again.
 const MAX_RSEQ_RETRIES: u32 = 32;
-/// Stops of a thread on its way through one system call.
-const MAX_STOPS: u32 = 1000;
 
 /// `syscall` on x86-64.
 const SYSCALL_INSTRUCTION: [u8; 2] = [0x0f, 0x05];
@@ -81,128 +85,6 @@ pub enum Faults {
     All,
 }
 
-/// Why no userfaultfd could be had from a process. It runs on unharmed.
-#[derive(Debug, Error)]
-#[non_exhaustive]
-pub enum RemoteCallError {
-    /// The process is not there any more.
-    #[error("process {pid} ended")]
-    Ended {
-        /// The process.
-        pid: u32,
-    },
-    /// A debugger holds it.
-    #[error("process {pid} is being traced by process {tracer} ({comm}): end that first")]
-    AlreadyTraced {
-        /// The process.
-        pid: u32,
-        /// Who traces it.
-        tracer: u32,
-        /// That process's name.
-        comm: String,
-    },
-    /// We may not trace it.
-    #[error(
-        "may not trace process {pid}: give the agent CAP_SYS_PTRACE (and, under a security module, leave to trace it)"
-    )]
-    Denied {
-        /// The process.
-        pid: u32,
-        /// The kernel's answer.
-        #[source]
-        source: io::Error,
-    },
-    /// Its seccomp filters could kill it for a call that it never makes itself,
-    /// and we may not suspend them.
-    #[error(
-        "process {pid} runs under seccomp, which could kill it for calling userfaultfd: give the agent CAP_SYS_ADMIN \
-         and run it without a seccomp filter of its own, or start QEMU with `-sandbox off`"
-    )]
-    Seccomp {
-        /// The process.
-        pid: u32,
-        /// The kernel's answer to suspending them.
-        #[source]
-        source: io::Error,
-    },
-    /// It is a 32-bit process.
-    #[error("process {pid} is not a 64-bit process")]
-    NotSixtyFourBit {
-        /// The process.
-        pid: u32,
-    },
-    /// No `syscall` instruction was found in its code.
-    #[error("found no system call instruction in process {pid}")]
-    NoSyscallInstruction {
-        /// The process.
-        pid: u32,
-    },
-    /// Its mappings or memory could not be read.
-    #[error("cannot look into process {pid}")]
-    Maps {
-        /// The process.
-        pid: u32,
-        /// Why.
-        #[source]
-        source: MapsError,
-    },
-    /// No thread stopped in time, or they were where none may be made to call.
-    #[error(
-        "no thread of process {pid} could be stopped for a system call: is it frozen, or stuck in the kernel?"
-    )]
-    NotStopped {
-        /// The process.
-        pid: u32,
-    },
-    /// A thread took the call and did not come back from it in time.
-    #[error(
-        "a thread of process {pid} does not run, so it cannot be given back its registers; this is done as soon as it \
-         runs, and until then the agent's child that waits for it must not be killed: is the process in a frozen cgroup?"
-    )]
-    Stuck {
-        /// The process.
-        pid: u32,
-    },
-    /// The call was made and failed.
-    #[error("userfaultfd failed in process {pid}{}", refusal_hint(source))]
-    Refused {
-        /// The process.
-        pid: u32,
-        /// The kernel's answer.
-        #[source]
-        source: io::Error,
-    },
-    /// The descriptor could not be taken over.
-    #[error("cannot take a descriptor from process {pid}")]
-    Transfer {
-        /// The process.
-        pid: u32,
-        /// The kernel's answer.
-        #[source]
-        source: io::Error,
-    },
-    /// Tracing failed in another way.
-    #[error("cannot trace process {pid}: {operation} failed")]
-    Trace {
-        /// The process.
-        pid: u32,
-        /// What failed.
-        operation: &'static str,
-        /// The kernel's answer.
-        #[source]
-        source: io::Error,
-    },
-}
-
-fn refusal_hint(source: &io::Error) -> &'static str {
-    match source.raw_os_error() {
-        Some(libc::EPERM) => ": set vm.unprivileged_userfaultfd=1",
-        Some(libc::ENOSYS) => ": the kernel was built without CONFIG_USERFAULTFD",
-        Some(libc::EMFILE) => ": the process has no free descriptor; raise its RLIMIT_NOFILE",
-        _ => "",
-    }
-}
-
 /// Makes a userfaultfd for the address space of process `pid` and takes it
 /// over; `pid` keeps nothing of it, and one of its threads has spent some hundred
 /// microseconds stopped: the first one if it can be, or the one that `pid` names.
@@ -210,14 +92,55 @@ fn refusal_hint(source: &io::Error) -> &'static str {
 /// # Errors
 /// When it cannot be had, whatever the reason; the process is then as before.
 pub fn remote_userfaultfd(pid: u32, faults: Faults) -> Result<OwnedFd, RemoteCallError> {
+    let (fd, _) = taken(pid, run_errand(pid, Errand::Take { faults, leave_open: false })?)?;
+    Ok(fd)
+}
+
+/// The same, but the process keeps its descriptor, of the number that is told: what is registered with it
+/// stays registered when we are gone.
+pub(crate) fn lasting_userfaultfd(pid: u32, faults: Faults) -> Result<(OwnedFd, i32), RemoteCallError> {
+    taken(pid, run_errand(pid, Errand::Take { faults, leave_open: true })?)
+}
+
+/// Has process `pid` forget what its page tables say of `ranges`, each a start and an end: their pages are
+/// dropped from them, and stay in the file.
+///
+/// The ranges MUST be shared mappings of files: of other memory the pages themselves would be gone.
+pub(crate) fn remote_forget(pid: u32, ranges: &[(u64, u64)]) -> Result<(), RemoteCallError> {
+    run_errand(pid, Errand::Forget { ranges }).map(|_| ())
+}
+
+/// Has process `pid` close a descriptor of its own.
+pub(crate) fn remote_close(pid: u32, descriptor: u32) -> Result<(), RemoteCallError> {
+    run_errand(pid, Errand::Close { descriptor }).map(|_| ())
+}
+
+/// A copy of another process's descriptor.
+pub(crate) fn take_descriptor(pid: u32, descriptor: i32) -> io::Result<OwnedFd> {
+    injection::take_descriptor(pid, descriptor)
+}
+
+/// What a thread is borrowed for.
+#[derive(Clone, Copy, Debug)]
+enum Errand<'a> {
+    Take { faults: Faults, leave_open: bool },
+    Forget { ranges: &'a [(u64, u64)] },
+    Close { descriptor: u32 },
+}
+
+fn taken(pid: u32, taken: Option<(OwnedFd, i32)>) -> Result<(OwnedFd, i32), RemoteCallError> {
+    taken.ok_or_else(|| RemoteCallError::Transfer { pid, source: io::ErrorKind::UnexpectedEof.into() })
+}
+
+fn run_errand(pid: u32, errand: Errand<'_>) -> Result<Option<(OwnedFd, i32)>, RemoteCallError> {
     let threads = process::threads_of(pid).map_err(|_| RemoteCallError::Ended { pid })?;
     let pid = process::process_of(pid).map_err(|_| RemoteCallError::Ended { pid })?;
     let mut last = RemoteCallError::Ended { pid };
     let can_call =
         |tid: &u32| process::thread_status(pid, *tid).is_ok_and(|status| !status.ended && !status.is_worker);
     for tid in threads.into_iter().filter(can_call).take(MAX_THREADS) {
-        last = match Attempt::prepare(pid, tid, faults).and_then(Attempt::by_deputy) {
-            Ok(fd) => return Ok(fd),
+        last = match Attempt::prepare(pid, tid, errand).and_then(Attempt::by_deputy) {
+            Ok(done) => return Ok(done),
             // Another thread may still be one that stops.
             Err(error @ (RemoteCallError::NotStopped { .. } | RemoteCallError::Ended { .. })) => error,
             Err(error @ RemoteCallError::Stuck { .. }) => return Err(error),
@@ -232,18 +155,18 @@ pub fn remote_userfaultfd(pid: u32, faults: Faults) -> Result<OwnedFd, RemoteCal
 }
 
 /// One try with one thread: what is found out before, and what a deputy does.
-struct Attempt {
+struct Attempt<'a> {
     pid: u32,
     tid: u32,
-    faults: Faults,
+    errand: Errand<'a>,
     memory: File,
     syscall_at: u64,
     /// Whether seccomp filters apply to the thread.
     filtered: bool,
 }
 
-impl Attempt {
-    fn prepare(pid: u32, tid: u32, faults: Faults) -> Result<Self, RemoteCallError> {
+impl<'a> Attempt<'a> {
+    fn prepare(pid: u32, tid: u32, errand: Errand<'a>) -> Result<Self, RemoteCallError> {
         let memory =
             File::open(format!("/proc/{pid}/mem")).map_err(|source| match source.raw_os_error() {
                 Some(libc::EACCES | libc::EPERM) => RemoteCallError::Denied { pid, source },
@@ -263,28 +186,30 @@ impl Attempt {
             let comm = process::comm_of(status.tracer);
             return Err(RemoteCallError::AlreadyTraced { pid, tracer: status.tracer, comm });
         }
-        Ok(Self { pid, tid, faults, memory, syscall_at, filtered: status.seccomp != 0 })
+        Ok(Self { pid, tid, errand, memory, syscall_at, filtered: status.seccomp != 0 })
     }
 
-    fn by_deputy(self) -> Result<OwnedFd, RemoteCallError> {
+    fn by_deputy(self) -> Result<Option<(OwnedFd, i32)>, RemoteCallError> {
         let pid = self.pid;
         let failed = |source| RemoteCallError::Trace { pid, operation: "deputy", source };
         let work = || match self.run() {
-            Ok(fd) => ([0; REPORT_BYTES], Some(fd)),
+            Ok(Some((fd, number))) => (report::of_descriptor(number), Some(fd)),
+            Ok(None) => (report::SUCCESS, None),
             Err(error) => (report::encode(&error), None),
         };
         match deputy::send_out(self.memory.as_fd(), PATIENCE, work).map_err(failed)? {
-            Some((_, Some(fd))) => {
+            Some((report, Some(fd))) => {
                 check_descriptor(&fd).map_err(|source| RemoteCallError::Transfer { pid, source })?;
-                Ok(fd)
+                Ok(Some((fd, report::descriptor(report))))
             }
+            Some((report::SUCCESS, None)) => Ok(None),
             Some((report, None)) => Err(report::decode(pid, report)),
             None => Err(RemoteCallError::Stuck { pid }),
         }
     }
 
     /// Runs in the deputy: allocates nothing.
-    fn run(&self) -> Result<OwnedFd, RemoteCallError> {
+    fn run(&self) -> Result<Option<(OwnedFd, i32)>, RemoteCallError> {
         let pid = self.pid;
         let mut tracee = self.seize()?;
         let original = self.stop_outside_rseq(&mut tracee, &self.memory)?;
@@ -295,10 +220,10 @@ impl Attempt {
         tracee.set_blocked_signals(u64::MAX).map_err(|error| self.trace(error))?;
         let syscall_at = self.syscall_at;
         let mut injection = Injection { attempt: self, tracee: &mut tracee, syscall_at, original };
-        let taken = injection.take_userfaultfd();
+        let done = injection.run();
         tracee.set_blocked_signals(mask).map_err(|error| self.trace(error))?;
         self.let_go(tracee)?;
-        taken
+        done
     }
 
     fn seize(&self) -> Result<Tracee, RemoteCallError> {
@@ -360,90 +285,6 @@ fn find_syscall(pid: u32, memory: &File) -> Result<u64, RemoteCallError> {
     vmas.iter()
         .find_map(|vma| find_instruction(memory, vma, &mut left))
         .ok_or(RemoteCallError::NoSyscallInstruction { pid })
-}
-
-/// A stopped thread that is made to call.
-struct Injection<'a> {
-    attempt: &'a Attempt,
-    tracee: &'a mut Tracee,
-    syscall_at: u64,
-    original: Registers,
-}
-
-impl Injection<'_> {
-    fn take_userfaultfd(&mut self) -> Result<OwnedFd, RemoteCallError> {
-        let pid = self.attempt.pid;
-        let user_only = match self.attempt.faults {
-            Faults::UserOnly => UFFD_USER_MODE_ONLY,
-            Faults::All => 0,
-        };
-        let flags = (libc::O_CLOEXEC | libc::O_NONBLOCK) as u64 | user_only;
-        let remote = self.call(libc::SYS_userfaultfd, flags)?;
-        let remote = u32::try_from(remote).map_err(|_| {
-            let errno = i32::try_from(-remote).unwrap_or(libc::EINVAL);
-            RemoteCallError::Refused { pid, source: io::Error::from_raw_os_error(errno) }
-        })?;
-        let taken = take_descriptor(pid, remote as i32);
-        // Left open there it would keep the registration alive after us.
-        self.call(libc::SYS_close, u64::from(remote))?;
-        taken.map_err(|source| RemoteCallError::Transfer { pid, source })
-    }
-
-    fn call(&mut self, number: i64, argument: u64) -> Result<i64, RemoteCallError> {
-        let registers = Registers {
-            rip: self.syscall_at,
-            rax: number as u64,
-            rdi: argument,
-            // Not in a system call: nothing to restart on the way.
-            orig_rax: u64::MAX,
-            ..self.original
-        };
-        self.tracee.set_registers(&registers).map_err(|error| self.attempt.trace(error))?;
-        let result = self.run_until_returned(number as u64);
-        self.tracee.set_registers(&self.original).map_err(|error| self.attempt.trace(error))?;
-        result
-    }
-
-    fn run_until_returned(&mut self, number: u64) -> Result<i64, RemoteCallError> {
-        let failed = |error| self.attempt.trace(error);
-        let returns_to = self.syscall_at + SYSCALL_INSTRUCTION.len() as u64;
-        let (mut entered, mut signal) = (false, 0);
-        for _ in 0..MAX_STOPS {
-            self.tracee.resume(Resume::UntilSyscall, signal).map_err(failed)?;
-            signal = 0;
-            // No deadline: the thread must not be left with these registers.
-            match self.tracee.wait(None).map_err(failed)? {
-                Event::Syscall => {
-                    let registers = self.tracee.registers().map_err(failed)?;
-                    let ours = registers.rip == returns_to && registers.orig_rax == number;
-                    if ours && entered {
-                        return Ok(registers.rax as i64);
-                    }
-                    entered |= ours;
-                }
-                Event::Trap => {}
-                // Of our making, and not passed on.
-                Event::Signal(fault) if is_fault(fault) => break,
-                Event::Signal(other) => signal = other,
-            }
-        }
-        // The thread faulted, or did not reach the call.
-        let source = io::Error::from_raw_os_error(libc::EFAULT);
-        Err(RemoteCallError::Trace { pid: self.attempt.pid, operation: "injected call", source })
-    }
-}
-
-fn is_fault(signal: i32) -> bool {
-    matches!(
-        signal,
-        libc::SIGSEGV | libc::SIGBUS | libc::SIGILL | libc::SIGFPE | libc::SIGTRAP | libc::SIGSYS
-    )
-}
-
-fn take_descriptor(pid: u32, remote: i32) -> io::Result<OwnedFd> {
-    let pid = i32::try_from(pid).ok().and_then(Pid::from_raw).ok_or(io::ErrorKind::InvalidInput)?;
-    let pidfd = rustix::process::pidfd_open(pid, PidfdFlags::empty())?;
-    Ok(rustix::process::pidfd_getfd(pidfd, remote, PidfdGetfdFlags::empty())?)
 }
 
 /// A thread may have descriptors of its own, apart from its process's.

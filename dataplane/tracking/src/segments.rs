@@ -39,19 +39,30 @@ impl Segment {
 /// mappings, cut to the files' pages. Neighbours that continue each other are
 /// one, so that a mapping which the kernel splits or merges stays the same.
 pub(crate) fn segments(vmas: &[Vma], files: &[TrackedFile]) -> Vec<Segment> {
+    joined(vmas.iter().filter(|vma| vma.shared && vma.writable), files)
+}
+
+/// The same of every mapping, also those that are private or only read.
+pub(crate) fn reached(vmas: &[Vma], files: &[TrackedFile]) -> Vec<Segment> {
+    joined(vmas.iter(), files)
+}
+
+/// What `vma` maps of `files`, cut to the file's pages.
+pub(crate) fn segment(vma: &Vma, files: &[TrackedFile]) -> Option<Segment> {
+    let file = files.iter().position(|file| Some(file.identity) == vma.identity)?;
+    let tracked_bytes = files[file].pages * files[file].page_bytes;
+    let length = vma.length_bytes().min(tracked_bytes.saturating_sub(vma.offset));
+    let segment = Segment { start: vma.start, end: vma.start + length, file, offset: vma.offset };
+    (length > 0).then_some(segment)
+}
+
+fn joined<'a>(vmas: impl Iterator<Item = &'a Vma>, files: &[TrackedFile]) -> Vec<Segment> {
     let mut segments: Vec<Segment> = Vec::new();
-    for vma in vmas.iter().filter(|vma| vma.shared && vma.writable) {
-        let Some(file) = files.iter().position(|file| Some(file.identity) == vma.identity) else { continue };
-        let tracked_bytes = files[file].pages * files[file].page_bytes;
-        let length = vma.length_bytes().min(tracked_bytes.saturating_sub(vma.offset));
-        if length == 0 {
-            continue;
-        }
-        let segment = Segment { start: vma.start, end: vma.start + length, file, offset: vma.offset };
+    for segment in vmas.filter_map(|vma| segment(vma, files)) {
         match segments.last_mut() {
             Some(last)
                 if last.end == segment.start
-                    && last.file == file
+                    && last.file == segment.file
                     && last.offset + (last.end - last.start) == segment.offset =>
             {
                 last.end = segment.end;

@@ -1,4 +1,4 @@
-//! A userfaultfd that write-protects asynchronously.
+//! A userfaultfd: what every use of one begins with, and one that write-protects asynchronously.
 #![allow(unsafe_code, reason = "ioctl(2) on a userfaultfd has no safe binding")]
 
 use std::io;
@@ -11,7 +11,7 @@ use crate::deputy;
 
 /// Protocol version that `UFFDIO_API` agrees on.
 const UFFD_API: u64 = 0xaa;
-const UFFDIO: u8 = 0xaa;
+pub(crate) const UFFDIO: u8 = 0xaa;
 
 const FEATURE_PAGEFAULT_FLAG_WP: u64 = 1 << 0;
 const FEATURE_WP_HUGETLBFS_SHMEM: u64 = 1 << 12;
@@ -20,8 +20,11 @@ const FEATURE_WP_ASYNC: u64 = 1 << 15;
 const FEATURES: u64 =
     FEATURE_PAGEFAULT_FLAG_WP | FEATURE_WP_HUGETLBFS_SHMEM | FEATURE_WP_UNPOPULATED | FEATURE_WP_ASYNC;
 
-/// Each with its name in `linux/userfaultfd.h`.
-const NAMED_FEATURES: [(u64, &str); 4] = [
+/// Features, each with its name in `linux/userfaultfd.h`.
+pub(crate) type NamedFeatures = [(u64, &'static str)];
+
+/// Of a [`WriteProtector`].
+pub(crate) const WRITE_PROTECTION: &NamedFeatures = &[
     (FEATURE_PAGEFAULT_FLAG_WP, "UFFD_FEATURE_PAGEFAULT_FLAG_WP"),
     (FEATURE_WP_HUGETLBFS_SHMEM, "UFFD_FEATURE_WP_HUGETLBFS_SHMEM"),
     (FEATURE_WP_UNPOPULATED, "UFFD_FEATURE_WP_UNPOPULATED"),
@@ -39,9 +42,9 @@ struct UffdioApi {
 }
 
 #[repr(C)]
-struct UffdioRange {
-    start: u64,
-    length: u64,
+pub(crate) struct UffdioRange {
+    pub(crate) start: u64,
+    pub(crate) length: u64,
 }
 
 #[repr(C)]
@@ -65,13 +68,35 @@ const _: () = assert!(size_of::<UffdioApi>() == 24 && UFFDIO_API as u64 == 0xc01
 const _: () = assert!(size_of::<UffdioRegister>() == 32 && UFFDIO_REGISTER as u64 == 0xc020_aa00);
 const _: () = assert!(size_of::<UffdioWriteprotect>() == 24 && UFFDIO_WRITEPROTECT as u64 == 0xc018_aa06);
 
-/// The features needed that the kernel does not have, of a userfaultfd on which nothing was agreed yet.
-pub(crate) fn lacking(fd: &OwnedFd) -> io::Result<Vec<&'static str>> {
+/// Which of `needed` the kernel does not have, of a userfaultfd on which nothing was agreed yet.
+pub(crate) fn lacking(fd: &OwnedFd, needed: &NamedFeatures) -> io::Result<Vec<&'static str>> {
     let mut api = UffdioApi { api: UFFD_API, features: 0, ioctls: 0 };
     // SAFETY: the opcode is that of `UffdioApi`, which the kernel reads and writes in place.
     unsafe { ioctl(fd, Updater::<UFFDIO_API, _>::new(&mut api)) }?;
-    let absent = NAMED_FEATURES.iter().filter(|(bit, _)| api.features & bit == 0);
+    let absent = needed.iter().filter(|(bit, _)| api.features & bit == 0);
     Ok(absent.map(|(_, name)| *name).collect())
+}
+
+/// Agrees on `features` with the kernel. `false` when it lacks one; nothing is agreed on then.
+pub(crate) fn agree(fd: &OwnedFd, features: u64) -> io::Result<bool> {
+    let mut api = UffdioApi { api: UFFD_API, features, ioctls: 0 };
+    // SAFETY: the opcode is that of `UffdioApi`, which the kernel reads and writes in place.
+    match unsafe { ioctl(fd, Updater::<UFFDIO_API, _>::new(&mut api)) } {
+        Ok(()) => Ok(true),
+        Err(Errno::INVAL) => Ok(false),
+        Err(errno) => Err(errno.into()),
+    }
+}
+
+/// Registers `start..end` of the userfaultfd's process. May be repeated.
+///
+/// # Safety
+/// That process must be able to bear what `mode` makes of its accesses: somebody must answer its faults.
+pub(crate) unsafe fn register(fd: &OwnedFd, start: u64, end: u64, mode: u64) -> io::Result<()> {
+    let range = UffdioRange { start, length: end - start };
+    let mut register = UffdioRegister { range, mode, ioctls: 0 };
+    // SAFETY: the opcode is that of `UffdioRegister`; the caller answers for what it changes.
+    unsafe { ioctl(fd, Updater::<UFFDIO_REGISTER, _>::new(&mut register)) }.map_err(Into::into)
 }
 
 /// A userfaultfd in asynchronous write-protect mode. Dropping it lifts every
@@ -84,22 +109,13 @@ pub(crate) struct WriteProtector {
 impl WriteProtector {
     /// Agrees on the features needed with the kernel. `Ok(None)` when it lacks one.
     pub(crate) fn new(fd: OwnedFd) -> io::Result<Option<Self>> {
-        let mut api = UffdioApi { api: UFFD_API, features: FEATURES, ioctls: 0 };
-        // SAFETY: the opcode is that of `UffdioApi`, which the kernel reads and writes in place.
-        match unsafe { ioctl(&fd, Updater::<UFFDIO_API, _>::new(&mut api)) } {
-            Ok(()) => Ok(Some(Self { fd: Some(fd) })),
-            Err(Errno::INVAL) => Ok(None),
-            Err(errno) => Err(errno.into()),
-        }
+        Ok(agree(&fd, FEATURES)?.then_some(Self { fd: Some(fd) }))
     }
 
     /// Registers `start..end` of its process. May be repeated.
     pub(crate) fn register(&self, start: u64, end: u64) -> io::Result<()> {
-        let range = UffdioRange { start, length: end - start };
-        let mut register = UffdioRegister { range, mode: REGISTER_MODE_WP, ioctls: 0 };
-        // SAFETY: the opcode is that of `UffdioRegister`. What it changes is the other process's
-        // mapping, in a mode that lets every access go through.
-        unsafe { ioctl(self.fd(), Updater::<UFFDIO_REGISTER, _>::new(&mut register)) }.map_err(Into::into)
+        // SAFETY: asynchronous write-protection lets every access go through; no fault waits for an answer.
+        unsafe { register(self.fd(), start, end, REGISTER_MODE_WP) }
     }
 
     /// Write-protects every page of `start..end`, present or not.

@@ -13,10 +13,10 @@ use ramferry_ram::BlockIndex;
 
 use crate::error::{TrackError, WriterError};
 use crate::holders::{self, find_holders};
-use crate::maps::{self, MapsError};
+use crate::maps::{self, MapsError, Vma};
 use crate::process;
 use crate::remote_call::RemoteCallError;
-use crate::segments::{Segment, segments};
+use crate::segments::{Segment, reached, segments};
 use crate::self_test::self_test;
 use crate::{TrackedFile, TrackerKind};
 
@@ -112,6 +112,19 @@ pub(crate) fn check_guest_maps(guest: u32, files: &[TrackedFile]) -> Result<(), 
 /// Processes, other than this one and those in `known`, that have one of
 /// `files` mapped shared and writable.
 pub(crate) fn find_mappers(files: &[TrackedFile], known: &[u32]) -> Result<Vec<Mapper>, TrackError> {
+    find_mappers_by(segments, files, known)
+}
+
+/// The same of those that have one mapped in whatever way.
+pub(crate) fn find_reachers(files: &[TrackedFile], known: &[u32]) -> Result<Vec<Mapper>, TrackError> {
+    find_mappers_by(reached, files, known)
+}
+
+fn find_mappers_by(
+    segments: fn(&[Vma], &[TrackedFile]) -> Vec<Segment>,
+    files: &[TrackedFile],
+    known: &[u32],
+) -> Result<Vec<Mapper>, TrackError> {
     let mut mappers = Vec::new();
     let may_trace_all = process::have_capability(CAP_SYS_PTRACE);
     for pid in process::other_processes().map_err(TrackError::Proc)? {
@@ -147,7 +160,7 @@ pub fn hidden_processes() -> Result<Vec<(u32, String)>, TrackError> {
 }
 
 /// Why process `pid` could not be tracked, as far as can be told without touching it.
-fn obstacle(pid: u32, segments: &[Segment], may_be_registered: bool) -> Option<WriterError> {
+pub(crate) fn obstacle(pid: u32, segments: &[Segment], may_be_registered: bool) -> Option<WriterError> {
     let refused = |error| Some(WriterError::RemoteCall(error));
     let status = match process::thread_status(pid, pid) {
         Ok(status) if !status.ended => status,

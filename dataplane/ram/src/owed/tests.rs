@@ -100,9 +100,7 @@ fn of_threads_that_race_for_a_page_one_counts_it() {
                 barrier.wait();
                 let starts = (0..1000).step_by(step as usize);
                 starts
-                    .map(|first| {
-                        owed.clear(SMALL, PageRun { first, count: step.min(1000 - first) }).unwrap()
-                    })
+                    .map(|first| owed.clear(SMALL, PageRun { first, count: step.min(1000 - first) }).unwrap())
                     .sum::<u64>()
             })
         };

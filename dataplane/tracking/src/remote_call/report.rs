@@ -1,4 +1,4 @@
-//! What a deputy tells of its failure, in a few bytes: it may not allocate.
+//! What a deputy tells of its errand, in a few bytes: it may not allocate.
 
 use std::io;
 
@@ -22,6 +22,22 @@ const OPERATIONS: &[&str] = &[
     "injected call",
 ];
 
+/// What [`RemoteCallError::CallFailed`] may name.
+const CALLS: &[&str] = &["madvise", "close"];
+
+/// Of an errand that brought nothing back.
+pub(super) const SUCCESS: [u8; REPORT_BYTES] = [0xff, 0, 0, 0, 0, 0, 0, 0];
+
+/// Of an errand that brought a descriptor back, which has this number in its process.
+pub(super) fn of_descriptor(number: i32) -> [u8; REPORT_BYTES] {
+    let number = number.to_ne_bytes();
+    [0xff, 0, 0, 0, number[0], number[1], number[2], number[3]]
+}
+
+pub(super) fn descriptor([_, _, _, _, number @ ..]: [u8; REPORT_BYTES]) -> i32 {
+    i32::from_ne_bytes(number)
+}
+
 /// The kind, the operation, two bytes of nothing, the error number.
 pub(super) fn encode(error: &RemoteCallError) -> [u8; REPORT_BYTES] {
     let (kind, operation, source) = match error {
@@ -33,6 +49,9 @@ pub(super) fn encode(error: &RemoteCallError) -> [u8; REPORT_BYTES] {
         RemoteCallError::Transfer { source, .. } => (6, 0, Some(source)),
         RemoteCallError::Trace { operation, source, .. } => {
             (7, OPERATIONS.iter().position(|known| known == operation).unwrap_or(0), Some(source))
+        }
+        RemoteCallError::CallFailed { call, source, .. } => {
+            (8, CALLS.iter().position(|known| known == call).unwrap_or(0), Some(source))
         }
         // What else there is was found out before.
         _ => (0, 0, None),
@@ -55,6 +74,10 @@ pub(super) fn decode(pid: u32, report: [u8; REPORT_BYTES]) -> RemoteCallError {
             let operation = OPERATIONS.get(usize::from(operation)).copied().unwrap_or(OPERATIONS[0]);
             RemoteCallError::Trace { pid, operation, source }
         }
+        8 => {
+            let call = CALLS.get(usize::from(operation)).copied().unwrap_or(CALLS[0]);
+            RemoteCallError::CallFailed { pid, call, source }
+        }
         _ => RemoteCallError::Ended { pid },
     }
 }
@@ -76,6 +99,7 @@ mod tests {
             RemoteCallError::Refused { pid, source: source() },
             RemoteCallError::Transfer { pid, source: source() },
             RemoteCallError::Trace { pid, operation: "injected call", source: source() },
+            RemoteCallError::CallFailed { pid, call: "close", source: source() },
         ];
         for error in errors {
             let decoded = decode(pid, encode(&error));

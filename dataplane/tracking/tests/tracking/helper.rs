@@ -17,6 +17,8 @@ use rustix::mm::{Advice, MapFlags, MprotectFlags, MremapFlags, ProtFlags};
 
 use crate::file::{RamFile, Random, sets};
 
+mod postcopy;
+
 const ASKED: &str = "RAMFERRY_TRACKING_HELPER";
 
 /// A helper process. Killed and reaped on drop.
@@ -171,6 +173,7 @@ struct Server {
     enough: Arc<AtomicBool>,
     child: Option<(File, File)>,
     opened: HashMap<String, File>,
+    exercise: postcopy::Exercise,
 }
 
 static SIGNALS: AtomicU32 = AtomicU32::new(0);
@@ -231,6 +234,15 @@ impl Server {
             }
             "borrow" => borrow(number(1) as u32),
             "track" => track(words[1], number(2) as u32, &words[3..]),
+            "read" => return postcopy::read(&self.mappings[words[1]], number(2)),
+            "kernel_read" => return postcopy::kernel_read(&self.mappings[words[1]], number(2)),
+            "split" => postcopy::split(&self.mappings[words[1]], number(2), number(3)),
+            "exercise" => self.exercise.begin(&self.mappings[words[1]], number(2), number(3)),
+            "exercised" => return self.exercise.end(),
+            "serve" => {
+                let (pid, path, owed) = (number(2) as u32, words[3], words[7]);
+                postcopy::serve(words[1], pid, path, number(4), number(5), number(6), owed);
+            }
             other => panic!("no such order: {other}"),
         }
         "ok".to_owned()

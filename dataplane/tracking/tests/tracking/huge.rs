@@ -13,18 +13,18 @@ use crate::file::{PAGE, RamFile, Replica, members, sets};
 use crate::helper::Helper;
 use crate::kinds::works;
 
-const HUGE: u64 = 2 << 20;
+pub(crate) const HUGE: u64 = 2 << 20;
 const POOL: &str = "/sys/kernel/mm/hugepages/hugepages-2048kB/nr_hugepages";
 static POOL_USER: Mutex<()> = Mutex::new(());
 
 /// More huge pages than there were, until dropped.
-struct Pool {
+pub(crate) struct Pool {
     before: String,
     _alone: std::sync::MutexGuard<'static, ()>,
 }
 
 impl Pool {
-    fn grow(pages: u64) -> Result<Self, String> {
+    pub(crate) fn grow(pages: u64) -> Result<Self, String> {
         let alone = POOL_USER.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
         let before = std::fs::read_to_string(POOL).map_err(|error| error.to_string())?;
         let pool = Self { before, _alone: alone };
@@ -41,7 +41,7 @@ impl Drop for Pool {
     }
 }
 
-fn huge_file(pages: u64) -> RamFile {
+pub(crate) fn huge_file(pages: u64) -> RamFile {
     let flags = MemfdFlags::CLOEXEC | MemfdFlags::HUGETLB;
     RamFile::of(rustix::fs::memfd_create("huge", flags).unwrap().into(), pages, HUGE)
 }

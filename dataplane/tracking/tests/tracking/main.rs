@@ -9,10 +9,12 @@
 
 mod conformance;
 mod crash;
+mod destination;
 mod file;
 mod helper;
 mod huge;
 mod kinds;
+mod postcopy;
 mod remote_call;
 mod running_guest;
 mod strangers;
