@@ -12,8 +12,8 @@ use ramferry_fabric::windows::WindowId;
 use ramferry_fabric::{FabricKind, SessionToken};
 use ramferry_guest::GuestError;
 use ramferry_mover::{
-    DestinationHandle, DestinationInput, DestinationParts, PeerAnswer, RegisteredWindow, WindowsAnswer,
-    spawn_destination,
+    DestinationHandle, DestinationInput, DestinationParts, PeerAnswer, PostcopyParts, RegisteredWindow,
+    WindowsAnswer, spawn_destination,
 };
 use ramferry_proto::v1;
 use ramferry_proto::v1::exchange_control_response::Answer;
@@ -76,7 +76,7 @@ pub(crate) struct DestinationSession {
     plan: Mutex<Option<Plan>>,
     reads: Mutex<Reads>,
     /// A digest of the token, after a restart: by it the source is known again.
-    token_digest: Option<String>,
+    pub(crate) token_digest: Option<String>,
 }
 
 #[derive(Default)]
@@ -97,6 +97,8 @@ pub(crate) struct Plan {
     pub(crate) streams: u32,
     pub(crate) pin_budget_bytes: Option<u64>,
     pub(crate) vmm: u32,
+    /// Processes that may reach the guest's RAM beside its VMM and this agent.
+    pub(crate) partners: Vec<u32>,
 }
 
 /// What [`start`] needs beside the agent and the entry.
@@ -465,8 +467,12 @@ impl DestinationSession {
     fn build(self: &Arc<Self>, plan: Plan) -> Result<DestinationParts, Failure> {
         let ram = |error: ramferry_ram::RamError| Failure::new(Reason::GuestFailed, causes(&error));
         let memory = Arc::new(Memory::new(plan.layout, plan.files, Access::ReadWrite).map_err(ram)?);
-        let terms =
-            Terms { fabric: plan.fabric, streams: plan.streams, pin_budget_bytes: plan.pin_budget_bytes };
+        let terms = Terms {
+            fabric: plan.fabric,
+            streams: plan.streams,
+            pin_budget_bytes: plan.pin_budget_bytes,
+            partners: plan.partners.clone(),
+        };
         self.note_memory(&memory, terms);
         let token = self.token.clone().expect("a session that is prepared has a token");
         let Admitted { domain, links } =
@@ -479,6 +485,7 @@ impl DestinationSession {
             registration_workers: self.agent.config.registration_workers,
             postcopy: PostcopyParts {
                 vmm: plan.vmm,
+                partners: plan.partners,
                 owed_path: keepsake::owed_path(&self.agent.config, &self.entry.id),
                 migration: self.entry.id.clone(),
             },

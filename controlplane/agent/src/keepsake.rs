@@ -28,6 +28,8 @@ pub(crate) struct Keepsake {
     /// Links beside those for faults.
     pub(crate) streams: u32,
     pub(crate) pin_budget_bytes: Option<u64>,
+    /// At the destination, processes beside this agent that reach the guest's RAM.
+    pub(crate) partners: Vec<u32>,
     /// At the source, the session's token: by it the destination knows its source again.
     token: Option<[u8; SessionToken::BYTES]>,
     blocks: Vec<KeptBlock>,
@@ -50,6 +52,7 @@ pub(crate) struct Terms {
     pub(crate) fabric: FabricKind,
     pub(crate) streams: u32,
     pub(crate) pin_budget_bytes: Option<u64>,
+    pub(crate) partners: Vec<u32>,
 }
 
 impl Keepsake {
@@ -81,6 +84,7 @@ impl Keepsake {
             fabric: terms.fabric.as_str().to_owned(),
             streams: terms.streams,
             pin_budget_bytes: terms.pin_budget_bytes,
+            partners: terms.partners.clone(),
             token: token.map(|token| *token.as_bytes()),
             blocks: (0..).zip(memory.layout().blocks()).map(kept).collect(),
         }
@@ -93,7 +97,8 @@ impl Keepsake {
     pub(crate) fn terms(&self) -> Terms {
         let kinds = [FabricKind::Verbs, FabricKind::Shm, FabricKind::Tcp];
         let fabric = kinds.into_iter().find(|kind| kind.as_str() == self.fabric).unwrap_or(FabricKind::Tcp);
-        Terms { fabric, streams: self.streams, pin_budget_bytes: self.pin_budget_bytes }
+        let partners = self.partners.clone();
+        Terms { fabric, streams: self.streams, pin_budget_bytes: self.pin_budget_bytes, partners }
     }
 
     /// Writes it so that it is there whole or not at all.
@@ -163,7 +168,11 @@ impl KeptBlock {
         });
         let found = mapped.take(1).find_map(|link| open(&link));
         found.ok_or_else(|| {
-            format!("the file of {} ({}) is no more, or has another in its place", self.name, self.path.display())
+            format!(
+                "the file of {} ({}) is no more, or has another in its place",
+                self.name,
+                self.path.display()
+            )
         })
     }
 }
@@ -212,7 +221,7 @@ mod tests {
     }
 
     fn terms() -> Terms {
-        Terms { fabric: FabricKind::Shm, streams: 3, pin_budget_bytes: None }
+        Terms { fabric: FabricKind::Shm, streams: 3, pin_budget_bytes: None, partners: Vec::new() }
     }
 
     #[test]

@@ -280,7 +280,9 @@ async fn take(session: &Arc<DestinationSession>, order: Order) {
 pub(crate) fn input(order: Order) -> Result<Option<DestinationInput>, &'static str> {
     Ok(Some(match order {
         // A second one says nothing new.
-        Order::Open(_) | Order::DeviceState(_) | Order::ServeReads(_) | Order::OwedPages(_) => return Ok(None),
+        Order::Open(_) | Order::DeviceState(_) | Order::ServeReads(_) | Order::OwedPages(_) => {
+            return Ok(None);
+        }
         Order::WindowsRegistered(answer) => DestinationInput::WindowsRegistered(settled(answer.windows)),
         Order::WindowsReleased(answer) => {
             DestinationInput::WindowsReleased(answer.ids.into_iter().map(WindowId).collect())

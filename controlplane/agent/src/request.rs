@@ -124,7 +124,6 @@ pub(crate) fn engine_parameters(given: &v1::MigrationParameters) -> Result<Param
         timeout_action,
         no_progress_timeout: duration("no_progress_timeout", given.no_progress_timeout)?
             .unwrap_or(defaults.no_progress_timeout),
-        postcopy: defaults.postcopy,
         verify: given.verify,
         postcopy: postcopy(given.postcopy)?,
     };

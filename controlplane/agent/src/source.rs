@@ -12,46 +12,44 @@ use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant, SystemTime};
 
 use bytes::Bytes;
-use ramferry_engine::{Failure, FixedCosts, LateWrites, Reason, Source, SourceEvent};
+use ramferry_engine::{Failure, FixedCosts, Reason, Source, SourceEvent};
 use ramferry_fabric::windows::{RegistrationMode, WindowConfig};
-use ramferry_fabric::{FabricKind, SessionToken};
-use ramferry_guest::{Guest, GuestError, GuestInfo, Side};
+use ramferry_guest::{GuestError, GuestInfo};
 use ramferry_mover::{SourceHandle, SourceInput, SourceParts, spawn_source};
 use ramferry_proto::v1;
 use ramferry_proto::v1::exchange_control_request::Order;
-use ramferry_proto::v1::peer_service_client::PeerServiceClient;
 use ramferry_ram::{Access, Memory, RamFile};
-use ramferry_tracking::{TrackedFile, TrackerKind};
 use tokio::net::UnixListener;
 use tokio::sync::mpsc;
 use tokio::task::{AbortHandle, JoinHandle};
-use tonic::transport::Channel;
 use tonic::{Code, Status};
 
 pub(crate) use self::checks::check;
 pub(crate) use self::checks::tracked_files;
 use self::checks::{check_tracking, inspect, late_writes, recheck_reason};
-pub(crate) use self::negotiate::{is_shm_socket, peer_refusal};
+pub(crate) use self::negotiate::is_shm_socket;
+#[cfg(test)]
+pub(crate) use self::negotiate::peer_refusal;
 use self::negotiate::{agreed, negotiate};
 use self::outside::Outside;
-use self::reads::Reads;
 pub(crate) use self::peer::channel as peer_channel;
 pub(crate) use self::peer::{ORDER_ITEMS, add_runs, failure_of, orders, settled, windows};
 use self::peer::{Peer, PeerSetup};
 #[cfg(feature = "fuzzing")]
 pub(crate) use self::peer::{input, take_presence};
+use self::reads::Reads;
 pub(crate) use self::view::{duration as duration_on_the_wire, state as state_on_the_wire};
 use crate::MigrationRole;
-use crate::core::{Agent, EXCHANGE_TIMEOUT, PROTOCOL_VERSION};
+use crate::core::{Agent, EXCHANGE_TIMEOUT};
 use crate::device_stream::{self, RelayError};
 use crate::fabrics::{Agreed, Connected};
 use crate::guest_cell::GuestCell;
-use crate::keepsake::{self, Keepsake, Terms};
 use crate::journal::{Created, MigrationLog, Record, Recovered, SpecRecord};
+use crate::keepsake::{self, Keepsake, Terms};
 use crate::migrations::{Claim, Entry, Refusal};
 use crate::publish::Publisher;
 use crate::request::{Request, fabric_on_the_wire, registration_mode};
-use crate::status::{TEXT_BYTES, Violation, causes, invalid_argument, precondition, status};
+use crate::status::{causes, invalid_argument, status};
 
 /// Of a fence, until one was measured.
 const FENCE_ESTIMATE: Duration = Duration::from_millis(1);
@@ -307,9 +305,9 @@ fn kept_token(agent: &Agent, id: &str, handed_over: bool) -> Bytes {
         return Bytes::new();
     }
     match Keepsake::read(&keepsake::path(&agent.config, id, MigrationRole::Source)) {
-        Ok(kept) => kept.and_then(|kept| kept.token()).map_or_else(Bytes::new, |token| {
-            Bytes::copy_from_slice(token.as_bytes())
-        }),
+        Ok(kept) => kept
+            .and_then(|kept| kept.token())
+            .map_or_else(Bytes::new, |token| Bytes::copy_from_slice(token.as_bytes())),
         Err(failure) => {
             tracing::error!(id, %failure, "what was kept of a migration cannot be used");
             Bytes::new()
@@ -354,6 +352,7 @@ impl Session {
                 fabric: agreed.fabric,
                 streams: agreed.streams,
                 pin_budget_bytes: request.pin_budget_bytes,
+                partners: Vec::new(),
             },
         );
 

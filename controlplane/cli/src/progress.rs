@@ -149,7 +149,8 @@ fn line(migration: &Migration) -> String {
 fn measures(migration: &Migration) -> String {
     let progress = migration.progress.clone().unwrap_or_default();
     if migration.state() == MigrationState::Postcopy {
-        let owed = format!("the guest runs at the destination, {} still owed", bytes(progress.remaining_bytes));
+        let owed =
+            format!("the guest runs at the destination, {} still owed", bytes(progress.remaining_bytes));
         return if migration.trouble.is_empty() { owed } else { format!("{owed}; {}", migration.trouble) };
     }
     let mut text = format!(

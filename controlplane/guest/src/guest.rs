@@ -212,6 +212,18 @@ pub trait Guest: Send + Sync {
     /// When the VMM does not answer.
     fn settle_destination(&self) -> GuestFuture<'_, Result<(), GuestError>>;
 
+    /// At a destination that ran: has the guest stand still. Idempotent.
+    ///
+    /// # Errors
+    /// When the VMM does not answer: it may itself wait for memory that the guest lacks.
+    fn stop_destination(&self) -> GuestFuture<'_, Result<(), GuestError>>;
+
+    /// Ends the VMM of a guest that ran and must not run on. Idempotent.
+    ///
+    /// # Errors
+    /// When it cannot be ended.
+    fn end_destination(&self) -> GuestFuture<'_, Result<(), GuestError>>;
+
     /// Gives a destination up: before `start_incoming` leaves the VMM as it was
     /// found, after it ends the VMM. Idempotent; a VMM that is gone is given up.
     ///

@@ -286,6 +286,14 @@ impl Guest for Qemu {
         Box::pin(Qemu::settle_destination(self))
     }
 
+    fn stop_destination(&self) -> GuestFuture<'_, Result<(), GuestError>> {
+        Box::pin(Qemu::stop_destination(self))
+    }
+
+    fn end_destination(&self) -> GuestFuture<'_, Result<(), GuestError>> {
+        Box::pin(Qemu::end_destination(self))
+    }
+
     fn discard(&self) -> GuestFuture<'_, Result<(), GuestError>> {
         Box::pin(Qemu::discard(self))
     }

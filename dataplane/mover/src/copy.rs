@@ -182,7 +182,13 @@ impl Copy {
 
     /// The chunk that begins at `page`, of at most `most_bytes` but a whole page; [`Next::Done`] where that page was handed out
     /// already, or is not of the pass. The pass goes on behind it.
-    pub(crate) fn next_at(self: &Arc<Self>, pass: &Pass, block: BlockIndex, page: u64, most_bytes: u64) -> Next {
+    pub(crate) fn next_at(
+        self: &Arc<Self>,
+        pass: &Pass,
+        block: BlockIndex,
+        page: u64,
+        most_bytes: u64,
+    ) -> Next {
         if pass.is_stopped() {
             return Next::Done;
         }

@@ -57,6 +57,8 @@ pub struct DestinationSnapshot {
     pub pinned_bytes: u64,
     /// In post-copy, what the guest is still owed.
     pub owed_bytes: Option<u64>,
+    /// What holds the migration up, where it can neither go on nor end.
+    pub trouble: Option<Failure>,
 }
 
 /// An answer of the destination's data plane to the source's.
@@ -95,6 +97,8 @@ pub struct DestinationParts {
 pub struct PostcopyParts {
     /// The VMM's process.
     pub vmm: u32,
+    /// Processes that reach the guest's RAM and are not made to wait: over shm, the source's agent.
+    pub partners: Vec<u32>,
     /// The file that keeps account of what the guest is owed; there is none yet.
     pub owed_path: PathBuf,
     /// The migration's id.
@@ -446,6 +450,7 @@ impl Driver {
             regions: plane.0 + pull.0,
             pinned_bytes: plane.1 + pull.1,
             owed_bytes: self.pull.as_ref().and_then(Pull::owed_bytes),
+            trouble: self.engine.trouble().cloned(),
         };
         self.outside.publish(&snapshot);
     }

@@ -35,7 +35,7 @@ pub use counters::{
 };
 pub use destination::{
     DestinationHandle, DestinationInput, DestinationOutside, DestinationParts, DestinationSnapshot,
-    PeerAnswer, Retaken, spawn_destination,
+    PeerAnswer, PostcopyParts, Retaken, SendAnswer, spawn_destination,
 };
 pub use pull::{FAULT_LINKS, Readers};
 pub use served::{Place, RegisteredWindow, SendWindowsAnswer, WindowsAnswer};

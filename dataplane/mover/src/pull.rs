@@ -57,11 +57,13 @@ pub struct Readers {
 
 /// What the threads tell the driver.
 #[derive(Debug)]
-pub(crate) enum PullReport {
+pub enum PullReport {
     /// Nothing is owed any more.
     Pulled,
     /// The links of this attempt carry nothing more; the guest waits for what it is owed.
     LinkLost(u64, MoverError),
+    /// The VMM ended.
+    VmmEnded,
     /// The VMM cannot be served.
     Failed(MoverError),
 }
@@ -114,19 +116,14 @@ impl Pull {
             told: AtomicBool::new(false),
             report,
         });
-        let mut pull = Self {
-            shared,
-            fault_threads: Vec::new(),
-            reading: None,
-            attempts: 0,
-            streaming: false,
-        };
+        let mut pull =
+            Self { shared, fault_threads: Vec::new(), reading: None, attempts: 0, streaming: false };
         for index in 0..FAULT_LINKS {
             let shared = Arc::clone(&pull.shared);
             let builder = thread::Builder::new().name(format!("fault-{index}"));
             let body = move || {
                 if let Err(error) = shared.serve_faults(index) {
-                    (shared.report)(PullReport::Failed(error));
+                    shared.fail(error);
                 }
             };
             pull.fault_threads.push(builder.spawn(body).map_err(MoverError::Thread)?);
@@ -289,18 +286,11 @@ impl Shared {
             let patience = if waiting.is_empty() { PATIENCE } else { RETRY };
             match self.faults.wait(patience, &mut batch) {
                 Ok(_) => {}
-                // Whoever watches the guest tells of it.
-                Err(error) if error.vmm_ended() => return Ok(()),
                 Err(error) => return Err(error.into()),
             }
             let now = Instant::now();
             waiting.extend(batch.drain(..).map(|fault| (fault, now)));
-            if let Err(error) = self.serve(index, &mut waiting) {
-                match error {
-                    MoverError::Faults(error) if error.vmm_ended() => return Ok(()),
-                    error => return Err(error),
-                }
-            }
+            self.serve(index, &mut waiting)?;
         }
         Ok(())
     }
@@ -418,21 +408,26 @@ impl Shared {
         };
         reader.close();
         match streamed {
-            Err(MoverError::Faults(error)) if error.vmm_ended() => Ok(()),
             Err(error @ (MoverError::Faults(_) | MoverError::Owed(_))) => {
-                (self.report)(PullReport::Failed(error));
+                self.fail(error);
                 Ok(())
             }
             streamed => streamed,
         }
     }
 
+    fn fail(&self, error: MoverError) {
+        (self.report)(match error {
+            MoverError::Faults(error) if error.vmm_ended() => PullReport::VmmEnded,
+            error => PullReport::Failed(error),
+        });
+    }
+
     /// The bytes of a chunk are here: the guest may have them.
     fn arrived(&self, copy: &Arc<Copy>, chunk: &Chunk) -> Result<(), MoverError> {
         let owed = self.owed.get().expect("nothing is read before it is known what is owed");
         let page_bytes = self.page_bytes(chunk.range.block);
-        let run =
-            PageRun { first: chunk.range.offset / page_bytes, count: chunk.range.length / page_bytes };
+        let run = PageRun { first: chunk.range.offset / page_bytes, count: chunk.range.length / page_bytes };
         owed.clear(chunk.range.block, run)?;
         self.faults.let_in(chunk.range.block, run)?;
         self.counters.add_data(chunk.range.length, run.count);

@@ -24,9 +24,9 @@ use self::lending::Lending;
 pub use self::lending::Lent;
 use self::plane::Plane;
 use crate::copy::SendOrder;
+use crate::counters::Counters;
 use crate::marks::Marked;
 use crate::recheck::Recheck;
-use crate::counters::Counters;
 use crate::served::Place;
 use crate::worker::Job;
 use crate::{Counted, MoverError, RegistrationEvents, Step};
@@ -86,6 +86,8 @@ pub struct SourceSnapshot {
     pub harvests: u64,
     /// Whether both sides' digests were equal.
     pub verified: Option<bool>,
+    /// What holds the migration up, where it can neither go on nor end.
+    pub trouble: Option<Failure>,
 }
 
 /// The memory side of a migration, ready to copy.
@@ -493,6 +495,7 @@ impl Driver {
             last_harvest: self.last_harvest,
             harvests: self.harvests,
             verified: self.verified,
+            trouble: self.engine.trouble().cloned(),
         };
         self.outside.publish(&snapshot);
     }

@@ -69,7 +69,7 @@ pub(crate) async fn negotiate(
         inspect(agent, request.destination_qmp_path.as_ref(), Side::Destination, claim.as_mut()).await?;
     check_guests(&request, &layout, &info)?;
     if postcopy(request.postcopy)? != Postcopy::Never {
-        check_postcopy(&info, &files).await?;
+        check_postcopy(&info, &files, partners(agent, &request)).await?;
     }
     let mut response = v1::NegotiateSessionResponse {
         protocol_version: PROTOCOL_VERSION,
@@ -87,8 +87,11 @@ pub(crate) async fn negotiate(
     claim.claim_guest(info.pid).map_err(|refusal| refused(&refusal))?;
     let token = SessionToken::random().map_err(|error| internal("NO_RANDOMNESS", &error))?;
     response.session_token = token.as_bytes().to_vec();
-    let log =
-        agent.journal.create(MigrationRole::Destination, &request.migration_id, &created(&request, &info, &token));
+    let log = agent.journal.create(
+        MigrationRole::Destination,
+        &request.migration_id,
+        &created(&request, &info, &token),
+    );
     let log = log.map_err(|error| status(Code::Unavailable, error.reason(), causes(&error), []))?;
     let plan = Plan {
         layout: info.layout,
@@ -97,6 +100,7 @@ pub(crate) async fn negotiate(
         streams: response.streams,
         pin_budget_bytes: Some(request.pin_budget_bytes).filter(|bytes| *bytes > 0),
         vmm: info.pid,
+        partners: partners(agent, &request),
     };
     let entry = entry(&request, chosen, &reason);
     agent.registry.insert(&entry);
@@ -171,10 +175,16 @@ fn check_guests(
     }
 }
 
+/// The source's agent, where it is on this host.
+fn partners(agent: &Agent, request: &v1::NegotiateSessionRequest) -> Vec<u32> {
+    let here = request.boot_id == agent.boot_id && request.agent_pid != 0;
+    if here { vec![request.agent_pid] } else { Vec::new() }
+}
+
 /// Refuses a VMM whose accesses could not be held up, before anything is changed.
-async fn check_postcopy(info: &GuestInfo, files: &[RamFile]) -> Result<(), Status> {
+async fn check_postcopy(info: &GuestInfo, files: &[RamFile], partners: Vec<u32>) -> Result<(), Status> {
     let (pid, tracked) = (info.pid, tracked_files(info, files));
-    let checked = blocking(move || ramferry_tracking::postcopy::check(pid, &tracked)).await?;
+    let checked = blocking(move || ramferry_tracking::postcopy::check(pid, &tracked, &partners)).await?;
     checked.map_err(|error| {
         let message = format!(
             "post-copy cannot be used: the accesses of the destination guest to its memory cannot be held up: {}; \

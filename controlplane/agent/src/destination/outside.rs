@@ -39,7 +39,16 @@ impl Outside {
     ) -> Self {
         let socket = session.agent.config.step_socket.as_deref();
         let gate = StepGate::new(socket, MigrationRole::Destination, &session.entry.id);
-        Self { session, log, publisher, claim: Some(claim), committed: None, ran: false, journal_nanoseconds: 0, gate }
+        Self {
+            session,
+            log,
+            publisher,
+            claim: Some(claim),
+            committed: None,
+            ran: false,
+            journal_nanoseconds: 0,
+            gate,
+        }
     }
 
     fn spawn<F>(&self, work: F)
@@ -242,6 +251,7 @@ impl DestinationOutside for Outside {
             if !snapshot.state.is_final() {
                 view.set_state(crate::source::state_on_the_wire(snapshot.state));
             }
+            view.trouble = snapshot.trouble.as_ref().map_or_else(String::new, ToString::to_string);
             let progress = view.progress.get_or_insert_default();
             progress.ram_bytes = snapshot.ram_bytes;
             if let Some(owed_bytes) = snapshot.owed_bytes {

@@ -158,8 +158,13 @@ impl DestinationSession {
                 postcopy::release(kept.vmm, &memory).map_err(|error| of_faults(&error))?;
                 return Ok(DestinationEvent::Pulled.into());
             }
-            let faults =
-                RemoteFaults::retake(kept.vmm, Arc::clone(&memory)).map_err(|error| of_faults(&error))?;
+            let faults = RemoteFaults::retake(kept.vmm, Arc::clone(&memory), &kept.partners);
+            let faults = match faults {
+                Err(error) if error.vmm_ended() => {
+                    return Ok(DestinationEvent::GuestGone(of_faults(&error)).into());
+                }
+                faults => faults.map_err(|error| of_faults(&error))?,
+            };
             let answering = Arc::clone(&session);
             Ok(DestinationInput::Retaken(Box::new(Retaken {
                 memory,
@@ -183,6 +188,7 @@ impl DestinationSession {
 }
 
 fn of_faults(error: &FaultsError) -> Failure {
-    let reason = if error.vmm_ended() { Reason::GuestFailed } else { Reason::MemoryLost };
+    let not_held_up = matches!(error, FaultsError::NotArmed { .. });
+    let reason = if not_held_up { Reason::MemoryLost } else { Reason::GuestFailed };
     Failure::new(reason, causes(error))
 }

@@ -327,6 +327,7 @@ fn spec_survives_the_journal() {
             fabric: v1::FabricKind::Tcp.into(),
             streams: 4,
             verify: true,
+            postcopy: 2,
         }),
     };
     let record = SpecRecord::try_from(&spec).unwrap();

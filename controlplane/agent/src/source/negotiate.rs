@@ -41,6 +41,7 @@ pub(super) async fn negotiate(
         agent_version: env!("CARGO_PKG_VERSION").into(),
         guest_running: info.running,
         vcpus: info.vcpus,
+        agent_pid: std::process::id(),
         postcopy: request.spec.parameters.unwrap_or_default().postcopy,
     };
     let mut call = tonic::Request::new(call);

@@ -238,9 +238,6 @@ impl SourceOutside for Outside {
             }
             SourceAction::ResumeGuest => self.resume(),
             SourceAction::Finish(outcome) => self.finish(&outcome),
-            SourceAction::SendOwed { .. } | SourceAction::Reconnect | SourceAction::TellMemoryLost(_) => {
-                unreachable!("nothing asks for post-copy yet, and {} comes of that", action.name())
-            }
             SourceAction::Harvest
             | SourceAction::Copy { .. }
             | SourceAction::Recheck { .. }

@@ -5,8 +5,8 @@ use std::time::Duration;
 
 use bytes::Bytes;
 use ramferry_engine::{Failure, Reason, SourceEvent};
-use ramferry_fabric::{RegionKey, SessionToken};
 use ramferry_fabric::windows::{Window, WindowId};
+use ramferry_fabric::{RegionKey, SessionToken};
 use ramferry_mover::{PeerOrder, Place, SourceHandle, SourceInput};
 use ramferry_proto::v1;
 use ramferry_proto::v1::exchange_control_request::Order;
@@ -313,11 +313,7 @@ pub(crate) fn input(answer: Answer) -> Result<Option<SourceInput>, String> {
 pub(crate) fn windows(order: v1::RegisterWindows) -> Vec<Window> {
     let window = |window: v1::Window| Window {
         id: WindowId(window.id),
-        range: BlockRange {
-            block: BlockIndex(window.block),
-            offset: window.offset,
-            length: window.length,
-        },
+        range: BlockRange { block: BlockIndex(window.block), offset: window.offset, length: window.length },
     };
     order.windows.into_iter().map(window).collect()
 }
@@ -391,10 +387,7 @@ pub(crate) fn add_runs(pages: &mut PageSets, runs: &v1::PageRuns) -> Result<(), 
     for pair in runs.runs.chunks_exact(2) {
         let run = PageRun { first: pair[0], count: pair[1] };
         if !set.admits(run) {
-            return Err(format!(
-                "pages {run:?} of block {} were named: there are none",
-                runs.block
-            ));
+            return Err(format!("pages {run:?} of block {} were named: there are none", runs.block));
         }
         set.insert_run(run);
     }

@@ -1,7 +1,7 @@
 use std::path::Path;
 
 use ramferry_engine::SourceAction;
-use ramferry_guest::{GuestFuture, GuestStatus, Paused, Resumed};
+use ramferry_guest::{Guest, GuestFuture, GuestStatus, Paused, Resumed};
 use ramferry_mover::{SourceOutside, SourceSnapshot};
 
 use super::*;
@@ -64,6 +64,14 @@ impl Guest for Noting {
         unreachable!()
     }
 
+    fn stop_destination(&self) -> GuestFuture<'_, Result<()>> {
+        unreachable!()
+    }
+
+    fn end_destination(&self) -> GuestFuture<'_, Result<()>> {
+        unreachable!()
+    }
+
     fn discard(&self) -> GuestFuture<'_, Result<()>> {
         unreachable!()
     }
@@ -117,6 +125,7 @@ async fn after_a_panic_nothing_is_ordered_of_a_guest_that_was_resumed() {
         ordering: Mutex::default(),
         incoming: tokio::sync::Mutex::new(incoming),
         plan: Mutex::new(None),
+        reads: Mutex::default(),
         called: std::time::Instant::now(),
         started: std::time::Instant::now(),
     };

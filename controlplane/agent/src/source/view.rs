@@ -23,7 +23,7 @@ pub(crate) fn state(state: State) -> v1::MigrationState {
 /// Fills `view` in from `snapshot`, but for its state. The migration was `called` for, then its driver `started`.
 pub(crate) fn fill(view: &mut v1::Migration, snapshot: &SourceSnapshot, called: Instant, started: Instant) {
     view.verified = snapshot.verified;
-    view.trouble = snapshot.trouble.clone();
+    view.trouble = snapshot.trouble.as_ref().map_or_else(String::new, ToString::to_string);
     if let Some(tracker) = snapshot.tracker {
         tracker.as_str().clone_into(&mut view.tracker);
     }

@@ -2,7 +2,7 @@
 
 use ramferry_proto::v1;
 
-use super::summary::{fabric_name, registration_name, role_name, state_name};
+use super::summary::{fabric_name, postcopy_name, registration_name, role_name, state_name};
 use super::table::{columns, pairs};
 use super::{bit_rate, bytes, duration, proto_duration, time};
 

@@ -133,6 +133,7 @@ fn migrate_asks_for_what_was_given() {
         fabric: v1::FabricKind::Tcp.into(),
         streams: 4,
         verify: true,
+        postcopy: 0,
     };
     let spec = migration(MigrationState::Pending)
         .spec

@@ -17,6 +17,7 @@ mod late_writes;
 mod moves;
 mod orchestrator;
 mod peer;
+mod postcopy;
 mod refusals;
 mod secrets;
 mod secured;

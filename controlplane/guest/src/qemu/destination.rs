@@ -128,6 +128,31 @@ impl Qemu {
         Ok(())
     }
 
+    /// Has a guest that ran stand still. Idempotent.
+    ///
+    /// # Errors
+    /// When QEMU does not answer.
+    pub async fn stop_destination(&self) -> Result<(), GuestError> {
+        self.explained(async {
+            let client = self.live_client().await?;
+            Ok(client.run("stop", json!({})).await?)
+        })
+        .await
+    }
+
+    /// Ends the QEMU of a guest that ran and must not run on. Idempotent.
+    ///
+    /// # Errors
+    /// When the kernel does not let it be ended.
+    pub async fn end_destination(&self) -> Result<(), GuestError> {
+        // One that waits for memory in the kernel hears nothing else.
+        self.process.kill()?;
+        if self.process.exits_within(self.timeouts.quit).await {
+            return Ok(());
+        }
+        Err(step_timeout(Step::Quit, self.timeouts.quit, None))
+    }
+
     /// Gives this destination up. Before `migrate-incoming` QEMU is left as it
     /// was found; after it QEMU is told to quit. Idempotent.
     ///

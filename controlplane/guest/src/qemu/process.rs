@@ -41,6 +41,14 @@ impl Process {
         matches!(rustix::event::poll(&mut fds, Some(&Timespec::default())), Ok(1))
     }
 
+    /// Well, too, when it is gone.
+    pub(super) fn kill(&self) -> Result<(), GuestError> {
+        match rustix::process::pidfd_send_signal(&self.pidfd, rustix::process::Signal::KILL) {
+            Ok(()) | Err(rustix::io::Errno::SRCH) => Ok(()),
+            Err(errno) => Err(GuestError::Watch { pid: self.pid, source: errno.into() }),
+        }
+    }
+
     /// Whether it is gone, or will be in a moment.
     pub(super) async fn exits_soon(&self) -> bool {
         self.exits_within(EXIT_DELAY).await

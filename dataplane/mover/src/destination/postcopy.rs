@@ -17,7 +17,7 @@ impl Driver {
             return Ok(());
         };
         let memory = Arc::clone(&plane.memory);
-        let faults = RemoteFaults::arm(postcopy.vmm, Arc::clone(&memory))?;
+        let faults = RemoteFaults::arm(postcopy.vmm, Arc::clone(&memory), &postcopy.partners)?;
         self.serve(memory, faults)
     }
 
@@ -96,6 +96,14 @@ impl Driver {
                 if self.pull.as_mut().is_some_and(|pull| pull.lost(attempt)) {
                     self.fail(Reason::LinkLost, error.to_string());
                 }
+            }
+            PullReport::VmmEnded => {
+                let message = "the VMM ended while the guest was owed memory";
+                let failure = Failure::new(Reason::GuestFailed, message);
+                self.feed(match self.engine.state() {
+                    State::Postcopy => DestinationEvent::GuestGone(failure),
+                    _ => DestinationEvent::Failed(failure),
+                });
             }
             // The guest cannot have what it is owed: neither can it run.
             PullReport::Failed(error) if self.engine.state() == State::Postcopy => {
