@@ -69,6 +69,20 @@ impl RamFile {
     /// # Errors
     /// When it is not a regular file, or not open for `access`.
     pub fn from_fd(fd: OwnedFd, access: Access) -> Result<Self, RamError> {
+        let mut file = Self::to_map(fd, access)?;
+        if file.hugetlbfs && file.writable.is_none() {
+            let path = format!("/proc/self/fd/{}", file.fd.as_raw_fd());
+            file.writable =
+                rustix::fs::open(path, OFlags::RDWR | OFlags::CLOEXEC, Mode::empty()).ok().map(Arc::new);
+        }
+        Ok(file)
+    }
+
+    /// Takes a RAM file that is open already, and is another process' to look after: it is opened for no more than it is.
+    ///
+    /// # Errors
+    /// As [`RamFile::from_fd`].
+    pub fn to_map(fd: OwnedFd, access: Access) -> Result<Self, RamError> {
         let stat = rustix::fs::fstat(&fd).map_err(failed("stat"))?;
         if FileType::from_raw_mode(stat.st_mode) != FileType::RegularFile {
             return Err(RamError::NotRegular);
@@ -83,14 +97,7 @@ impl RamFile {
         let statfs = rustix::fs::fstatfs(&fd).map_err(failed("find the file system of"))?;
         let hugetlbfs = statfs.f_type as u64 == HUGETLBFS_MAGIC;
         let fd = Arc::new(fd);
-        let writable = match (hugetlbfs, mode == OFlags::RDWR) {
-            (false, _) => None,
-            (true, true) => Some(Arc::clone(&fd)),
-            (true, false) => {
-                let path = format!("/proc/self/fd/{}", fd.as_raw_fd());
-                rustix::fs::open(path, OFlags::RDWR | OFlags::CLOEXEC, Mode::empty()).ok().map(Arc::new)
-            }
-        };
+        let writable = (hugetlbfs && mode == OFlags::RDWR).then(|| Arc::clone(&fd));
         Ok(Self {
             fd,
             access,

@@ -42,7 +42,7 @@ impl PeerMemory {
         let cannot = |error| LinkError::Fabric(format!("cannot map the peer's RAM: {error}"));
         let mut files = Vec::with_capacity(granted.len());
         for GrantedFile { descriptor, access } in granted {
-            files.push(RamFile::from_fd(descriptor, access).map_err(cannot)?);
+            files.push(RamFile::to_map(descriptor, access).map_err(cannot)?);
         }
         if let Some(earlier) = earlier.filter(|earlier| earlier.is_of(&files)) {
             return Ok(earlier);
