@@ -14,9 +14,12 @@ mod faults;
 mod harness;
 mod hostile;
 mod late_writes;
+#[allow(dead_code, reason = "in the lab's VM more of it is used")]
+mod limited;
 mod moves;
 mod orchestrator;
 mod peer;
+mod probes;
 mod refusals;
 mod secrets;
 mod secured;
