@@ -165,10 +165,10 @@ checks! {
         fails "",
         remedy "`poller_cpus`";
     RdmaFlowControl: "rdma_flow_control",
-        reads "ecn/roce_np/enable of the interface, counters of congestion notifications",
-        warns "RoCE's answer to congestion (ECN) is off for every priority",
+        reads "PFC (DCB) and pause frames (ethtool) of a RoCE adapter's interface over netlink, ecn/roce_np/enable, counters of congestion",
+        warns "ECN is off for every priority; or it is not to be seen, and neither PFC nor pause frames are on",
         fails "",
-        remedy "ECN and PFC on adapter and switches; skipped where the driver does not show them in /sys";
+        remedy "ECN and PFC on adapter and switches; skipped where the driver tells of neither, as soft-RoCE";
     RdmaErrors: "rdma_errors",
         reads "counters and hw_counters of every port",
         warns "more than one error in a million packets was counted",
