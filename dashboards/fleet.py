@@ -178,3 +178,12 @@ def service(sheet: Sheet) -> None:
         "RamferryCertificateExpiring",
         width=6,
     )
+    found = f"sort_desc(max by (instance, check) (ramferry_doctor_check_status{{{CHOSEN}}}) > 0)"
+    sheet.add(
+        rows(at_once(found)),
+        "What doctor finds",
+        "Checks of each host that fail (2) or warn (1), worst first; they are made every three minutes. What was read and what to do: "
+        "ramferry doctor --agent INSTANCE's gRPC address.",
+        "RamferryHostUnfit",
+        width=24,
+    )

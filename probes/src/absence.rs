@@ -12,6 +12,9 @@ use thiserror::Error;
 use crate::capabilities;
 use crate::probe::Probe;
 
+/// A place where symbols are, beside libraries.
+pub(crate) const KERNEL: &str = "the kernel";
+
 /// Why a probe is not attached.
 #[derive(Clone, Debug, PartialEq, Eq, Error)]
 #[non_exhaustive]
@@ -23,10 +26,7 @@ pub enum Absence {
     #[error("the programs are for x86_64")]
     Architecture,
     /// The process may not use eBPF.
-    #[error(
-        "this process lacks {missing}; give it CAP_BPF, CAP_PERFMON and CAP_SYS_ADMIN, or run it as root (in a \
-         container: privileged)"
-    )]
+    #[error("this process lacks {missing}")]
     NoCapability {
         /// The capabilities that it lacks.
         missing: String,
@@ -34,17 +34,14 @@ pub enum Absence {
     /// It has the capabilities, and is refused all the same.
     #[error(
         "{step} is refused although this process has the capabilities: a seccomp filter (of a container runtime) or a \
-         security module forbids it; allow the system calls bpf and perf_event_open"
+         security module forbids it, or the kernel is locked down and /sys/kernel/security is not mounted here to tell"
     )]
     Forbidden {
         /// What was refused.
         step: &'static str,
     },
     /// The kernel is locked down.
-    #[error(
-        "the kernel is locked down ({mode}) and refuses {step}; probes on libibverbs work all the same, those in the \
-         kernel need lockdown=integrity or none"
-    )]
+    #[error("the kernel is locked down ({mode}) and refuses {step}")]
     Lockdown {
         /// The mode.
         mode: String,
@@ -63,15 +60,13 @@ pub enum Absence {
     )]
     NoBtf,
     /// The kernel knows no eBPF, or too little.
-    #[error("this kernel cannot do what the programs need ({what}); they need Linux 5.15 or newer")]
+    #[error("this kernel cannot do what the programs need ({what})")]
     KernelTooOld {
         /// What it cannot do.
         what: &'static str,
     },
     /// There is nothing to attach to.
-    #[error(
-        "no libibverbs.so.1 in the host's library directories; install rdma-core's libibverbs1, or name the file"
-    )]
+    #[error("no libibverbs.so.1 in the host's library directories")]
     NoLibibverbs,
     /// The library cannot be read.
     #[error("{library} cannot be read as a shared library: {reason}")]
@@ -82,7 +77,7 @@ pub enum Absence {
         reason: String,
     },
     /// The library or the kernel has no such function.
-    #[error("{place} has no {symbol}{}", hint(.place))]
+    #[error("{place} has no {symbol}")]
     SymbolMissing {
         /// The function.
         symbol: &'static str,
@@ -127,6 +122,40 @@ impl Absence {
         }
     }
 
+    /// What to do about it; empty where nothing is to be done.
+    pub fn remedy(&self) -> &'static str {
+        match self {
+            Self::Off | Self::Pending | Self::Needs(_) => "",
+            Self::Architecture => "none; migrations do not need probes",
+            Self::NoCapability { .. } => {
+                "give it CAP_SYS_ADMIN, or run it as root (in a container: privileged)"
+            }
+            Self::Forbidden { .. } => "allow the system calls bpf and perf_event_open",
+            Self::Lockdown { .. } => {
+                "boot with lockdown=integrity or none; probes on libibverbs work under every lockdown"
+            }
+            Self::NoUprobes => "mount /sys here (in a container: the host's), or boot a kernel that has them",
+            Self::NoKprobes => {
+                "mount /sys here (in a container: the host's), or boot a kernel that has them; probes on libibverbs \
+                 work without"
+            }
+            Self::NoBtf => {
+                "mount /sys here (in a container: the host's), or boot a kernel that has it; probes on libibverbs work \
+                 without"
+            }
+            Self::KernelTooOld { .. } => "boot Linux 5.15 or newer",
+            Self::NoLibibverbs => {
+                "install rdma-core's libibverbs1 (in a container: see the host's library directories), and restart the agent"
+            }
+            Self::LibraryUnreadable { .. } => "mend the file or the rights to read it, and restart the agent",
+            Self::SymbolMissing { place, .. } if place == KERNEL => {
+                "load the module ib_uverbs and restart the agent; where it is loaded, this kernel's names are others"
+            }
+            Self::SymbolMissing { .. } => "a newer rdma-core has it",
+            Self::Failed { .. } => "report it with the agent's log",
+        }
+    }
+
     /// Of an object that could not be loaded.
     pub(crate) fn of_load(error: &EbpfError) -> Self {
         Self::of("loading", error)
@@ -149,6 +178,10 @@ impl Absence {
         match errno_of(error) {
             Some(Errno::PERM | Errno::ACCESS) => Self::of_refusal(step),
             Some(Errno::NOSYS) => Self::KernelTooOld { what: "the system call bpf" },
+            // No errno of its own; /sys/kernel/security, which would tell, is not mounted in every container.
+            _ if is_robbed_of_kernel_memory(&in_one_line(error)) => {
+                Self::Lockdown { mode: "confidentiality".into(), step }
+            }
             _ => Self::Failed { step, reason: in_one_line(error) },
         }
     }
@@ -167,14 +200,6 @@ impl Absence {
 
 fn is_load(error: &ProgramError) -> bool {
     matches!(error, ProgramError::LoadError { .. })
-}
-
-fn hint(place: &str) -> &'static str {
-    if place == "the kernel" {
-        ": the module ib_uverbs is not loaded, or another kernel's names differ"
-    } else {
-        ""
-    }
 }
 
 /// What the system said, below whatever was made of it.
@@ -211,6 +236,12 @@ fn of_map(error: &MapError) -> Option<&io::Error> {
         MapError::SyscallError(call) => Some(&call.io_error),
         _ => None,
     }
+}
+
+/// Whether the verifier does not know the helper that reads the kernel's memory: no program gets it under
+/// lockdown=confidentiality, and every one otherwise.
+fn is_robbed_of_kernel_memory(log: &str) -> bool {
+    ["unknown func bpf_probe_read", "cannot use helper bpf_probe_read"].iter().any(|said| log.contains(said))
 }
 
 /// The error and its causes; of a verifier's log the end.
@@ -252,9 +283,14 @@ mod tests {
     #[test]
     fn what_the_kernel_does_not_have_is_a_missing_symbol() {
         let error = refused("perf_event_open", Errno::NOENT);
-        let absence = Absence::of_attach(&error, "ib_umem_get", "the kernel");
-        assert_eq!(absence.code(), "symbol_missing");
-        assert!(absence.to_string().contains("ib_uverbs is not loaded"), "{absence}");
+        let absence = Absence::of_attach(&error, "ib_umem_get", KERNEL);
+        assert_eq!(
+            (absence.code(), &*absence.to_string()),
+            ("symbol_missing", "the kernel has no ib_umem_get")
+        );
+        assert!(absence.remedy().contains("ib_uverbs"), "{absence:?}");
+        let absence = Absence::of_attach(&error, "ibv_reg_dmabuf_mr", "/lib/libibverbs.so.1");
+        assert!(absence.remedy().contains("rdma-core"), "{absence:?}");
     }
 
     #[test]
@@ -272,6 +308,17 @@ mod tests {
         assert_eq!(absence.code(), "failed");
         assert!(!absence.to_string().contains('\n'), "{absence}");
         assert!(absence.to_string().contains("busy"), "{absence}");
+    }
+
+    #[test]
+    fn helper_that_the_verifier_takes_away_is_lockdown() {
+        for log in [
+            "R3_w=scalar(id=11) 156: (85) call bpf_probe_read#4 unknown func bpf_probe_read#4 processed 141 insns",
+            "156: (85) call bpf_probe_read#4 program of this type cannot use helper bpf_probe_read#4",
+        ] {
+            assert!(is_robbed_of_kernel_memory(log), "{log}");
+        }
+        assert!(!is_robbed_of_kernel_memory("156: (85) call bpf_probe_read#4 R1 invalid mem access"));
     }
 
     #[test]

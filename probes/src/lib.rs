@@ -18,7 +18,7 @@ pub use absence::Absence;
 pub use histogram::{BOUNDS_US, Histogram, SLOTS};
 pub use library::standard_libraries;
 pub use load::{Options, Probes};
-pub use probe::{Probe, ProbeState, absences};
+pub use probe::{Absent, Probe, ProbeState, absences};
 pub use reading::{Activity, Filter, Operation, Pressure, SizeClass, Snapshot};
 
 mod absence;

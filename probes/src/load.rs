@@ -7,6 +7,7 @@ use aya::programs::uprobe::{UProbeAttachLocation, UProbeAttachPoint, UProbeScope
 use aya::programs::{KProbe, Program, ProgramError, UProbe};
 use aya::{Btf, Ebpf, EbpfLoader, include_bytes_aligned};
 
+use crate::absence::KERNEL as THE_KERNEL;
 use crate::library::{Target, standard_libraries};
 use crate::probe::{Place, Probe, ProbeState};
 use crate::reading::{Filter, Reader, Snapshot};
@@ -157,7 +158,7 @@ fn load_kernel() -> Result<Ebpf, Absence> {
 }
 
 fn attach_kprobe(object: &mut Ebpf, probe: Probe) -> Result<(), Absence> {
-    attach_each::<KProbe>(object, probe, "the kernel", |program| {
+    attach_each::<KProbe>(object, probe, THE_KERNEL, |program| {
         if program.fd().is_err() {
             program.load()?;
         }

@@ -121,15 +121,32 @@ impl ProbeState {
     }
 }
 
+/// Probes that are absent for one reason.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Absent<'a> {
+    /// The reason.
+    pub absence: &'a Absence,
+    /// Which.
+    pub probes: Vec<&'static str>,
+}
+
+impl std::fmt::Display for Absent<'_> {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "{}: {}", self.probes.join(", "), self.absence)
+    }
+}
+
 /// The probes that are absent, by the reason.
-pub fn absences(states: &BTreeMap<Probe, ProbeState>) -> BTreeMap<String, Vec<&'static str>> {
-    let mut absences: BTreeMap<String, Vec<&'static str>> = BTreeMap::new();
+pub fn absences(states: &BTreeMap<Probe, ProbeState>) -> Vec<Absent<'_>> {
+    let mut all: Vec<Absent<'_>> = Vec::new();
     for (probe, state) in states {
-        if let Some(absence) = state.absence() {
-            absences.entry(absence.to_string()).or_default().push(probe.as_str());
+        let Some(absence) = state.absence() else { continue };
+        match all.iter_mut().find(|absent| absent.absence == absence) {
+            Some(absent) => absent.probes.push(probe.as_str()),
+            None => all.push(Absent { absence, probes: vec![probe.as_str()] }),
         }
     }
-    absences
+    all
 }
 
 #[cfg(test)]
@@ -147,5 +164,23 @@ mod tests {
             assert!(probe.needs().is_none_or(|needed| place(needed) < place(probe)), "{probe:?}");
             assert!(probe.programs()[0].ends_with("_exit"), "{probe:?}");
         }
+    }
+
+    #[test]
+    fn probes_that_are_absent_for_one_reason_are_told_together() {
+        let absent = |probe, absence| (probe, ProbeState::Absent(absence));
+        let states = BTreeMap::from([
+            (Probe::IbvRegMr, ProbeState::Attached),
+            absent(Probe::IbUverbsRegMr, Absence::NoBtf),
+            absent(Probe::IbvDeregMr, Absence::Off),
+            absent(Probe::IbUmemGet, Absence::NoBtf),
+        ]);
+        let told: Vec<String> = absences(&states).iter().map(ToString::to_string).collect();
+        let [off, btf] = &told[..] else { panic!("{told:?}") };
+        assert_eq!(off, "ibv_dereg_mr: probes are turned off");
+        assert!(
+            btf.starts_with("ib_uverbs_reg_mr, ib_umem_get: this kernel has no type information"),
+            "{btf}"
+        );
     }
 }

@@ -10,16 +10,19 @@ use std::path::PathBuf;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, SystemTime};
 
+use tokio::sync::watch;
 use tokio::task::JoinError;
 
 use crate::config::Config;
 use crate::metrics::Metrics;
+use crate::probes::States;
 
 use certificate::Certificates;
 use host::Host;
 use kernel::{Btf, Capabilities, Kernel, Parts, PtraceScope, Trackers};
 use memory::{CgroupMemory, HugePages, Memlock, OpenFiles};
 use peer::Peer;
+use probes::ProbeStates;
 use processor::{ForkSafety, Governors};
 use rdma::Rdma;
 use state::{JournalState, StateDir};
@@ -35,6 +38,7 @@ mod host;
 mod kernel;
 mod memory;
 mod peer;
+mod probes;
 mod processor;
 mod rdma;
 mod state;
@@ -58,12 +62,19 @@ pub struct Doctor {
     config: Config,
     /// What the self-tests said last: they start children and stop them, which is not to be done every few minutes.
     trackers: Arc<Mutex<Option<Trackers>>>,
+    /// What became of the agent's probes; without an agent they are attached for a moment, to see.
+    probes: Option<watch::Receiver<States>>,
 }
 
 impl Doctor {
-    /// For the agent of that configuration.
+    /// For the configuration of an agent that does not run.
     pub fn new(config: Config) -> Self {
-        Self { config, trackers: Arc::default() }
+        Self { config, trackers: Arc::default(), probes: None }
+    }
+
+    /// For a running agent.
+    pub(crate) fn of_agent(config: Config, probes: watch::Receiver<States>) -> Self {
+        Self { probes: Some(probes), ..Self::new(config) }
     }
 
     /// Makes every check, those of `peer` ("host:port") where one is given.
@@ -72,7 +83,8 @@ impl Doctor {
     /// When a check panicked.
     pub async fn examine(&self, peer: Option<&str>) -> Result<Vec<Finding>, JoinError> {
         let doctor = self.clone();
-        let here = tokio::task::spawn_blocking(move || doctor.examine_host(Trackers::read()));
+        let probes = self.agents_probes().await;
+        let here = tokio::task::spawn_blocking(move || doctor.examine_host(Trackers::read(), probes));
         let peer = async {
             match peer {
                 Some(address) => Some(Peer::ask(address, self.config.tls.as_ref()).await),
@@ -91,9 +103,10 @@ impl Doctor {
         loop {
             ticks.tick().await;
             let doctor = self.clone();
+            let probes = self.agents_probes().await;
             let findings = tokio::task::spawn_blocking(move || {
                 let known = doctor.trackers.lock().unwrap_or_else(PoisonError::into_inner).clone();
-                doctor.examine_host(known.unwrap_or_else(Trackers::read))
+                doctor.examine_host(known.unwrap_or_else(Trackers::read), probes)
             });
             match findings.await {
                 Ok(mut findings) => {
@@ -107,14 +120,27 @@ impl Doctor {
         }
     }
 
-    fn examine_host(&self, trackers: Trackers) -> Vec<Finding> {
-        let judged = judge_host(&Host::here(), &self.config, &trackers, SystemTime::now());
+    async fn agents_probes(&self) -> Option<ProbeStates> {
+        match &self.probes {
+            Some(states) => Some(ProbeStates::of_agent(states.clone()).await),
+            None => None,
+        }
+    }
+
+    fn examine_host(&self, trackers: Trackers, probes: Option<ProbeStates>) -> Vec<Finding> {
+        let probes = probes.unwrap_or_else(|| ProbeStates::tried(self.config.probes));
+        let judged = judge_host(&Host::here(), &self.config, (&trackers, &probes), SystemTime::now());
         *self.trackers.lock().unwrap_or_else(PoisonError::into_inner) = Some(trackers);
         judged
     }
 }
 
-fn judge_host(host: &Host, config: &Config, trackers: &Trackers, now: SystemTime) -> Vec<Finding> {
+fn judge_host(
+    host: &Host,
+    config: &Config,
+    (trackers, probes): (&Trackers, &ProbeStates),
+    now: SystemTime,
+) -> Vec<Finding> {
     let capabilities = Capabilities::read(host);
     let kernel = Kernel::read(host);
     let parts = Parts::read();
@@ -132,6 +158,7 @@ fn judge_host(host: &Host, config: &Config, trackers: &Trackers, now: SystemTime
         (Check::TrackerUffdWp, trackers.judge_uffd_wp()),
         (Check::TrackerSoftDirty, trackers.judge_soft_dirty()),
         (Check::Btf, Btf::read(host).judge()),
+        (Check::EbpfProbes, probes.judge()),
         (Check::Hugepages, HugePages::read(host).judge()),
         (Check::CgroupMemory, CgroupMemory::read(host).judge()),
         (Check::CpuGovernor, Governors::read(host).judge()),
@@ -178,7 +205,9 @@ mod tests {
     #[tokio::test]
     async fn every_check_of_the_list_is_made_once_in_its_order() {
         let directory = tempfile::tempdir().unwrap();
-        let options = Options { state_dir: Some(directory.path().into()), ..Options::default() };
+        // Detaching probes would take a second.
+        let probes = Some("off".to_owned());
+        let options = Options { state_dir: Some(directory.path().into()), probes, ..Options::default() };
         let findings = Doctor::new(Config::check(&options).unwrap()).examine(None).await.unwrap();
         let made: Vec<Check> = findings.iter().map(|finding| finding.check).collect();
         assert_eq!(made, Check::ALL);

@@ -43,7 +43,8 @@ pub async fn run_until(
     let bound = server.bound();
 
     let core = Agent::start(config.clone(), journal, recovered, metrics.clone())?;
-    let doctor = Doctor::new(config.clone());
+    let probes = probes::watch(config.probes, &metrics);
+    let doctor = Doctor::of_agent(config.clone(), probes.states());
     let services = services(&core, &metrics, &doctor);
 
     info!(
@@ -54,7 +55,6 @@ pub async fn run_until(
         "agent started"
     );
     let health = services.health();
-    let probes = probes::watch(config.probes, &metrics);
     let stopping = async {
         shutdown.await;
         // Detaching takes a second, of which nobody waits for any here.

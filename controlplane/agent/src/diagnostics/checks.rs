@@ -56,7 +56,7 @@ checks! {
         remedy "`LimitNOFILE=65536` in the agent's unit";
     Capabilities: "capabilities",
         reads "CapEff of /proc/self/status",
-        warns "CAP_SYS_ADMIN, CAP_BPF or CAP_PERFMON is not there",
+        warns "CAP_SYS_ADMIN is not there",
         fails "CAP_SYS_PTRACE is not there",
         remedy "root, or `AmbientCapabilities=` in the agent's unit";
     Kernel: "kernel",
@@ -99,6 +99,11 @@ checks! {
         warns "it is not there",
         fails "",
         remedy "a kernel with CONFIG_DEBUG_INFO_BTF; only eBPF probes need it";
+    EbpfProbes: "ebpf_probes",
+        reads "which of the agent's eBPF probes are attached; without an agent, which can be",
+        warns "one is absent; the evidence says why",
+        fails "",
+        remedy "of each reason its own: capabilities, /sys, a kernel with BTF and kprobes, lockdown, rdma-core; only figures need probes";
     Hugepages: "hugepages",
         reads "/sys/kernel/mm/hugepages, shmem_enabled",
         warns "a pool is reserved and used up",
@@ -160,10 +165,10 @@ checks! {
         fails "",
         remedy "`poller_cpus`";
     RdmaFlowControl: "rdma_flow_control",
-        reads "ecn/roce_np/enable of the interface, counters of congestion notifications",
-        warns "RoCE's answer to congestion (ECN) is off for every priority",
+        reads "PFC (DCB) and pause frames (ethtool) of a RoCE adapter's interface over netlink, ecn/roce_np/enable, counters of congestion",
+        warns "ECN is off for every priority; or it is not to be seen, and neither PFC nor pause frames are on",
         fails "",
-        remedy "ECN and PFC on adapter and switches; skipped where the driver does not show them in /sys";
+        remedy "ECN and PFC on adapter and switches; skipped where the driver tells of neither, as soft-RoCE";
     RdmaErrors: "rdma_errors",
         reads "counters and hw_counters of every port",
         warns "more than one error in a million packets was counted",

@@ -6,7 +6,9 @@ use std::path::{Path, PathBuf};
 use super::host::Host;
 use crate::config::{Config, RdmaListen};
 use crate::fabrics::{self, PortMtu};
+use flow::Flow;
 
+mod flow;
 mod health;
 mod setting;
 
@@ -72,6 +74,8 @@ pub(super) struct Interface {
     pub(super) is_up: bool,
     /// Priorities for which the port answers marks of congestion (RoCE's ECN), where the driver says.
     pub(super) ecn_priorities: Option<Vec<u32>>,
+    /// Asked for where the port is a RoCE adapter's.
+    pub(super) flow: Flow,
 }
 
 /// An entry of a RoCE port's address table.
@@ -161,15 +165,18 @@ fn ports(host: &Host, device: &str) -> Vec<Port> {
         let interface = interface.or_else(|| host.text(directory.join("parent")));
         let interface = interface.or_else(|| host.names(bus.join("net")).into_iter().next());
         let (counters, packets) = counters(host, &at);
+        let is_ethernet = text(at.join("link_layer")) == "Ethernet";
+        let is_hardware = host.has(&bus);
+        let is_adapter = is_ethernet && is_hardware;
         Some(Port {
             device: device.to_owned(),
             number: name.parse().ok()?,
             state: text(at.join("state")),
             physical_state: text(at.join("phys_state")),
             rate: text(at.join("rate")),
-            is_ethernet: text(at.join("link_layer")) == "Ethernet",
-            is_hardware: host.has(&bus),
-            interface: interface.map(|name| read_interface(host, name)),
+            is_ethernet,
+            is_hardware,
+            interface: interface.map(|name| read_interface(host, name, is_adapter)),
             gids,
             counters,
             packets,
@@ -197,7 +204,7 @@ fn address_table(host: &Host, port: &Path) -> (Vec<Gid>, Option<String>) {
     (gids, interface)
 }
 
-fn read_interface(host: &Host, name: String) -> Interface {
+fn read_interface(host: &Host, name: String, is_adapter: bool) -> Interface {
     let at = Path::new("/sys/class/net").join(&name);
     let flags = host.text(at.join("flags")).unwrap_or_default();
     let flags = u32::from_str_radix(flags.trim_start_matches("0x"), 16).unwrap_or(0);
@@ -211,6 +218,7 @@ fn read_interface(host: &Host, name: String) -> Interface {
         speed_megabits: host.value(at.join("speed")),
         is_up: flags & 1 != 0,
         ecn_priorities,
+        flow: if is_adapter { Flow::ask(&name) } else { Flow::default() },
         name,
     }
 }

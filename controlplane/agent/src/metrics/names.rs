@@ -188,7 +188,7 @@ metrics! {
     EbpfRegMrErrorsTotal: Counter, "ramferry_ebpf_reg_mr_errors_total", "errors", ["process", "errno"],
         "Registrations of any process of this host that failed. errno is unknown where only the library knew.";
     EbpfProbeAttached: Gauge, "ramferry_ebpf_probe_attached", "1", ["probe"],
-        "1 where the eBPF probe is attached; the agent's log says why one is not.";
+        "1 where the eBPF probe is attached; doctor says why one is not. None where probes are off.";
     EbpfEventsDroppedTotal: Counter, "ramferry_ebpf_events_dropped_total", "events", [],
         "Calls that the probes saw and could not count: a table was full, or a return was never seen.";
 

@@ -26,7 +26,7 @@ right to within a factor of two, counts, sums and the longest exact. What cannot
 table, with the reason. With --output json each interval is one line, and the last line, which has \"final\": true, the
 whole.
 
-Needs root, or CAP_BPF, CAP_PERFMON and CAP_SYS_ADMIN.
+Needs root, or CAP_SYS_ADMIN.
 
 Exit codes:
   0    done; also when ended by Ctrl-C or SIGTERM, or when nobody reads any more

@@ -46,6 +46,7 @@ struct StateObject {
     /// A word, where it is not attached.
     reason: Option<&'static str>,
     detail: Option<String>,
+    remedy: Option<&'static str>,
 }
 
 #[derive(Debug, Serialize)]
@@ -134,8 +135,11 @@ impl View<'_> {
         if self.snapshot.lost > 0 {
             text.push_str(&format!("not counted: {} calls\n", self.snapshot.lost));
         }
-        for (reason, probes) in absences(self.probes) {
-            text.push_str(&format!("absent: {}: {reason}\n", probes.join(", ")));
+        for absent in absences(self.probes) {
+            text.push_str(&format!("absent: {absent}\n"));
+            if !absent.absence.remedy().is_empty() {
+                text.push_str(&format!("        -> {}\n", absent.absence.remedy()));
+            }
         }
         super::printable(&text)
     }
@@ -155,6 +159,7 @@ impl View<'_> {
                     attached: state.is_attached(),
                     reason: state.absence().map(|absence| absence.code()),
                     detail: state.absence().map(ToString::to_string),
+                    remedy: state.absence().map(|absence| absence.remedy()),
                 })
                 .collect(),
             lost_calls: self.snapshot.lost,

@@ -7,7 +7,7 @@ use crate::harness::{MIB, Site, assert_proves_itself, boot};
 use crate::rdma::{DESTINATION, Host, Rdma, SOURCE, pinned_kib, verbs};
 
 /// Root may lock without limit, unless it is robbed of the right to.
-fn limited() -> Site {
+pub(crate) fn limited() -> Site {
     let limit = format!("--memlock={0}:{0}", 16 * MIB);
     let enter = ["prlimit", &limit, "setpriv", "--bounding-set=-ipc_lock", "--"];
     Site { enter: enter.map(str::to_owned).to_vec(), ..Site::here() }

@@ -7,9 +7,14 @@
 #[path = "../voyage/authority.rs"]
 mod authority;
 mod doctor;
+mod drill;
 mod faults;
 #[path = "../voyage/harness.rs"]
 mod harness;
 mod limits;
 mod moves;
+#[path = "../voyage/dashboards/prometheus.rs"]
+mod prometheus;
 mod rdma;
+#[path = "../voyage/transcript.rs"]
+mod transcript;

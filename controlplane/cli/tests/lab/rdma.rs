@@ -39,6 +39,11 @@ impl Rdma {
         Rdma { pair, authority }
     }
 
+    /// Options with which the command line calls these agents.
+    pub(crate) fn caller(&self) -> Vec<String> {
+        self.authority.options("caller", &["orchestrator"])
+    }
+
     /// Another agent of `host`, in the place of the one that is there.
     pub(crate) fn agent(&self, host: Host, site: Site, options: &[&str]) -> Agent {
         agent(&self.authority, host, site, options)

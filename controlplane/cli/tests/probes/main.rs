@@ -6,6 +6,8 @@
 #[path = "../voyage/harness.rs"]
 #[allow(dead_code, reason = "what is shared with the migrations has more than is used here")]
 mod harness;
+#[path = "../voyage/limited.rs"]
+mod limited;
 #[path = "../../benches/measuring/own.rs"]
 #[allow(dead_code, reason = "a benchmark asks for more than is used here")]
 mod own;
@@ -22,6 +24,7 @@ use ramferry_probes::Probe;
 use serde_json::{Value, json};
 
 use harness::Agent;
+use limited::{Absent, Traveller, kernel, library, release, says, without, without_capabilities};
 use watch::{Watch, process, scrape};
 
 const PATIENCE: Duration = Duration::from_secs(120);
@@ -211,6 +214,27 @@ fn agent_attaches_every_probe_and_exposes_what_other_processes_register() {
     assert!(value("ramferry_ebpf_pinned_bytes_total{process=\"ramferry\"}") >= (8 * MIB) as f64);
     assert!(value("ramferry_ebpf_pin_duration_seconds_count{process=\"ramferry\"}") >= 8.0);
     assert_eq!(value("ramferry_ebpf_events_dropped_total"), 0.0);
+}
+
+/// That a guest moves there is shown by the voyages of the same names.
+#[test]
+fn without_capabilities_every_probe_is_absent_and_without_tracefs_none() {
+    let reason = "this process lacks CAP_BPF, CAP_PERFMON, CAP_SYS_ADMIN";
+    let probes = [library(), kernel()].concat();
+    says(without_capabilities(), &[], &[Absent { probes, reason, remedy: "give it CAP_SYS_ADMIN" }]);
+    says(without("/sys/kernel/tracing /sys/kernel/debug"), &Probe::ALL.map(Probe::as_str), &[]);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn without_btf_the_kernels_probes_are_absent_and_a_guest_moves() {
+    let absent = [Absent { probes: kernel(), reason: "no type information", remedy: "mount /sys here" }];
+    let site = without("/sys/kernel/btf");
+    if release().starts_with("6.1.") {
+        // What a kernel says is its own; that a guest moves beside it is shown on the newer one.
+        says(site, &library(), &absent);
+    } else {
+        Traveller::boot().leaves(site, &library(), &absent).await;
+    }
 }
 
 /// What the agent's endpoint serves, once that is `wanted`.

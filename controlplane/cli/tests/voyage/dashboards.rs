@@ -13,7 +13,8 @@ use serde_json::Value;
 
 use crate::authority::Authority;
 use crate::harness::{Agent, MIB, Pair, boot, parameters, proof, quiet};
-use prometheus::{Prometheus, check_metrics, repository};
+pub(crate) use prometheus::Prometheus;
+use prometheus::{check_metrics, repository};
 
 /// Parts of queries that can have no data here, and why.
 const NOT_HERE: [(&str, &str); 2] = [

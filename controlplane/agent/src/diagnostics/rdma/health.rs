@@ -1,6 +1,7 @@
 //! How well ports carry what they are given.
 
 use super::super::verdict::Verdict;
+use super::flow::{Flow, Pause, Pfc};
 use super::{Pcie, Port, Rdma};
 
 /// Counters of packets, sent or received.
@@ -31,8 +32,22 @@ const ERRORS: [&str; 21] = [
 ];
 /// Told beside them, and no error.
 const EVENTS: [&str; 2] = ["link_downed", "link_error_recovery"];
-/// Of RoCE's answers to congestion: packets that came marked, answers sent, answers heeded.
-const CONGESTION: [&str; 3] = ["np_ecn_marked_roce_packets", "np_cnp_sent", "rp_cnp_handled"];
+/// Of RoCE's answers to congestion: packets that came marked, answers sent, answers heeded, transmissions that were
+/// slowed down or begun again. The names are the drivers': mlx5, bnxt_re, irdma.
+const CONGESTION: [&str; 12] = [
+    "np_ecn_marked_roce_packets",
+    "np_cnp_sent",
+    "rp_cnp_handled",
+    "roce_adp_retrans",
+    "roce_adp_retrans_to",
+    "roce_slow_restart",
+    "rx_ecn_marked_pkts",
+    "tx_cnp_pkts",
+    "rx_cnp_pkts",
+    "RxECNMrkd",
+    "cnpSent",
+    "cnpHandled",
+];
 /// Errors are rare where there is no more than one in so many packets.
 const PACKETS_PER_ERROR: u64 = 1_000_000;
 /// Below this, an adapter of RDMA was not trained as it should be.
@@ -133,35 +148,89 @@ fn judge_errors_of(port: &Port) -> Verdict {
 }
 
 fn judge_flow_control_of(port: &Port) -> Verdict {
-    let congestion: Vec<String> =
+    let counted: Vec<String> =
         CONGESTION.iter().filter_map(|name| Some(format!("{name} {}", port.counter(name)?))).collect();
-    let heard =
-        if congestion.is_empty() { "no congestion was told".to_owned() } else { congestion.join(", ") };
-    let Some((interface, ecn)) =
-        port.interface.as_ref().and_then(|interface| Some((interface, interface.ecn_priorities.as_ref()?)))
-    else {
-        return Verdict::skip(format!(
-            "{}: {heard}; its driver does not show in /sys whether PFC or ECN is on (dcb pfc show; mlnx_qos)",
-            port.name()
-        ));
+    let heard = if counted.is_empty() { "no congestion was told".to_owned() } else { counted.join(", ") };
+    let Some(interface) = &port.interface else {
+        return Verdict::skip(format!("{}: {heard}; which interface is its own is not told", port.name()));
     };
-    let evidence = format!("{}: ECN on for priorities {ecn:?}; {heard}", port.name());
-    if ecn.is_empty() {
-        return Verdict::warn(
-            evidence,
+    let Flow { pfc, pause } = &interface.flow;
+    let ecn = interface.ecn_priorities.as_ref();
+    let evidence = format!(
+        "{}: {}, {}, {}; {heard}",
+        port.name(),
+        told_of_pfc(pfc),
+        told_of_pause(pause),
+        told_of_ecn(ecn)
+    );
+    let has_pfc = pfc.as_ref().map(|pfc| !pfc.priorities.is_empty());
+    let has_pause = pause.as_ref().map(|pause| pause.is_on());
+    let ecn_remedy = format!(
+        "turn ECN on for the priority that RoCE uses, as on the switches: echo 1 > \
+         /sys/class/net/{0}/ecn/roce_np/enable/3 and .../roce_rp/enable/3",
+        interface.name
+    );
+    match (ecn.map(|priorities| !priorities.is_empty()), has_pfc, has_pause) {
+        (Some(true), ..) => Verdict::ok(evidence),
+        (Some(false), ..) => {
+            Verdict::warn(format!("{evidence}; without ECN one busy link fills the switch"), ecn_remedy)
+        }
+        (None, Ok(true), _) | (None, _, Ok(true)) => Verdict::ok(evidence),
+        (None, Ok(false), _) => Verdict::warn(
+            format!("{evidence}; where a switch is busy, packets are lost and sent again"),
             format!(
-                "without ECN one busy link fills the switch: echo 1 > /sys/class/net/{0}/ecn/roce_np/enable/3 and \
-                 .../roce_rp/enable/3, for the priority that RoCE uses, as on the switches",
+                "turn PFC on for the priority that RoCE uses, as on the switches (dcb pfc set dev {} prio-pfc all:off 3:on), \
+                 or ECN where the adapter's tool shows it",
                 interface.name
             ),
-        );
+        ),
+        (None, Err(_), _) => Verdict::skip(evidence),
     }
-    Verdict::ok(evidence)
+}
+
+fn told_of_pfc(pfc: &Result<Pfc, String>) -> String {
+    match pfc {
+        Ok(pfc) if pfc.priorities.is_empty() => "PFC off".to_owned(),
+        Ok(Pfc { priorities, sent_frames, received_frames }) => format!(
+            "PFC on for priorities {priorities:?} ({sent_frames} frames sent, {received_frames} received)"
+        ),
+        Err(why) => format!("PFC not told ({why})"),
+    }
+}
+
+fn told_of_pause(pause: &Result<Pause, String>) -> String {
+    let pause = match pause {
+        Ok(pause) => pause,
+        Err(why) => return format!("pause frames not told ({why})"),
+    };
+    let mode = match (pause.is_sent, pause.is_received) {
+        (true, true) => "on",
+        (true, false) => "sent only",
+        (false, true) => "heeded only",
+        (false, false) => "off",
+    };
+    match (pause.sent_frames, pause.received_frames) {
+        (None, None) => format!("pause frames {mode}"),
+        (sent, received) => format!(
+            "pause frames {mode} ({} sent, {} received)",
+            sent.unwrap_or_default(),
+            received.unwrap_or_default()
+        ),
+    }
+}
+
+fn told_of_ecn(priorities: Option<&Vec<u32>>) -> String {
+    match priorities {
+        Some(priorities) if priorities.is_empty() => "ECN off".to_owned(),
+        Some(priorities) => format!("ECN on for priorities {priorities:?}"),
+        None => "ECN not told (its driver does not show it in /sys)".to_owned(),
+    }
 }
 
 #[cfg(test)]
 mod tests {
     use super::super::super::verdict::Status;
+    use super::super::Interface;
     use super::super::tests::{read, soft_roce};
     use super::*;
 
@@ -218,17 +287,51 @@ mod tests {
         assert_eq!(rdma.judge_errors().status, Status::Warn);
     }
 
+    fn flow(rdma: &mut Rdma) -> &mut Interface {
+        rdma.ports[0].interface.as_mut().unwrap()
+    }
+
     #[test]
-    fn a_roce_adapter_without_ecn_warns_and_one_that_does_not_say_is_skipped() {
+    fn a_roce_adapter_without_ecn_warns_and_one_that_tells_nothing_is_skipped() {
         assert_eq!(read(&soft_roce()).judge_flow_control().status, Status::Skip);
         let mut rdma = hardware();
-        assert_eq!(rdma.judge_flow_control().status, Status::Skip);
-        rdma.ports[0].counters = vec![("np_cnp_sent".into(), 7)];
-        rdma.ports[0].interface.as_mut().unwrap().ecn_priorities = Some(vec![]);
+        let verdict = rdma.judge_flow_control();
+        assert_eq!(verdict.status, Status::Skip);
+        assert!(verdict.evidence.contains("PFC not told (it was not asked for)"), "{verdict:?}");
+        rdma.ports[0].counters = vec![("np_cnp_sent".into(), 7), ("roce_adp_retrans".into(), 2)];
+        flow(&mut rdma).ecn_priorities = Some(vec![]);
         let verdict = rdma.judge_flow_control();
         assert!(verdict.status == Status::Warn && verdict.evidence.contains("np_cnp_sent 7"), "{verdict:?}");
+        assert!(verdict.evidence.contains("roce_adp_retrans 2"), "{verdict:?}");
         assert!(verdict.remedy.contains("/sys/class/net/v0/ecn"), "{verdict:?}");
-        rdma.ports[0].interface.as_mut().unwrap().ecn_priorities = Some(vec![3]);
+        flow(&mut rdma).ecn_priorities = Some(vec![3]);
         assert_eq!(rdma.judge_flow_control().status, Status::Ok);
+    }
+
+    #[test]
+    fn without_ecn_to_see_an_adapter_needs_pfc_or_pause_frames() {
+        let mut rdma = hardware();
+        flow(&mut rdma).flow.pfc = Ok(Pfc::default());
+        let verdict = rdma.judge_flow_control();
+        assert!(verdict.status == Status::Warn && verdict.evidence.contains("PFC off"), "{verdict:?}");
+        assert!(verdict.remedy.contains("dcb pfc set dev v0"), "{verdict:?}");
+        flow(&mut rdma).flow.pause = Ok(Pause { is_sent: true, ..Pause::default() });
+        let verdict = rdma.judge_flow_control();
+        assert!(verdict.status == Status::Warn && verdict.evidence.contains("sent only"), "{verdict:?}");
+        let both = Pause { is_sent: true, is_received: true, sent_frames: Some(4), received_frames: Some(0) };
+        flow(&mut rdma).flow.pause = Ok(both);
+        let verdict = rdma.judge_flow_control();
+        assert!(
+            verdict.status == Status::Ok && verdict.evidence.contains("on (4 sent, 0 received)"),
+            "{verdict:?}"
+        );
+        flow(&mut rdma).flow = Flow {
+            pfc: Ok(Pfc { priorities: vec![3], sent_frames: 12, received_frames: 40 }),
+            ..Flow::default()
+        };
+        let verdict = rdma.judge_flow_control();
+        assert_eq!(verdict.status, Status::Ok);
+        let told = "PFC on for priorities [3] (12 frames sent, 40 received)";
+        assert!(verdict.evidence.contains(told), "{verdict:?}");
     }
 }

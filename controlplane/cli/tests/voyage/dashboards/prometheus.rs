@@ -20,12 +20,12 @@ const STEP_SECONDS: f64 = 0.5;
 const COUNT_STEP_SECONDS: f64 = 2.0;
 
 /// A file of the repository.
-pub(super) fn repository(path: &str) -> PathBuf {
+pub(crate) fn repository(path: &str) -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("../..").join(path)
 }
 
 /// Killed and reaped when it is dropped.
-pub(super) struct Prometheus {
+pub(crate) struct Prometheus {
     child: Child,
     address: String,
     started: SystemTime,
@@ -34,7 +34,12 @@ pub(super) struct Prometheus {
 
 impl Prometheus {
     /// `None` where there is no Prometheus.
-    pub(super) fn over(agents: &[&Agent]) -> Option<Prometheus> {
+    pub(crate) fn over(agents: &[&Agent]) -> Option<Prometheus> {
+        Prometheus::every(200, agents)
+    }
+
+    /// One that asks them so often, in milliseconds.
+    pub(crate) fn every(interval_ms: u32, agents: &[&Agent]) -> Option<Prometheus> {
         let program = repository("target/prometheus/prometheus");
         if !program.is_file() {
             return None;
@@ -45,7 +50,7 @@ impl Prometheus {
             let text = std::fs::read_to_string(repository("dashboards/prometheus").join(rules)).unwrap();
             std::fs::write(path(rules), quick(&text)).unwrap();
         }
-        std::fs::write(path("prometheus.yml"), configuration(agents)).unwrap();
+        std::fs::write(path("prometheus.yml"), configuration(interval_ms, agents)).unwrap();
         let mut child = Command::new(program)
             .arg(format!("--config.file={}", path("prometheus.yml").display()))
             .arg(format!("--storage.tsdb.path={}", path("data").display()))
@@ -60,12 +65,12 @@ impl Prometheus {
     }
 
     /// What a query gives now: a list of series.
-    pub(super) fn now(&self, query: &str) -> Vec<Value> {
+    pub(crate) fn now(&self, query: &str) -> Vec<Value> {
         self.result(&format!("/api/v1/query?query={}", encoded(query)))
     }
 
     /// What it gave from the start until now.
-    pub(super) fn all_along(&self, query: &str) -> Vec<Value> {
+    pub(crate) fn all_along(&self, query: &str) -> Vec<Value> {
         let (start, end) = self.time_seconds();
         let step = if query.contains("increase(") { COUNT_STEP_SECONDS } else { STEP_SECONDS };
         let query = encoded(query);
@@ -73,19 +78,19 @@ impl Prometheus {
     }
 
     /// Its start and now, since 1970.
-    pub(super) fn time_seconds(&self) -> (f64, f64) {
+    pub(crate) fn time_seconds(&self) -> (f64, f64) {
         let seconds = |time: SystemTime| time.duration_since(SystemTime::UNIX_EPOCH).unwrap().as_secs_f64();
         (seconds(self.started), seconds(SystemTime::now()))
     }
 
     /// Every rule that is loaded.
-    pub(super) fn rules(&self) -> Vec<Value> {
+    pub(crate) fn rules(&self) -> Vec<Value> {
         let groups = self.get("/api/v1/rules")["data"]["groups"].as_array().unwrap().clone();
         groups.iter().flat_map(|group| group["rules"].as_array().unwrap().clone()).collect()
     }
 
     /// Until a query gives something.
-    pub(super) async fn wait(&self, query: &str) {
+    pub(crate) async fn wait(&self, query: &str) {
         let deadline = Instant::now() + PATIENCE;
         while self.now(query).is_empty() {
             assert!(Instant::now() < deadline, "never: {query}\n{:#?}", self.get("/api/v1/alerts"));
@@ -93,8 +98,19 @@ impl Prometheus {
         }
     }
 
-    pub(super) async fn wait_firing(&self, alert: &str) {
+    pub(crate) async fn wait_firing(&self, alert: &str) {
         self.wait(&format!("ALERTS{{alertname=\"{alert}\",alertstate=\"firing\"}}")).await;
+    }
+
+    /// What `promtool query instant` prints of a query.
+    pub(crate) fn shown(&self, query: &str) -> String {
+        let server = format!("http://{}", self.address);
+        let promtool = Command::new(repository("target/prometheus/promtool"))
+            .args(["query", "instant", &server, query])
+            .output()
+            .unwrap();
+        assert!(promtool.status.success(), "{promtool:?}");
+        String::from_utf8(promtool.stdout).unwrap()
     }
 
     fn result(&self, path: &str) -> Vec<Value> {
@@ -123,7 +139,7 @@ impl Drop for Prometheus {
 }
 
 /// What promtool finds wrong with what an agent exposes.
-pub(super) fn check_metrics(exposition: &str) -> Result<(), String> {
+pub(crate) fn check_metrics(exposition: &str) -> Result<(), String> {
     let mut child = Command::new(repository("target/prometheus/promtool"))
         .args(["check", "metrics"])
         .stdin(Stdio::piped())
@@ -136,12 +152,14 @@ pub(super) fn check_metrics(exposition: &str) -> Result<(), String> {
     if output.status.success() { Ok(()) } else { Err(String::from_utf8_lossy(&output.stderr).into_owned()) }
 }
 
-fn configuration(agents: &[&Agent]) -> String {
+fn configuration(interval_ms: u32, agents: &[&Agent]) -> String {
     let targets: Vec<_> = agents.iter().map(|agent| format!("'{}'", agent.metrics)).collect();
     format!(
-        "global: {{scrape_interval: 200ms, scrape_timeout: 200ms, evaluation_interval: 300ms}}\n\
+        "global: {{scrape_interval: {interval_ms}ms, scrape_timeout: {interval_ms}ms, \
+         evaluation_interval: {}ms}}\n\
          rule_files: [recording.yml, alerts.yml]\n\
          scrape_configs:\n  - {{job_name: ramferry, static_configs: [{{targets: [{}]}}]}}\n",
+        interval_ms + interval_ms / 2,
         targets.join(", ")
     )
 }
