@@ -6,8 +6,9 @@ use ramferry_engine::{
 
 use crate::checker::Violation;
 use crate::faults::{Fate, Sabotage};
+use crate::journal::{Journal, Record};
 use crate::network::{Message, Side};
-use crate::world::{Effect, Happening, Journal, Record, Reply, World, microseconds};
+use crate::world::{Effect, Happening, Reply, World, microseconds};
 
 #[derive(Debug)]
 pub(crate) struct DestinationAgent {

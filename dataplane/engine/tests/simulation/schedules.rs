@@ -6,7 +6,8 @@ use ramferry_engine::{LateWrites, Outcome};
 
 use crate::checker::Violation;
 use crate::faults::{Fault, Injection, Random, Sabotage};
-use crate::world::{Record, World};
+use crate::journal::Record;
+use crate::world::World;
 
 /// Seeds of the migrations that single faults are put into: different guests' writes, delays and coincidences.
 const SEEDS: [u64; 3] = [1, 2, 3];

@@ -9,10 +9,10 @@ use ramferry_ram::{BlockIndex, PageSets};
 
 use crate::checker::Violation;
 use crate::faults::{Fate, Sabotage};
+use crate::journal::{Journal, Record};
 use crate::network::{Message, Side};
 use crate::world::{
-    Effect, Happening, Journal, PAGE_BYTES, PAGES, Page, Record, Reply, World, ZERO, insert, microseconds,
-    no_pages,
+    Effect, Happening, PAGE_BYTES, PAGES, Page, Reply, World, ZERO, insert, microseconds, no_pages,
 };
 
 const PAGE_TIME: Duration = Duration::from_millis(1);
