@@ -10,6 +10,8 @@ pub(crate) enum Record {
     Ended,
     Committed,
     Aborted(Failure),
+    /// The destination's outcome, where it had to stop its guest.
+    Lost,
 }
 
 /// What was written, and what is being written.

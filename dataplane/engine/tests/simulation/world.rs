@@ -3,13 +3,14 @@
 
 mod guests;
 mod happening;
+mod postcopy;
 mod strikes;
 mod verdict;
 
 use std::collections::BTreeMap;
 use std::time::Duration;
 
-use ramferry_engine::{DestinationEvent, LateWrites, Reason, SourceEvent};
+use ramferry_engine::{DestinationEvent, LateWrites, Postcopy, Reason, SourceEvent};
 use ramferry_ram::{Block, BlockIndex, Layout, PageRun, PageSets};
 
 use crate::checker::{Checker, Violation};
@@ -21,6 +22,7 @@ use crate::source_agent::{self, SourceAgent};
 use guests::{Vmm, contents};
 pub(crate) use happening::{Effect, Happening, Reply};
 use happening::{failed, reason_of};
+use postcopy::Owed;
 
 pub(crate) const PAGES: usize = 16;
 pub(crate) const PAGE_BYTES: u64 = 4096;
@@ -57,6 +59,8 @@ pub(crate) struct World {
     pub(crate) is_tracked: bool,
     /// Whether the source guest's disk fills pages late.
     pub(crate) late: LateWrites,
+    /// Memory that is owed to the destination's guest.
+    pub(crate) owed: Owed,
     /// Transfers that have begun: number, page and what it will hold.
     transfers: Vec<(u32, usize, u64)>,
     transfers_begun: u32,
@@ -66,7 +70,7 @@ pub(crate) struct World {
     /// When the last write on its way lands.
     pub(crate) landed_at: Duration,
     pub(crate) commit_sent: bool,
-    moved: bool,
+    pub(crate) moved: bool,
     /// The life of the destination's agent that saw its VMM die before COMMITTED was durable.
     died_uncommitted_in: Option<u32>,
     stamp: u64,
@@ -100,13 +104,14 @@ impl World {
             steps: 0,
             checker: Checker::default(),
             network: Network::new(0),
-            source: SourceAgent::new(verify),
+            source: SourceAgent::new(seed, verify, Postcopy::Never),
             destination: DestinationAgent::new(),
             source_vmm: Vmm::new(source_ram, true),
             destination_vmm: Vmm::new(destination_ram, false),
             dirty: no_pages(),
             is_tracked: false,
             late: LateWrites::None,
+            owed: Owed::default(),
             transfers: Vec::new(),
             transfers_begun: 0,
             link: Some(0),
@@ -117,6 +122,12 @@ impl World {
             died_uncommitted_in: None,
             stamp: 1000,
         }
+    }
+
+    /// A world whose migration may, or is to, lead into post-copy.
+    pub(crate) fn with_postcopy(mut self, seed: u64, verify: bool, postcopy: Postcopy) -> Self {
+        self.source = SourceAgent::new(seed, verify, postcopy);
+        self
     }
 
     /// Runs a migration to its end, and checks that.
@@ -146,8 +157,9 @@ impl World {
         self.link = Some(self.links);
         self.landed_at = self.now;
         self.network = Network::new(self.network.stream + 1);
-        self.source = SourceAgent::new(verify);
+        self.source = self.source.again(verify);
         self.source.began_at = self.now;
+        self.owed = Owed::default();
         self.destination = DestinationAgent::new();
         self.destination_vmm = Vmm::new(self.destination_vmm.ram, false);
         self.dirty = no_pages();
@@ -311,6 +323,11 @@ impl World {
             Happening::Lands { link, page, value, late } => self.lands(link, page, value, late),
             Happening::Digest { life, fate } => destination_agent::digest(self, life, fate),
             Happening::Drained { life, round, fate } => destination_agent::drained(self, life, round, fate),
+            Happening::PullBegins { life, pull } => self.pull_begins(life, pull),
+            Happening::PageRead { life, pull, link, page } => self.page_read(life, pull, link, page),
+            Happening::PageLetIn { life, pull, page } => self.page_let_in(life, pull, page),
+            Happening::PullLost { life } if self.is_alive(Side::Destination, life) => self.pull_lost(life),
+            Happening::PullLost { .. } => {}
             Happening::Loads { life, state } => destination_agent::load(self, life, state),
             Happening::GuestWrites => self.guest_writes(),
             Happening::TransferEnds { transfer } => self.end_transfers(Some(transfer)),
@@ -355,17 +372,29 @@ impl World {
             Effect::PauseSource { .. } => {}
             Effect::ResumeSource => self.resume_source(),
             Effect::EndTransfers => self.end_transfers(None),
-            Effect::WaitForDeviceState => self.destination_vmm.waits = true,
+            Effect::WaitForDeviceState { postcopy } => {
+                self.destination_vmm.waits = true;
+                self.owed.is_armed = postcopy;
+            }
             Effect::LoadDeviceState(state) => {
                 if self.destination_vmm.waits && !self.destination_vmm.dead {
                     self.destination_vmm.device_state = Some(state);
                 }
             }
-            Effect::ResumeDestination => self.resume_destination(),
-            Effect::Discard => {
-                self.checker.require(!self.destination_vmm.running, Violation::GuestLost);
-                self.destination_vmm.dead = true;
+            Effect::ResumeDestination { order } if order == self.destination_vmm.pause_order => {
+                self.resume_destination();
             }
+            Effect::ResumeDestination { .. } => {}
+            Effect::StopDestination => {
+                self.note("destination guest stops");
+                self.destination_vmm.running = false;
+            }
+            Effect::Discard => {
+                let must_go = !self.destination_vmm.running || self.owed.is_lost;
+                self.checker.require(must_go, Violation::GuestLost);
+                (self.destination_vmm.dead, self.destination_vmm.running) = (true, false);
+            }
+            Effect::HoldOwed(pages) => self.hold_owed(&pages),
             Effect::Zero(page) => {
                 self.destination.zeroing -= 1;
                 if self.destination.takes_writes {

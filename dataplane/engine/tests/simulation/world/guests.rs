@@ -17,8 +17,9 @@ pub(crate) struct Vmm {
     pub(crate) dead: bool,
     /// Counts its guest's writes; stands for the device state.
     pub(crate) device_state: Option<u64>,
-    /// Source: counts orders to pause and resume. Destination: waits for device state.
+    /// Counts orders to pause and resume: at the destination, to stop.
     pub(crate) pause_order: u32,
+    /// At the destination: for device state.
     pub(crate) waits: bool,
 }
 
@@ -54,7 +55,8 @@ impl World {
         }
         if !self.moved {
             self.moved = true;
-            let same_ram = self.source_vmm.ram == self.destination_vmm.ram;
+            self.owed.truth = self.source_vmm.ram;
+            let same_ram = self.has_the_rest();
             let same_state = self.destination_vmm.device_state == Some(self.stamp);
             self.checker.require(same_ram && same_state, Violation::Differs);
         }
@@ -82,8 +84,10 @@ impl World {
                 insert(&mut self.dirty, page);
             }
         }
-        if self.destination_vmm.running {
-            self.destination_vmm.ram[page] = value;
+        self.destination_accesses(page, Some(value));
+        if self.owed.any() {
+            let page = self.random.below(PAGES as u64) as usize;
+            self.destination_accesses(page, None);
         }
         if self.late != LateWrites::None && self.source_vmm.running && self.random.chance(3) {
             self.begin_transfer();

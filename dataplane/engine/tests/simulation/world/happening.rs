@@ -4,6 +4,8 @@ use std::time::Duration;
 
 use ramferry_engine::{DestinationEvent, Failure, Reason, SourceEvent};
 
+use ramferry_ram::PageSets;
+
 use super::Page;
 use crate::faults::{Fate, Fault};
 use crate::journal::Record;
@@ -21,9 +23,17 @@ pub(crate) enum Effect {
     ResumeSource,
     /// The source VMM waits for its transfers into RAM.
     EndTransfers,
-    WaitForDeviceState,
+    /// With `postcopy` its accesses to guest RAM are caught.
+    WaitForDeviceState {
+        postcopy: bool,
+    },
     LoadDeviceState(u64),
-    ResumeDestination,
+    /// The destination VMM resumes its guest, unless it was stopped since.
+    ResumeDestination {
+        order: u32,
+    },
+    StopDestination,
+    HoldOwed(PageSets),
     Discard,
     Zero(usize),
 }
@@ -33,7 +43,11 @@ impl Effect {
     pub(super) fn outlives_agent(&self) -> bool {
         matches!(
             self,
-            Self::PauseSource { .. } | Self::ResumeSource | Self::ResumeDestination | Self::Discard
+            Self::PauseSource { .. }
+                | Self::ResumeSource
+                | Self::ResumeDestination { .. }
+                | Self::StopDestination
+                | Self::Discard
         )
     }
 }
@@ -101,6 +115,26 @@ pub(crate) enum Happening {
         life: u32,
         round: u32,
         fate: Fate,
+    },
+    /// The pull that was ordered reads its first page.
+    PullBegins {
+        life: u32,
+        pull: u32,
+    },
+    PageRead {
+        life: u32,
+        pull: u32,
+        link: u32,
+        page: usize,
+    },
+    PageLetIn {
+        life: u32,
+        pull: u32,
+        page: usize,
+    },
+    /// Its links are seen to be dead.
+    PullLost {
+        life: u32,
     },
     Loads {
         life: u32,

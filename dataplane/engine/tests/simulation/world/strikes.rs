@@ -29,6 +29,8 @@ impl World {
                 self.cut_stream(false);
             }
             Fault::DestinationVmmDies => self.destination_vmm_dies(),
+            Fault::SourceVmmDies => self.source_vmm_dies(),
+            Fault::SourceMemoryLost => self.source_memory_is_lost(),
             Fault::Cancel => self.cancel(),
             Fault::Force => self.source_hears(self.source.life, SourceEvent::ForceSwitchover),
             Fault::Fail { .. } | Fault::Mute | Fault::Slow | Fault::Straggle | Fault::Duplicate { .. } => {}
@@ -43,7 +45,7 @@ impl World {
         self.source_hears(self.source.life, SourceEvent::Cancel);
     }
 
-    pub(super) fn has_committed(&self) -> bool {
+    pub(crate) fn has_committed(&self) -> bool {
         self.destination.journal.records.last() == Some(&Record::Committed)
     }
 
@@ -54,7 +56,31 @@ impl World {
         self.destination_vmm.dead = true;
         self.destination_vmm.running = false;
         let failure = Failure::new(Reason::GuestFailed, "the VMM ended");
-        self.destination_hears(self.destination.life, DestinationEvent::Failed(failure));
+        let event = match self.moved {
+            true => DestinationEvent::GuestGone(failure),
+            false => DestinationEvent::Failed(failure),
+        };
+        self.destination_hears(self.destination.life, event);
+    }
+
+    /// Once the guest has left: before, it would be lost with its VMM.
+    fn source_vmm_dies(&mut self) {
+        if self.moved {
+            self.source_vmm.dead = true;
+            let failure = Failure::new(Reason::GuestFailed, "the VMM ended");
+            self.source_hears(self.source.life, SourceEvent::GuestGone(failure));
+        }
+    }
+
+    /// The file of the source guest's RAM is gone, once the guest has left.
+    fn source_memory_is_lost(&mut self) {
+        if self.moved {
+            self.owed.is_lost = true;
+            self.owed.is_served = false;
+            self.cut_pull();
+            let failure = Failure::new(Reason::Internal, "the file is gone");
+            self.source_hears(self.source.life, SourceEvent::MemoryLost(failure));
+        }
     }
 
     pub(super) fn crash(&mut self, side: Side, record_survives: bool, down_for: Duration) {
@@ -63,7 +89,10 @@ impl World {
         }
         self.journal(side).crash(record_survives);
         match side {
-            Side::Source => self.source.is_up = false,
+            Side::Source => {
+                self.source.is_up = false;
+                self.owed.is_served = false;
+            }
             Side::Destination => self.destination.is_up = false,
         }
         self.cut_links();
@@ -99,6 +128,7 @@ impl World {
     }
 
     pub(crate) fn cut_links(&mut self) {
+        self.cut_pull();
         if self.link.take().is_some() {
             self.note("the links die");
             let mut random = self.random.clone();
