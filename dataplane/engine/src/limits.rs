@@ -41,6 +41,9 @@ pub const COMMIT_ANSWER: Duration = Duration::from_secs(5);
 
 /// For the destination to drain a round.
 pub const DRAIN: Duration = Duration::from_secs(30);
+/// A destination that is owed memory and says nothing for so long is asked how far it is.
+pub const SERVE_SILENCE: Duration = Duration::from_secs(5);
+
 /// For the destination's VMM to wait for device state.
 pub const INCOMING: Duration = Duration::from_secs(30);
 

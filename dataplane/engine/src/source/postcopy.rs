@@ -3,7 +3,7 @@
 //! ```text
 //!  Commit, Ask -- DestinationRunning, memory owed --> Serve -- DestinationRunning, nothing owed --> Ending, Succeeded
 //!                                                     |   |
-//!        Reconnect at PeerBack and at intervals, from +---+   PeerLost, Failed: until DestinationRunning
+//!        Reconnect at PeerBack and at intervals, from +---+   PeerLost, Failed, SERVE_SILENCE: until DestinationRunning
 //!                                                     | MemoryLost
 //!        TellMemoryLost, at PeerBack and at intervals v
 //!                                          Serve, lost -- DestinationLost --> Ending, Failed(MEMORY_LOST)
@@ -19,7 +19,7 @@ use std::time::Duration;
 use super::late::Late;
 use super::phase::Phase;
 use super::{Source, SourceAction, SourceEvent};
-use crate::limits::RETRY_FIRST;
+use crate::limits::{RETRY_FIRST, SERVE_SILENCE};
 use crate::retry::Retry;
 use crate::trouble::Trouble;
 use crate::{Failure, Reason, State};
@@ -31,8 +31,7 @@ impl Source {
         let goes_on = matches!(self.phase, Phase::Commit) && self.progress.postcopy;
         self.progress.postcopy = true;
         self.late = Late::default();
-        self.doubt = None;
-        self.ask = Retry::new(None);
+        self.all_well(now);
         self.enter(now, Phase::Serve { lost: None });
         if let Some(failure) = self.memory_lost.take() {
             self.memory_is_lost(now, &failure, actions);
@@ -47,12 +46,14 @@ impl Source {
             SourceEvent::DestinationRunning { memory_owed: false } => {
                 self.has_everything(now, State::Postcopy, actions);
             }
-            SourceEvent::DestinationRunning { memory_owed: true } if !is_lost => {
-                self.doubt = None;
-                self.ask.done();
-            }
+            SourceEvent::DestinationRunning { memory_owed: true } if !is_lost => self.all_well(now),
             SourceEvent::DestinationLost(cause) => self.destination_lost(now, &cause, actions),
-            SourceEvent::StillOwed { bytes } => self.progress.remaining_bytes = bytes,
+            SourceEvent::StillOwed { bytes } => {
+                self.progress.remaining_bytes = bytes;
+                if self.doubt.is_none() {
+                    self.all_well(now);
+                }
+            }
             SourceEvent::MemoryLost(failure) if !is_lost => self.memory_is_lost(now, &failure, actions),
             SourceEvent::PeerLost => {
                 let message = "the control stream to the destination's agent ended. The guest runs there, and waits \
@@ -67,13 +68,20 @@ impl Source {
         }
     }
 
+    /// The destination was heard of. Its last word may be lost all the same: after a while without one it is asked.
+    fn all_well(&mut self, now: Duration) {
+        self.doubt = None;
+        self.ask = Retry::new(Some(now.saturating_add(SERVE_SILENCE)));
+    }
+
     fn interrupted(&mut self, now: Duration, failure: Failure) {
-        if matches!(self.phase, Phase::Serve { lost: None }) {
-            Trouble::note(&mut self.doubt, now, failure);
+        if matches!(self.phase, Phase::Serve { lost: Some(_) }) {
+            return;
         }
-        if self.ask.at().is_none() {
-            self.ask.ordered(Some(now.saturating_add(RETRY_FIRST)));
+        if self.doubt.is_none() {
+            self.ask = Retry::new(Some(now.saturating_add(RETRY_FIRST)));
         }
+        Trouble::note(&mut self.doubt, now, failure);
     }
 
     fn memory_is_lost(&mut self, now: Duration, cause: &Failure, actions: &mut Vec<SourceAction>) {

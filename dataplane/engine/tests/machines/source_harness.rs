@@ -404,7 +404,7 @@ impl Checked {
     fn check_between(&self) {
         assert_eq!(self.source.state().is_final(), self.ended().is_some());
         let phase = self.source.phase();
-        let waits_for_ever = ["pending", "copy", "serve", "ended"].contains(&phase);
+        let waits_for_ever = ["pending", "copy", "ended"].contains(&phase);
         assert!(waits_for_ever || self.source.deadline().is_some(), "no deadline in {phase}");
         if self.commit_may_be_out {
             assert!(!self.source.can_cancel() || self.peer_aborted);

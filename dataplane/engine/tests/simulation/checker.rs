@@ -10,10 +10,16 @@ pub(crate) enum Violation {
     /// At the end the guest ran nowhere.
     NeitherRuns,
     /// The destination guest was resumed with RAM or device state that is not the source's last, or its VMM was
-    /// given device state before RAM was.
+    /// given device state before RAM was; but for pages that are owed. Or it came to a page that is not its memory.
     Differs,
     /// Something was written to the destination's RAM while its guest ran.
     WrittenWhileRunning,
+    /// A page that the destination guest was let in to was written again by a read from the source.
+    Overwritten,
+    /// A guest whose memory is lost runs on.
+    RunsOn,
+    /// The source let go of memory that the destination's guest is owed.
+    LetGoEarly,
     /// The destination guest was resumed while COMMITTED was not its journal's last record.
     ResumedWithoutCommitted,
     /// The source guest was resumed after COMMIT was sent while ABORTED was not the destination's last record.

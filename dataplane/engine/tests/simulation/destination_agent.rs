@@ -6,8 +6,9 @@ use ramferry_engine::{
 
 use crate::checker::Violation;
 use crate::faults::{Fate, Sabotage};
+use crate::journal::{Journal, Record};
 use crate::network::{Message, Side};
-use crate::world::{Effect, Happening, Journal, Record, Reply, World, microseconds};
+use crate::world::{Effect, Happening, PAGES, Reply, World, microseconds};
 
 #[derive(Debug)]
 pub(crate) struct DestinationAgent {
@@ -42,6 +43,10 @@ impl DestinationAgent {
     pub(crate) fn says_running(&self) -> Option<bool> {
         self.outcome.as_ref().map(|outcome| *outcome == DestinationOutcome::Running)
     }
+
+    pub(crate) fn says_lost(&self) -> bool {
+        matches!(self.outcome, Some(DestinationOutcome::Lost(_)))
+    }
 }
 
 /// What the journal leaves to be done after a restart.
@@ -51,7 +56,13 @@ pub(crate) fn restart(world: &mut World) {
     agent.is_up = true;
     agent.takes_writes = false;
     agent.zeroing = 0;
+    if world.sabotage == Sabotage::ForgetOwed {
+        world.owed.pages = [false; PAGES];
+    }
     agent.machine = match agent.journal.records.last() {
+        // Its end answers for it.
+        Some(Record::Lost) => return,
+        Some(Record::Committed) if world.owed.any() => Destination::recover_postcopy(),
         Some(Record::Committed) => Destination::recover_committed(),
         Some(Record::Aborted(cause)) => Destination::recover_aborted(cause.clone()),
         _ => Destination::recover_prepared(),
@@ -99,8 +110,8 @@ fn perform(world: &mut World, action: DestinationAction, fate: Fate) {
             world.after(microseconds(100), Happening::Drained { life, round, fate });
         }
         DestinationAction::AcknowledgeRound { round } => message = Some(Message::RoundEnded(round)),
-        DestinationAction::StartIncoming { .. } => {
-            act(1000, Effect::WaitForDeviceState, DestinationEvent::IncomingReady);
+        DestinationAction::StartIncoming { postcopy } => {
+            act(1000, Effect::WaitForDeviceState { postcopy }, DestinationEvent::IncomingReady);
         }
         DestinationAction::TellIncomingReady => message = Some(Message::IncomingReady),
         DestinationAction::Digest => world.after(microseconds(1000), Happening::Digest { life, fate }),
@@ -112,8 +123,15 @@ fn perform(world: &mut World, action: DestinationAction, fate: Fate) {
                 world.resume_destination();
             }
         }
+        DestinationAction::HoldOwed { pages } => {
+            act(300, Effect::HoldOwed(pages), DestinationEvent::OwedHeld);
+        }
+        DestinationAction::TellOwedAccepted => message = Some(Message::OwedAccepted),
         DestinationAction::ResumeGuest => resume(world, fate),
-        DestinationAction::AnswerRunning { .. } => message = Some(Message::Running),
+        DestinationAction::Pull => world.pull(fate),
+        DestinationAction::StopGuest => stop(world, fate),
+        DestinationAction::AnswerRunning { memory_owed } => message = Some(Message::Running(memory_owed)),
+        DestinationAction::AnswerLost(cause) => message = Some(Message::Lost(cause)),
         DestinationAction::WriteAborted(_) if sabotage == Sabotage::AbortWithoutRecord => {
             act(1000, Effect::Nothing, DestinationEvent::AbortedSynced);
         }
@@ -126,16 +144,16 @@ fn perform(world: &mut World, action: DestinationAction, fate: Fate) {
         DestinationAction::Release => {
             act(1000, Effect::Nothing, DestinationEvent::Released);
             world.destination.takes_writes = false;
+            world.owed.is_armed = world.owed.any();
             world.cut_links();
         }
-        DestinationAction::HoldOwed { .. }
-        | DestinationAction::TellOwedAccepted
-        | DestinationAction::Pull
-        | DestinationAction::StopGuest
-        | DestinationAction::AnswerLost(_) => unreachable!("no migration allows post-copy"),
         DestinationAction::Finish(outcome) => {
             let first = world.destination.outcome.is_none();
             world.checker.require(first, Violation::WrongOutcome);
+            if let DestinationOutcome::Lost(_) = outcome {
+                world.destination.journal.records.push(Record::Lost);
+                world.destination.journal.sync();
+            }
             world.destination.outcome = Some(outcome);
         }
     }
@@ -146,12 +164,21 @@ fn perform(world: &mut World, action: DestinationAction, fate: Fate) {
 
 fn resume(world: &mut World, fate: Fate) {
     let reply = if world.destination_vmm.dead {
-        DestinationEvent::Failed(Failure::new(Reason::GuestFailed, "the VMM ended"))
+        DestinationEvent::GuestGone(Failure::new(Reason::GuestFailed, "the VMM ended"))
     } else {
         DestinationEvent::GuestResumed
     };
     let reply = Reply::Destination(reply);
-    world.act(Side::Destination, microseconds(300), Effect::ResumeDestination, reply, fate);
+    let effect = Effect::ResumeDestination { order: world.destination_vmm.pause_order };
+    world.act(Side::Destination, microseconds(300), effect, reply, fate);
+}
+
+fn stop(world: &mut World, fate: Fate) {
+    if fate.has_effect() {
+        world.destination_vmm.pause_order += 1;
+    }
+    let reply = Reply::Destination(DestinationEvent::GuestStopped);
+    world.act(Side::Destination, microseconds(300), Effect::StopDestination, reply, fate);
 }
 
 pub(crate) fn digest(world: &mut World, life: u32, fate: Fate) {
@@ -188,7 +215,9 @@ pub(crate) fn arrives(world: &mut World, message: Message) {
     let event = match message {
         Message::ZeroPage(page) => return zero(world, page),
         Message::EndRound(round) => DestinationEvent::EndRound { round },
-        Message::PrepareIncoming => DestinationEvent::PrepareIncoming { postcopy: false },
+        Message::PrepareIncoming(postcopy) => DestinationEvent::PrepareIncoming { postcopy },
+        Message::Owed(pages) => DestinationEvent::Owed { pages },
+        Message::MemoryLost(cause) => DestinationEvent::MemoryLost(cause),
         Message::Verify => DestinationEvent::Verify,
         Message::DeviceState(state) => return load(world, life, state),
         Message::Commit => DestinationEvent::Commit,
@@ -209,7 +238,8 @@ pub(crate) fn load(world: &mut World, life: u32, state: u64) {
     }
     let in_order = ["receive_last", "drain"].contains(&world.destination.machine.phase());
     if in_order && !world.source_vmm.running {
-        let is_whole = world.destination_vmm.ram == world.source_vmm.ram;
+        let is_whole = world.has_the_rest();
+        world.vmm_accesses();
         world.checker.require(is_whole, Violation::Differs);
     }
     let reply = Reply::Destination(DestinationEvent::DeviceStateLoaded);

@@ -24,6 +24,10 @@ pub(crate) enum Fault {
     CutAll,
     /// The destination's VMM dies.
     DestinationVmmDies,
+    /// The source's VMM dies once the guest has left: its agent holds the memory.
+    SourceVmmDies,
+    /// The source's memory cannot be had again, once the guest has left.
+    SourceMemoryLost,
     /// The caller's.
     Cancel,
     Force,
@@ -59,6 +63,8 @@ impl Fault {
         Self::DestinationVmmDies,
         Self::Cancel,
     ];
+    /// Those that matter in post-copy alone.
+    pub(crate) const IN_POSTCOPY: [Self; 2] = [Self::SourceVmmDies, Self::SourceMemoryLost];
     /// Those that befall an action, and the caller's.
     pub(crate) const OF_ACTIONS: [Self; 8] = [
         Self::Fail { had_effect: true },
@@ -73,7 +79,14 @@ impl Fault {
 
     /// Whether it happens outside of the machines: they hear of it later, if at all.
     pub(crate) fn is_outside(self) -> bool {
-        !matches!(self, Self::Cancel | Self::Force | Self::DestinationVmmDies)
+        !matches!(
+            self,
+            Self::Cancel
+                | Self::Force
+                | Self::DestinationVmmDies
+                | Self::SourceVmmDies
+                | Self::SourceMemoryLost
+        )
     }
 }
 
@@ -93,6 +106,13 @@ impl Injection {
         });
         let of_actions = Fault::OF_ACTIONS.into_iter().map(move |fault| Self::before(step, fault));
         timed.chain(of_actions)
+    }
+
+    /// Those at `step` that matter in post-copy alone.
+    pub(crate) fn in_postcopy_at(step: u32) -> impl Iterator<Item = Self> {
+        Fault::IN_POSTCOPY.into_iter().flat_map(move |fault| {
+            [120, 700].map(|after| Self { step, after: Duration::from_micros(after), fault })
+        })
     }
 
     pub(crate) fn before(step: u32, fault: Fault) -> Self {
@@ -154,6 +174,10 @@ pub(crate) enum Sabotage {
     SkipRecheck,
     /// The guest says that it has drained, and has not.
     LieAboutDrain,
+    /// A restarted destination does not know what is owed.
+    ForgetOwed,
+    /// A page counts as in place just before it is.
+    ClearBeforeBytes,
     /// The VMM is given its device state while zero pages still wait to be applied.
     LoadBeforeZeroPages,
 }

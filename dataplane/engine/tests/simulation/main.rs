@@ -5,6 +5,7 @@
 mod checker;
 mod destination_agent;
 mod faults;
+mod journal;
 mod network;
 mod sabotage;
 mod schedules;

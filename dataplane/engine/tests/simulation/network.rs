@@ -3,6 +3,7 @@
 use std::time::Duration;
 
 use ramferry_engine::Failure;
+use ramferry_ram::PageSets;
 
 use crate::world::Page;
 
@@ -26,19 +27,25 @@ pub(crate) enum Message {
     // To the destination.
     ZeroPage(usize),
     EndRound(u32),
-    PrepareIncoming,
+    PrepareIncoming(bool),
+    Owed(PageSets),
     Verify,
     DeviceState(u64),
     Commit,
     Ask,
     Abort(Failure),
+    MemoryLost(Failure),
     // To the source.
     RoundEnded(u32),
     IncomingReady,
     Digests(Vec<Page>),
+    OwedAccepted,
     DeviceStateLoaded,
-    Running,
+    /// Whether memory is owed.
+    Running(bool),
+    StillOwed(u64),
     Aborted(Failure),
+    Lost(Failure),
 }
 
 /// The stream that is there now, or was last.

@@ -1,11 +1,11 @@
 //! The checks find what they are for: each rule of who may run the guest, broken on purpose, is seen to matter in
 //! some schedule.
 
-use ramferry_engine::LateWrites;
+use ramferry_engine::{LateWrites, Postcopy};
 
 use crate::checker::Violation;
 use crate::faults::{Fault, Injection, Sabotage};
-use crate::schedules::{RANDOM_RUNS, random_injections};
+use crate::schedules::{RANDOM_RUNS, random_injections, world};
 use crate::world::World;
 
 fn run(seed: u64, injections: Vec<Injection>, sabotage: Sabotage) -> Option<Violation> {
@@ -17,6 +17,43 @@ fn run(seed: u64, injections: Vec<Injection>, sabotage: Sabotage) -> Option<Viol
 /// Whether some schedule of at most one fault shows `violation`.
 fn one_fault_shows(sabotage: Sabotage, violation: Violation) -> bool {
     (0..200).any(|step| Injection::all_at(step).any(|one| run(1, vec![one], sabotage) == Some(violation)))
+}
+
+/// The same, of a migration into post-copy.
+fn one_fault_in_postcopy_shows(sabotage: Sabotage, violation: Violation) -> bool {
+    let shows = |one| {
+        let world = World::new(4, false, vec![one], sabotage);
+        let mut world = world.with_postcopy(4, false, Postcopy::Always);
+        world.run();
+        world.checker.violations.first() == Some(&violation)
+    };
+    (0..200).any(|step| Injection::all_at(step).any(shows))
+}
+
+#[test]
+fn a_restarted_destination_that_forgets_what_is_owed_is_caught() {
+    assert!(one_fault_in_postcopy_shows(Sabotage::ForgetOwed, Violation::Differs));
+}
+
+#[test]
+fn a_page_that_counts_as_in_place_before_it_is_there_is_caught() {
+    assert!(one_fault_in_postcopy_shows(Sabotage::ClearBeforeBytes, Violation::Differs));
+}
+
+/// Also by the search over random schedules.
+#[test]
+fn random_schedules_catch_a_destination_that_forgets_what_is_owed() {
+    let shows =
+        |seed| run_as(seed, random_injections(seed), Sabotage::ForgetOwed) == Some(Violation::Differs);
+    let seed = (0..RANDOM_RUNS).find(|seed| shows(*seed));
+    eprintln!("it is seen with seed {}", seed.expect("it is seen"));
+}
+
+/// As the schedules run it.
+fn run_as(seed: u64, injections: Vec<Injection>, sabotage: Sabotage) -> Option<Violation> {
+    let mut world = world(seed, injections, sabotage);
+    world.run();
+    world.checker.violations.first().copied()
 }
 
 #[test]

@@ -2,14 +2,15 @@
 
 use std::time::Duration;
 
-use ramferry_engine::{LateWrites, Outcome};
+use ramferry_engine::{LateWrites, Outcome, Postcopy};
 
 use crate::checker::Violation;
 use crate::faults::{Fault, Injection, Random, Sabotage};
-use crate::world::{Record, World};
+use crate::journal::Record;
+use crate::world::World;
 
 /// Seeds of the migrations that single faults are put into: different guests' writes, delays and coincidences.
-const SEEDS: [u64; 3] = [1, 2, 3];
+const SEEDS: [u64; 5] = [1, 2, 3, 4, 9];
 /// Runs with several random faults; more with RAMFERRY_SIMULATION_RUNS, from RAMFERRY_SIMULATION_SEED on.
 pub(crate) const RANDOM_RUNS: u64 = 10_000;
 /// Of all pairs of faults around the commit, one in so many is tried; each with RAMFERRY_SIMULATION_PAIRS=all.
@@ -30,11 +31,34 @@ fn late_writes(seed: u64) -> LateWrites {
     }
 }
 
-fn run(seed: u64, injections: Vec<Injection>) -> World {
-    let mut world = World::new(seed, seed.is_multiple_of(2), injections, Sabotage::None);
+/// Of five seeds two may lead into post-copy, or are to.
+fn postcopy(seed: u64) -> Postcopy {
+    match seed % 5 {
+        3 => Postcopy::Allow,
+        4 => Postcopy::Always,
+        _ => Postcopy::Never,
+    }
+}
+
+/// A migration as its seed has it.
+pub(crate) fn world(seed: u64, injections: Vec<Injection>, sabotage: Sabotage) -> World {
+    let verify = seed.is_multiple_of(2);
+    let world = World::new(seed, verify, injections, sabotage);
+    let mut world = world.with_postcopy(seed, verify, postcopy(seed));
     world.late = late_writes(seed);
+    world
+}
+
+fn run(seed: u64, injections: Vec<Injection>) -> World {
+    let mut world = world(seed, injections, Sabotage::None);
     world.run();
     world
+}
+
+/// All faults at `step` of a migration of this seed.
+fn injections_at(seed: u64, step: u32) -> impl Iterator<Item = Injection> {
+    let in_postcopy = Injection::in_postcopy_at(step).filter(move |_| postcopy(seed) != Postcopy::Never);
+    Injection::all_at(step).chain(in_postcopy)
 }
 
 fn require_sound(world: &World, seed: u64, replay: &str) {
@@ -55,29 +79,34 @@ fn steps(seed: u64) -> u32 {
 
 #[test]
 fn without_faults_the_guest_moves() {
-    let mut long_ones = 0;
+    let (mut long_ones, mut postcopies, mut waited) = (0, 0, 0);
     for seed in 0..200 {
         let world = run(seed, vec![]);
         require_sound(&world, seed, THIS_TEST);
         assert_eq!(world.source.outcome, Some(Outcome::Succeeded));
         assert!(world.destination_vmm.running);
         long_ones += u32::from(world.steps > 30);
+        postcopies += u32::from(world.source.progress().postcopy);
+        waited += world.owed.waited;
     }
     assert!(long_ones > 50, "{long_ones} of several rounds");
+    eprintln!("{postcopies} into post-copy, in which guests waited {waited} times");
+    assert!(postcopies > 60 && waited > postcopies, "{postcopies} into post-copy, waited {waited} times");
 }
 
 /// Every fault at every action, before, early and late in it. Where the guest stays, the next migration moves it.
 #[test]
 fn any_single_fault_leaves_one_guest_and_a_retry_succeeds() {
-    let (mut runs, mut moved, mut stayed) = (0, 0, 0);
+    let (mut runs, mut moved, mut stayed, mut lost) = (0, 0, 0, 0);
     for seed in SEEDS {
         for step in 0..steps(seed) + 4 {
-            for injection in Injection::all_at(step) {
+            for injection in injections_at(seed, step) {
                 let mut world = run(seed, vec![injection]);
                 require_sound(&world, seed, THIS_TEST);
                 runs += 1;
                 if !world.source_vmm.running {
                     moved += 1;
+                    lost += u32::from(world.source.says_lost());
                     continue;
                 }
                 stayed += 1;
@@ -89,6 +118,8 @@ fn any_single_fault_leaves_one_guest_and_a_retry_succeeds() {
         }
     }
     eprintln!("{runs} runs: the guest moved in {moved}, stayed in {stayed} and moved on the retry");
+    eprintln!("{lost} of those that moved lost their memory on their way");
+    assert!(lost > 10);
     assert!(runs > 5000 && moved > 1000 && stayed > 1000);
 }
 
@@ -106,9 +137,9 @@ fn any_two_faults_around_the_commit_leave_one_guest() {
     let all = std::env::var("RAMFERRY_SIMULATION_PAIRS").is_ok_and(|pairs| pairs == "all");
     let stride = if all { 1 } else { PAIRS_STRIDE };
     let (mut pairs, mut runs) = (0, 0);
-    for seed in [1, 2] {
+    for seed in [1, 2, 4] {
         let first = handover(seed) - 2;
-        let injections: Vec<_> = (first..first + 18).flat_map(Injection::all_at).collect();
+        let injections: Vec<_> = (first..first + 18).flat_map(|step| injections_at(seed, step)).collect();
         let bears = |injection: &&Injection| !matches!(injection.fault, Fault::Force | Fault::CutLinks);
         for one in injections.iter().filter(bears).filter(|one| one.step < first + 9) {
             for two in injections.iter().filter(bears).filter(|two| two.step >= one.step) {
@@ -132,7 +163,7 @@ pub(crate) fn random_injections(seed: u64) -> Vec<Injection> {
     (0..count)
         .map(|_| {
             let step = first + random.below(steps) as u32;
-            let mut all: Vec<_> = Injection::all_at(step).collect();
+            let mut all: Vec<_> = injections_at(seed, step).collect();
             all.swap_remove(random.below(all.len() as u64) as usize)
         })
         .collect()

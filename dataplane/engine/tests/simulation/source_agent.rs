@@ -3,16 +3,17 @@
 use std::time::Duration;
 
 use ramferry_engine::{
-    Failure, FixedCosts, LateWrites, Outcome, Parameters, Reason, Source, SourceAction, SourceEvent,
+    Failure, FixedCosts, LateWrites, Outcome, Parameters, Postcopy, Progress, Reason, Source, SourceAction,
+    SourceEvent,
 };
 use ramferry_ram::{BlockIndex, PageSets};
 
 use crate::checker::Violation;
 use crate::faults::{Fate, Sabotage};
+use crate::journal::{Journal, Record};
 use crate::network::{Message, Side};
 use crate::world::{
-    Effect, Happening, Journal, PAGE_BYTES, PAGES, Page, Record, Reply, World, ZERO, insert, microseconds,
-    no_pages,
+    Effect, Happening, PAGE_BYTES, PAGES, Page, Reply, World, ZERO, insert, microseconds, no_pages,
 };
 
 const PAGE_TIME: Duration = Duration::from_millis(1);
@@ -39,7 +40,9 @@ pub(crate) struct SourceAgent {
     pub(crate) began_at: Duration,
     pub(crate) journal: Journal,
     pub(crate) outcome: Option<Outcome>,
+    seed: u64,
     verify: bool,
+    postcopy: Postcopy,
     copy: u32,
     copying: Option<Copying>,
     /// What each page held when it was last sent.
@@ -49,22 +52,37 @@ pub(crate) struct SourceAgent {
 }
 
 impl SourceAgent {
-    pub(crate) fn new(verify: bool) -> Self {
+    pub(crate) fn new(seed: u64, verify: bool, postcopy: Postcopy) -> Self {
         Self {
-            machine: Source::new(parameters(verify)).unwrap(),
+            machine: Source::new(parameters(seed, verify, postcopy)).unwrap(),
             is_up: true,
             life: 0,
             wake: 0,
             began_at: Duration::ZERO,
             journal: Journal::default(),
             outcome: None,
+            seed,
             verify,
+            postcopy,
             copy: 0,
             copying: None,
             sent: [None; PAGES],
             pausing: None,
             verifying: None,
         }
+    }
+
+    /// A fresh one, for the next migration of the same guest.
+    pub(crate) fn again(&self, verify: bool) -> Self {
+        Self::new(self.seed, verify, self.postcopy)
+    }
+
+    pub(crate) fn says_lost(&self) -> bool {
+        matches!(&self.outcome, Some(Outcome::Failed(failure)) if failure.reason == Reason::MemoryLost)
+    }
+
+    pub(crate) fn progress(&self) -> &Progress {
+        self.machine.progress()
     }
 
     pub(crate) fn can_cancel(&self) -> bool {
@@ -77,8 +95,11 @@ impl SourceAgent {
     }
 }
 
-fn parameters(verify: bool) -> Parameters {
-    Parameters { max_downtime: Duration::from_millis(15), verify, ..Parameters::default() }
+/// Where post-copy is allowed, the timeout comes somewhere in the first rounds.
+fn parameters(seed: u64, verify: bool, postcopy: Postcopy) -> Parameters {
+    let timeout = (postcopy == Postcopy::Allow).then(|| Duration::from_millis(1 + seed % 37));
+    let max_downtime = Duration::from_millis(15);
+    Parameters { max_downtime, verify, postcopy, timeout, ..Parameters::default() }
 }
 
 /// What the journal leaves to be done after a restart.
@@ -87,7 +108,9 @@ pub(crate) fn restart(world: &mut World) {
     agent.life += 1;
     agent.is_up = true;
     (agent.copying, agent.pausing, agent.verifying) = (None, None, None);
-    let parameters = parameters(agent.verify);
+    // What a dead agent held is gone with it, where nobody else does.
+    world.owed.is_lost |= world.source_vmm.dead;
+    let parameters = parameters(agent.seed, agent.verify, agent.postcopy);
     match agent.journal.records.last() {
         Some(Record::Ended) => return,
         Some(Record::HandedOver) => agent.machine = Source::recover_handed_over(parameters),
@@ -145,7 +168,8 @@ fn perform(world: &mut World, action: SourceAction, fate: Fate) {
         SourceAction::Recheck { pages } => recheck(world, &pages, fate),
         SourceAction::Fence => fence(world, fate),
         SourceAction::EndRound { round } => world.send(Side::Source, Message::EndRound(round), fate),
-        SourceAction::PauseGuest { .. } => begin_pause(world, fate),
+        SourceAction::PauseGuest { postcopy } => begin_pause(world, postcopy, fate),
+        SourceAction::SendOwed { pages } => world.send(Side::Source, Message::Owed(pages), fate),
         SourceAction::Verify => {
             world.source.verifying = Some(fate);
             world.send(Side::Source, Message::Verify, fate);
@@ -182,6 +206,9 @@ fn perform(world: &mut World, action: SourceAction, fate: Fate) {
         SourceAction::Release => {
             world.is_tracked = false;
             world.source.copying = None;
+            let is_needed = world.owed.any() && world.destination_vmm.running && !world.owed.is_lost;
+            world.checker.require(!is_needed, Violation::LetGoEarly);
+            world.owed.is_served = false;
             world.cut_links();
             world.act(
                 Side::Source,
@@ -192,8 +219,9 @@ fn perform(world: &mut World, action: SourceAction, fate: Fate) {
             );
         }
         SourceAction::SetBandwidthLimit(_) => {}
-        SourceAction::SendOwed { .. } | SourceAction::Reconnect | SourceAction::TellMemoryLost(_) => {
-            unreachable!("no migration allows post-copy")
+        SourceAction::Reconnect => reconnect(world, fate),
+        SourceAction::TellMemoryLost(failure) => {
+            world.send(Side::Source, Message::MemoryLost(failure), fate);
         }
         SourceAction::Finish(outcome) => {
             let first = world.source.outcome.is_none();
@@ -206,6 +234,16 @@ fn perform(world: &mut World, action: SourceAction, fate: Fate) {
             world.cut_stream(true);
         }
     }
+}
+
+fn reconnect(world: &mut World, fate: Fate) {
+    if world.owed.is_lost {
+        let failure = Failure::new(Reason::Internal, "the file is gone");
+        let reply = Reply::Source(SourceEvent::MemoryLost(failure));
+        return world.act(Side::Source, microseconds(500), Effect::Nothing, reply, fate);
+    }
+    world.owed.is_served |= fate.has_effect();
+    world.send(Side::Source, Message::Ask, fate);
 }
 
 fn prepare(world: &mut World, fate: Fate) {
@@ -378,8 +416,11 @@ pub(crate) fn arrives(world: &mut World, message: Message) {
             let reply = Reply::Source(SourceEvent::Verified { equal });
             return world.act(Side::Source, microseconds(100), Effect::Nothing, reply, fate);
         }
+        Message::OwedAccepted => SourceEvent::OwedAccepted,
         Message::DeviceStateLoaded => SourceEvent::DeviceStateMoved,
-        Message::Running => SourceEvent::DestinationRunning { memory_owed: false },
+        Message::Running(memory_owed) => SourceEvent::DestinationRunning { memory_owed },
+        Message::StillOwed(bytes) => SourceEvent::StillOwed { bytes },
+        Message::Lost(cause) => SourceEvent::DestinationLost(cause),
         Message::Aborted(cause) => SourceEvent::DestinationAborted(cause),
         other => panic!("{other:?} to the source"),
     };
@@ -387,7 +428,7 @@ pub(crate) fn arrives(world: &mut World, message: Message) {
 }
 
 /// Where it fails half-way, the VMM pauses all the same, later.
-fn begin_pause(world: &mut World, fate: Fate) {
+fn begin_pause(world: &mut World, postcopy: bool, fate: Fate) {
     world.source_vmm.pause_order += 1;
     let sent = match fate {
         Fate::Fail { .. } | Fate::Mute => Fate::Normal,
@@ -395,7 +436,8 @@ fn begin_pause(world: &mut World, fate: Fate) {
     };
     if fate.has_effect() {
         world.source.pausing = Some(fate);
-        world.send(Side::Source, Message::PrepareIncoming, sent);
+        world.owed.is_served = postcopy;
+        world.send(Side::Source, Message::PrepareIncoming(postcopy), sent);
     }
     if let Fate::Fail { .. } = fate {
         world.fail(Side::Source, PAUSE_TIME / 2, Reason::GuestFailed);

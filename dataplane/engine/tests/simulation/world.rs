@@ -1,17 +1,28 @@
 //! The world that both agents live in: a clock, two VMMs, the destination's memory as links reach it, a control
 //! stream, and what goes wrong.
 
+mod guests;
+mod happening;
+mod postcopy;
+mod strikes;
+mod verdict;
+
 use std::collections::BTreeMap;
 use std::time::Duration;
 
-use ramferry_engine::{DestinationEvent, Failure, LateWrites, Reason, SourceEvent};
+use ramferry_engine::{DestinationEvent, LateWrites, Postcopy, Reason, SourceEvent};
 use ramferry_ram::{Block, BlockIndex, Layout, PageRun, PageSets};
 
 use crate::checker::{Checker, Violation};
 use crate::destination_agent::{self, DestinationAgent};
-use crate::faults::{Fate, Fault, Injection, Random, Sabotage};
+use crate::faults::{Fate, Injection, Random, Sabotage};
+use crate::journal::{Journal, Record};
 use crate::network::{Message, Network, Side};
 use crate::source_agent::{self, SourceAgent};
+use guests::{Vmm, contents};
+pub(crate) use happening::{Effect, Happening, Reply};
+use happening::{failed, reason_of};
+use postcopy::Owed;
 
 pub(crate) const PAGES: usize = 16;
 pub(crate) const PAGE_BYTES: u64 = 4096;
@@ -26,162 +37,6 @@ const SLOW: Duration = Duration::from_secs(8);
 
 pub(crate) const fn microseconds(count: u64) -> Duration {
     Duration::from_micros(count)
-}
-
-/// A record of a journal.
-#[derive(Clone, Debug, PartialEq)]
-pub(crate) enum Record {
-    HandedOver,
-    /// The source's outcome.
-    Ended,
-    Committed,
-    Aborted(Failure),
-}
-
-/// What was written, and what is being written.
-#[derive(Debug, Default)]
-pub(crate) struct Journal {
-    pub(crate) records: Vec<Record>,
-    /// So many of them are certain to survive a crash.
-    synced: usize,
-    pub(crate) writing: Option<Record>,
-}
-
-impl Journal {
-    /// What was being written is written, and all of it is durable.
-    pub(crate) fn sync(&mut self) {
-        self.records.extend(self.writing.take());
-        self.synced = self.records.len();
-    }
-
-    /// What was not synced survives, or does not.
-    fn crash(&mut self, unsynced_survives: bool) {
-        if unsynced_survives {
-            self.sync();
-        }
-        self.writing = None;
-        self.records.truncate(self.synced);
-    }
-}
-
-/// Changes outside of the agents' minds.
-#[derive(Clone, Debug, PartialEq)]
-pub(crate) enum Effect {
-    Nothing,
-    Written(Record),
-    /// The source VMM stops its vCPUs, unless the order was taken back since.
-    PauseSource {
-        order: u32,
-    },
-    ResumeSource,
-    /// The source VMM waits for its transfers into RAM.
-    EndTransfers,
-    WaitForDeviceState,
-    LoadDeviceState(u64),
-    ResumeDestination,
-    Discard,
-    Zero(usize),
-}
-
-impl Effect {
-    /// Whether it happens even when the agent that ordered it is killed meanwhile: a VMM carries it out.
-    fn outlives_agent(&self) -> bool {
-        matches!(
-            self,
-            Self::PauseSource { .. } | Self::ResumeSource | Self::ResumeDestination | Self::Discard
-        )
-    }
-}
-
-/// What the agent hears after an effect.
-#[derive(Clone, Debug, PartialEq)]
-pub(crate) enum Reply {
-    None,
-    Source(SourceEvent),
-    Destination(DestinationEvent),
-}
-
-#[derive(Clone, Debug)]
-pub(crate) enum Happening {
-    Effect {
-        side: Side,
-        life: u32,
-        effect: Effect,
-        reply: Reply,
-    },
-    Tick {
-        side: Side,
-        life: u32,
-        wake: u32,
-    },
-    Arrives {
-        to: Side,
-        life: u32,
-        stream: u32,
-        straggler: bool,
-        message: Message,
-    },
-    StreamLost {
-        side: Side,
-        life: u32,
-    },
-    StreamBack,
-    /// One more page of the copy under way.
-    CopyPage {
-        life: u32,
-        copy: u32,
-    },
-    Harvest {
-        life: u32,
-        fate: Fate,
-    },
-    Fenced {
-        life: u32,
-        link: Option<u32>,
-        began_at: Duration,
-        fate: Fate,
-    },
-    Lands {
-        link: u32,
-        page: usize,
-        value: Page,
-        /// From this word on the link read the page only now.
-        late: usize,
-    },
-    Digest {
-        life: u32,
-        fate: Fate,
-    },
-    Drained {
-        life: u32,
-        round: u32,
-        fate: Fate,
-    },
-    Loads {
-        life: u32,
-        state: u64,
-    },
-    GuestWrites,
-    /// A transfer into the source guest's RAM ends: the page was marked when it began.
-    TransferEnds {
-        transfer: u32,
-    },
-    Strikes(Fault),
-    Restart(Side),
-    CancelCheck,
-}
-
-/// A VMM with its guest.
-#[derive(Debug)]
-pub(crate) struct Vmm {
-    pub(crate) ram: [Page; PAGES],
-    pub(crate) running: bool,
-    pub(crate) dead: bool,
-    /// Counts its guest's writes; stands for the device state.
-    pub(crate) device_state: Option<u64>,
-    /// Source: counts orders to pause and resume. Destination: waits for device state.
-    pub(crate) pause_order: u32,
-    pub(crate) waits: bool,
 }
 
 #[derive(Debug)]
@@ -204,6 +59,8 @@ pub(crate) struct World {
     pub(crate) is_tracked: bool,
     /// Whether the source guest's disk fills pages late.
     pub(crate) late: LateWrites,
+    /// Memory that is owed to the destination's guest.
+    pub(crate) owed: Owed,
     /// Transfers that have begun: number, page and what it will hold.
     transfers: Vec<(u32, usize, u64)>,
     transfers_begun: u32,
@@ -213,7 +70,7 @@ pub(crate) struct World {
     /// When the last write on its way lands.
     pub(crate) landed_at: Duration,
     pub(crate) commit_sent: bool,
-    moved: bool,
+    pub(crate) moved: bool,
     /// The life of the destination's agent that saw its VMM die before COMMITTED was durable.
     died_uncommitted_in: Option<u32>,
     stamp: u64,
@@ -247,13 +104,14 @@ impl World {
             steps: 0,
             checker: Checker::default(),
             network: Network::new(0),
-            source: SourceAgent::new(verify),
+            source: SourceAgent::new(seed, verify, Postcopy::Never),
             destination: DestinationAgent::new(),
             source_vmm: Vmm::new(source_ram, true),
             destination_vmm: Vmm::new(destination_ram, false),
             dirty: no_pages(),
             is_tracked: false,
             late: LateWrites::None,
+            owed: Owed::default(),
             transfers: Vec::new(),
             transfers_begun: 0,
             link: Some(0),
@@ -264,6 +122,12 @@ impl World {
             died_uncommitted_in: None,
             stamp: 1000,
         }
+    }
+
+    /// A world whose migration may, or is to, lead into post-copy.
+    pub(crate) fn with_postcopy(mut self, seed: u64, verify: bool, postcopy: Postcopy) -> Self {
+        self.source = SourceAgent::new(seed, verify, postcopy);
+        self
     }
 
     /// Runs a migration to its end, and checks that.
@@ -293,8 +157,9 @@ impl World {
         self.link = Some(self.links);
         self.landed_at = self.now;
         self.network = Network::new(self.network.stream + 1);
-        self.source = SourceAgent::new(verify);
+        self.source = self.source.again(verify);
         self.source.began_at = self.now;
+        self.owed = Owed::default();
         self.destination = DestinationAgent::new();
         self.destination_vmm = Vmm::new(self.destination_vmm.ram, false);
         self.dirty = no_pages();
@@ -395,32 +260,6 @@ impl World {
         }
     }
 
-    pub(crate) fn cut_stream(&mut self, delivers: bool) {
-        if !self.network.is_up {
-            return;
-        }
-        self.note(&format!("the control stream ends, delivers: {delivers}"));
-        self.network.is_up = false;
-        if !delivers {
-            self.network.dropped.push(self.network.stream);
-        }
-        for side in [Side::Source, Side::Destination] {
-            let noticed = microseconds(500 + self.random.below(3000));
-            self.after(noticed, Happening::StreamLost { side, life: self.life(side) });
-        }
-        self.after(Duration::from_millis(50), Happening::StreamBack);
-    }
-
-    pub(crate) fn cut_links(&mut self) {
-        if self.link.take().is_some() {
-            self.note("the links die");
-            let mut random = self.random.clone();
-            self.queue
-                .retain(|_, happening| !matches!(happening, Happening::Lands { .. }) || random.chance(2));
-            self.random = random;
-        }
-    }
-
     pub(crate) fn life(&self, side: Side) -> u32 {
         match side {
             Side::Source => self.source.life,
@@ -484,6 +323,11 @@ impl World {
             Happening::Lands { link, page, value, late } => self.lands(link, page, value, late),
             Happening::Digest { life, fate } => destination_agent::digest(self, life, fate),
             Happening::Drained { life, round, fate } => destination_agent::drained(self, life, round, fate),
+            Happening::PullBegins { life, pull } => self.pull_begins(life, pull),
+            Happening::PageRead { life, pull, link, page } => self.page_read(life, pull, link, page),
+            Happening::PageLetIn { life, pull, page } => self.page_let_in(life, pull, page),
+            Happening::PullLost { life } if self.is_alive(Side::Destination, life) => self.pull_lost(life),
+            Happening::PullLost { .. } => {}
             Happening::Loads { life, state } => destination_agent::load(self, life, state),
             Happening::GuestWrites => self.guest_writes(),
             Happening::TransferEnds { transfer } => self.end_transfers(Some(transfer)),
@@ -500,16 +344,6 @@ impl World {
             Side::Source => source_agent::arrives(self, message),
             Side::Destination => destination_agent::arrives(self, message),
         }
-    }
-
-    fn stream_back(&mut self) {
-        if self.network.is_up || !self.source.is_up || !self.destination.is_up {
-            return;
-        }
-        self.network.is_up = true;
-        self.network.stream += 1;
-        self.source_hears(self.source.life, SourceEvent::PeerBack);
-        self.destination_hears(self.destination.life, DestinationEvent::PeerBack);
     }
 
     fn take_effect(&mut self, side: Side, effect: Effect) {
@@ -538,17 +372,29 @@ impl World {
             Effect::PauseSource { .. } => {}
             Effect::ResumeSource => self.resume_source(),
             Effect::EndTransfers => self.end_transfers(None),
-            Effect::WaitForDeviceState => self.destination_vmm.waits = true,
+            Effect::WaitForDeviceState { postcopy } => {
+                self.destination_vmm.waits = true;
+                self.owed.is_armed = postcopy;
+            }
             Effect::LoadDeviceState(state) => {
                 if self.destination_vmm.waits && !self.destination_vmm.dead {
                     self.destination_vmm.device_state = Some(state);
                 }
             }
-            Effect::ResumeDestination => self.resume_destination(),
-            Effect::Discard => {
-                self.checker.require(!self.destination_vmm.running, Violation::GuestLost);
-                self.destination_vmm.dead = true;
+            Effect::ResumeDestination { order } if order == self.destination_vmm.pause_order => {
+                self.resume_destination();
             }
+            Effect::ResumeDestination { .. } => {}
+            Effect::StopDestination => {
+                self.note("destination guest stops");
+                self.destination_vmm.running = false;
+            }
+            Effect::Discard => {
+                let must_go = !self.destination_vmm.running || self.owed.is_lost;
+                self.checker.require(must_go, Violation::GuestLost);
+                (self.destination_vmm.dead, self.destination_vmm.running) = (true, false);
+            }
+            Effect::HoldOwed(pages) => self.hold_owed(&pages),
             Effect::Zero(page) => {
                 self.destination.zeroing -= 1;
                 if self.destination.takes_writes {
@@ -557,237 +403,5 @@ impl World {
                 }
             }
         }
-    }
-
-    pub(crate) fn resume_source(&mut self) {
-        if self.source_vmm.running {
-            return;
-        }
-        self.note("source guest resumes");
-        self.source_vmm.running = true;
-        self.checker.require(!self.destination_vmm.running, Violation::BothRun);
-        if self.sabotage == Sabotage::None {
-            let aborted = matches!(self.destination.journal.records.last(), Some(Record::Aborted(_)));
-            self.checker.require(!self.commit_sent || aborted, Violation::ResumedInDoubt);
-        }
-    }
-
-    pub(crate) fn resume_destination(&mut self) {
-        if self.destination_vmm.running || self.destination_vmm.dead {
-            return;
-        }
-        self.note("destination guest resumes");
-        self.destination_vmm.running = true;
-        self.checker.require(!self.source_vmm.running, Violation::BothRun);
-        if self.sabotage == Sabotage::None {
-            self.checker.require(self.has_committed(), Violation::ResumedWithoutCommitted);
-        }
-        if !self.moved {
-            self.moved = true;
-            let same_ram = self.source_vmm.ram == self.destination_vmm.ram;
-            let same_state = self.destination_vmm.device_state == Some(self.stamp);
-            self.checker.require(same_ram && same_state, Violation::Differs);
-        }
-    }
-
-    fn lands(&mut self, link: u32, page: usize, mut value: Page, late: usize) {
-        if link == self.links && self.destination.takes_writes {
-            self.checker.require(!self.destination_vmm.running, Violation::WrittenWhileRunning);
-            value[late..].copy_from_slice(&self.source_vmm.ram[page][late..]);
-            self.destination_vmm.ram[page] = value;
-        }
-    }
-
-    /// Every guest that runs writes a page. It calms down after a while.
-    fn guest_writes(&mut self) {
-        let page = self.random.below(HOT_PAGES) as usize;
-        let is_zero = self.random.chance(5);
-        if self.source_vmm.running || self.destination_vmm.running {
-            self.stamp += 1;
-        }
-        let value = if is_zero { ZERO } else { contents(self.stamp) };
-        if self.source_vmm.running {
-            self.source_vmm.ram[page] = value;
-            if self.is_tracked {
-                insert(&mut self.dirty, page);
-            }
-        }
-        if self.destination_vmm.running {
-            self.destination_vmm.ram[page] = value;
-        }
-        if self.late != LateWrites::None && self.source_vmm.running && self.random.chance(3) {
-            self.begin_transfer();
-        }
-        let busy = self.now - self.source.began_at;
-        let pause = match busy.as_millis() {
-            0..60 => microseconds(700),
-            60..1000 => microseconds(20_000),
-            _ => Duration::from_secs(2),
-        };
-        self.after(pause, Happening::GuestWrites);
-    }
-
-    /// A disk's transfer begins: its page is pinned, which marks it, and filled later.
-    fn begin_transfer(&mut self) {
-        let page = HOT_PAGES as usize + self.random.below(PAGES as u64 - HOT_PAGES) as usize;
-        if self.transfers.iter().any(|(_, other, _)| *other == page) {
-            return;
-        }
-        self.stamp += 1;
-        self.transfers_begun += 1;
-        self.transfers.push((self.transfers_begun, page, self.stamp));
-        if self.is_tracked {
-            insert(&mut self.dirty, page);
-        }
-        let takes = microseconds(self.random.below(60_000));
-        self.after(takes, Happening::TransferEnds { transfer: self.transfers_begun });
-    }
-
-    /// Whether a page is pinned, and so there whatever it holds.
-    pub(crate) fn is_pinned(&self, page: usize) -> bool {
-        self.transfers.iter().any(|(_, pinned, _)| *pinned == page)
-    }
-
-    /// Fills the page of one transfer, or of all.
-    fn end_transfers(&mut self, which: Option<u32>) {
-        let (ending, rest): (Vec<_>, Vec<_>) =
-            self.transfers.drain(..).partition(|(number, ..)| which.is_none_or(|which| which == *number));
-        self.transfers = rest;
-        for (_, page, stamp) in ending {
-            self.source_vmm.ram[page] = contents(stamp);
-        }
-    }
-
-    /// The device state as it would be saved now.
-    pub(crate) fn device_state(&self) -> u64 {
-        self.stamp
-    }
-
-    fn strike(&mut self, fault: Fault) {
-        self.note(&format!("FAULT {fault:?}"));
-        match fault {
-            Fault::CrashSource { record_survives } => {
-                self.crash(Side::Source, record_survives, Duration::from_millis(20));
-            }
-            Fault::CrashDestination { record_survives } => {
-                self.crash(Side::Destination, record_survives, Duration::from_millis(20));
-            }
-            Fault::LongCrashDestination => self.crash(Side::Destination, true, Duration::from_secs(300)),
-            Fault::CutStream { delivers } => self.cut_stream(delivers),
-            Fault::CutLinks => self.cut_links(),
-            Fault::CutAll => {
-                self.cut_links();
-                self.cut_stream(false);
-            }
-            Fault::DestinationVmmDies => self.destination_vmm_dies(),
-            Fault::Cancel => self.cancel(),
-            Fault::Force => self.source_hears(self.source.life, SourceEvent::ForceSwitchover),
-            Fault::Fail { .. } | Fault::Mute | Fault::Slow | Fault::Straggle | Fault::Duplicate { .. } => {}
-        }
-    }
-
-    fn cancel(&mut self) {
-        let alone = self.injections.len() == 1;
-        if alone && self.source.can_cancel() {
-            self.after(Duration::from_millis(100), Happening::CancelCheck);
-        }
-        self.source_hears(self.source.life, SourceEvent::Cancel);
-    }
-
-    fn has_committed(&self) -> bool {
-        self.destination.journal.records.last() == Some(&Record::Committed)
-    }
-
-    fn destination_vmm_dies(&mut self) {
-        if self.destination.is_up && !self.has_committed() {
-            self.died_uncommitted_in = Some(self.destination.life);
-        }
-        self.destination_vmm.dead = true;
-        self.destination_vmm.running = false;
-        let failure = Failure::new(Reason::GuestFailed, "the VMM ended");
-        self.destination_hears(self.destination.life, DestinationEvent::Failed(failure));
-    }
-
-    fn crash(&mut self, side: Side, record_survives: bool, down_for: Duration) {
-        if !self.is_alive(side, self.life(side)) {
-            return;
-        }
-        self.journal(side).crash(record_survives);
-        match side {
-            Side::Source => self.source.is_up = false,
-            Side::Destination => self.destination.is_up = false,
-        }
-        self.cut_links();
-        let delivers = self.random.chance(2);
-        self.cut_stream(delivers);
-        self.is_tracked &= side != Side::Source;
-        self.after(down_for, Happening::Restart(side));
-    }
-
-    fn restart(&mut self, side: Side) {
-        self.note(&format!("{side:?} restarts"));
-        match side {
-            Side::Source => source_agent::restart(self),
-            Side::Destination => destination_agent::restart(self),
-        }
-        self.after(Duration::from_millis(1), Happening::StreamBack);
-    }
-
-    /// Whether both sides came to their ends and nothing is left that could change that.
-    fn is_settled(&self) -> bool {
-        let ended = self.source.outcome.is_some() && self.destination.outcome.is_some();
-        ended && self.source.is_up && self.destination.is_up && !self.queue.values().any(is_pending)
-    }
-
-    fn check_end(&mut self) {
-        let destination_runs = self.destination_vmm.running;
-        let could_tell = self.died_uncommitted_in == Some(self.destination.life);
-        if self.destination_vmm.dead && self.has_committed() && !could_tell {
-            return; // It died as any guest may that has moved.
-        }
-        self.checker.require(self.source_vmm.running || destination_runs, Violation::NeitherRuns);
-        self.checker.require(!(self.source_vmm.running && destination_runs), Violation::BothRun);
-        let ended = self.source.outcome.is_some() && self.destination.outcome.is_some();
-        self.checker.require(ended, Violation::Unfinished);
-        let source_agrees = self.source.says_moved() == Some(destination_runs);
-        let destination_agrees = self.destination.says_running() == Some(destination_runs);
-        self.checker.require(source_agrees && destination_agrees, Violation::WrongOutcome);
-    }
-}
-
-impl Vmm {
-    fn new(ram: [Page; PAGES], running: bool) -> Self {
-        Self { ram, running, dead: false, device_state: None, pause_order: 0, waits: false }
-    }
-}
-
-/// A page that the guest wrote whole, as its `stamp`th write.
-fn contents(stamp: u64) -> Page {
-    std::array::from_fn(|word| stamp << 8 | word as u64)
-}
-
-/// Faults and restarts still to come, and what VMMs still do.
-fn is_pending(happening: &Happening) -> bool {
-    match happening {
-        Happening::Strikes(_) | Happening::Restart(_) | Happening::CancelCheck => true,
-        Happening::Effect { effect, .. } => effect.outlives_agent(),
-        Happening::Arrives { .. } | Happening::Lands { .. } => true,
-        _ => false,
-    }
-}
-
-fn reason_of(effect: &Effect) -> Reason {
-    match effect {
-        Effect::Written(_) => Reason::JournalFailed,
-        Effect::Nothing | Effect::Zero(_) => Reason::Internal,
-        _ => Reason::GuestFailed,
-    }
-}
-
-fn failed(side: Side, reason: Reason) -> Reply {
-    let failure = Failure::new(reason, "injected");
-    match side {
-        Side::Source => Reply::Source(SourceEvent::Failed(failure)),
-        Side::Destination => Reply::Destination(DestinationEvent::Failed(failure)),
     }
 }
