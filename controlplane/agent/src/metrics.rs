@@ -91,6 +91,18 @@ struct Inner {
 pub enum MigrationMode {
     /// In rounds, before the switchover.
     Precopy,
+    /// The rest of it behind the switchover.
+    Postcopy,
+}
+
+impl MigrationMode {
+    /// The label's value.
+    pub const fn as_str(self) -> &'static str {
+        match self {
+            Self::Precopy => "precopy",
+            Self::Postcopy => "postcopy",
+        }
+    }
 }
 
 /// How a migration ended.
@@ -126,6 +138,7 @@ pub enum DowntimePart {
     Fence,
     Acknowledge,
     Verify,
+    Owed,
     DeviceState,
     Journal,
     Commit,
@@ -142,6 +155,7 @@ impl DowntimePart {
             Self::Fence => "fence",
             Self::Acknowledge => "acknowledge",
             Self::Verify => "verify",
+            Self::Owed => "owed",
             Self::DeviceState => "device_state",
             Self::Journal => "journal",
             Self::Commit => "commit",
@@ -277,10 +291,20 @@ impl Metrics {
         reason: Option<&str>,
         duration: Duration,
     ) {
-        let MigrationMode::Precopy = mode;
         let reason = reason.map(|reason| self.bounded_reason(reason)).unwrap_or_default();
-        self.counter(MetricName::MigrationsTotal, &[role.as_str(), "precopy", result.as_str(), &reason], 1);
+        self.counter(
+            MetricName::MigrationsTotal,
+            &[role.as_str(), mode.as_str(), result.as_str(), &reason],
+            1,
+        );
         self.histogram(MetricName::MigrationDurationSeconds, &[role.as_str(), result.as_str()], duration);
+    }
+
+    /// Bytes that a guest in post-copy was owed and has.
+    pub(crate) fn pulled(&self, fabric: &'static str, bytes: u64) {
+        if bytes > 0 {
+            self.counter(MetricName::PostcopyBytesTotal, &[fabric], bytes);
+        }
     }
 
     /// The downtime of a migration, and its parts.

@@ -19,6 +19,8 @@ pub(crate) struct Publisher {
     fabric: &'static str,
     counted: Counted,
     harvests: u64,
+    /// It came to post-copy.
+    postcopy: bool,
 }
 
 impl Publisher {
@@ -37,10 +39,12 @@ impl Publisher {
             fabric,
             counted: Counted::default(),
             harvests: 0,
+            postcopy: false,
         }
     }
 
     pub(crate) fn source(&mut self, snapshot: &SourceSnapshot, view: &v1::MigrationProgress) {
+        self.postcopy |= snapshot.progress.postcopy;
         self.count(&snapshot.counted, &snapshot.recent);
         if let (Some((elapsed, pages)), Some(tracker), true) =
             (snapshot.last_harvest, snapshot.tracker, snapshot.harvests > self.harvests)
@@ -73,13 +77,16 @@ impl Publisher {
             if !snapshot.state.is_final() {
                 active.state(crate::source::state_on_the_wire(snapshot.state));
             }
-            active.set(MigrationGauges { memory_bytes: snapshot.ram_bytes, ..Default::default() });
+            let remaining_bytes = snapshot.owed_bytes.unwrap_or_default();
+            self.postcopy |= snapshot.owed_bytes.is_some();
+            let memory_bytes = snapshot.ram_bytes;
+            active.set(MigrationGauges { memory_bytes, remaining_bytes, ..Default::default() });
             active.set_pinned(self.fabric, snapshot.regions, snapshot.pinned_bytes);
         }
     }
 
     pub(crate) fn downtime(&self, snapshot: &SourceSnapshot) {
-        const PARTS: [DowntimePart; 10] = [
+        const PARTS: [DowntimePart; 11] = [
             DowntimePart::Pause,
             DowntimePart::Harvest,
             DowntimePart::Recheck,
@@ -87,6 +94,7 @@ impl Publisher {
             DowntimePart::Fence,
             DowntimePart::Acknowledge,
             DowntimePart::Verify,
+            DowntimePart::Owed,
             DowntimePart::DeviceState,
             DowntimePart::Journal,
             DowntimePart::Commit,
@@ -114,7 +122,8 @@ impl Publisher {
             _ => MigrationResult::Failed,
         };
         if let Some(active) = self.active.take() {
-            active.ended(MigrationMode::Precopy, result, reason);
+            let mode = if self.postcopy { MigrationMode::Postcopy } else { MigrationMode::Precopy };
+            active.ended(mode, result, reason);
         }
     }
 
@@ -139,6 +148,16 @@ impl Publisher {
             {
                 self.metrics.operations(self.fabric, opcode, &now.since(before));
             }
+        }
+        if self.role == MigrationRole::Destination {
+            self.metrics.pulled(self.fabric, now.data_bytes - before.data_bytes);
+            let (now_reads, before_reads) =
+                (Opcode::Read as usize, &before.operations[Opcode::Read as usize]);
+            let reads = now.operations[now_reads].since(before_reads);
+            if reads.posted > 0 || reads.completed.iter().any(|count| *count > 0) {
+                self.metrics.operations(self.fabric, Opcode::Read, &reads);
+            }
+            self.metrics.postcopy_faults(self.fabric, &now.faults.since(&before.faults));
         }
         for errno in &recent.failed {
             self.metrics.registration_error(self.role, *errno);

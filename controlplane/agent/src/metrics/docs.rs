@@ -38,7 +38,7 @@ address other than loopback the endpoint is `https`, and asks for a certificate 
 Histograms have classic buckets, in powers of two. Labels have few values; `migration` is a label only of
 migrations under way, at most `max_migrations` of them. Counters that alerts watch are there from the start, at 0.
 
-Post-copy is not built yet, and has no metrics. Dashboards and alerts made of these are under `dashboards/`
+Dashboards and alerts made of these are under `dashboards/`
 ([operations.md](operations.md)).
 
 | name | type | unit | labels | what it tells |

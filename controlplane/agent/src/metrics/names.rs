@@ -118,7 +118,7 @@ metrics! {
     MigrationMemoryBytes: MigrationGauge, "ramferry_migration_memory_bytes", "bytes", ["migration", "role"],
         "RAM of the guest.";
     MigrationRemainingBytes: MigrationGauge, "ramferry_migration_remaining_bytes", "bytes", ["migration", "role"],
-        "Bytes of the round under way that are not yet placed.";
+        "Bytes of the round under way that are not yet placed; in post-copy, those that the guest is still owed.";
     MigrationDirtyRate: MigrationGauge, "ramferry_migration_dirty_rate_bytes_per_second", "bytes per second",
         ["migration", "role"],
         "How fast the guest writes pages that were clean.";
@@ -133,12 +133,17 @@ metrics! {
     MigrationMaxDowntime: MigrationGauge, "ramferry_migration_max_downtime_seconds", "seconds", ["migration", "role"],
         "The downtime that is aimed at; of sources.";
 
+    PostcopyFaultDurationSeconds: Histogram(buckets::WORK_REQUEST), "ramferry_postcopy_fault_duration_seconds", "seconds",
+        ["fabric"],
+        "Accesses of guests that arrive here in post-copy which waited for the source: from the fault to the page.";
+    PostcopyBytesTotal: Counter, "ramferry_postcopy_bytes_total", "bytes", ["fabric"],
+        "RAM that this agent's destinations read from their sources after the guest's resume.";
     TransferBytesTotal: Counter, "ramferry_transfer_bytes_total", "bytes", ["fabric"],
         "RAM moved by this agent's sources.";
     TransferPagesTotal: Counter, "ramferry_transfer_pages_total", "pages", ["kind"],
         "Pages dealt with by this agent's sources: data was moved, zero was only named.";
     WorkRequestsTotal: Counter, "ramferry_work_requests_total", "operations", ["fabric", "opcode"],
-        "Operations that links of this agent's sources took.";
+        "Operations that links of this agent took: write and fence of its sources, read of its destinations.";
     CompletionsTotal: Counter, "ramferry_completions_total", "operations", ["fabric", "opcode", "status"],
         "Operations that ended. Those that a dying link did not carry out count under what killed the link.";
     PostToCompletionSeconds: Histogram(buckets::WORK_REQUEST), "ramferry_post_to_completion_seconds", "seconds",

@@ -11,19 +11,50 @@ use super::{MetricKind, MetricName, Metrics};
 
 /// What all migrations of an agent posted, by fabric and opcode.
 #[derive(Debug, Default)]
-pub(super) struct OperationTotals(Mutex<BTreeMap<(&'static str, &'static str), OperationCounts>>);
+pub(super) struct OperationTotals {
+    operations: Mutex<BTreeMap<(&'static str, &'static str), OperationCounts>>,
+    /// Of guests in post-copy, by fabric.
+    faults: Mutex<BTreeMap<&'static str, OperationCounts>>,
+}
 
 impl Metrics {
     /// Operations since the last call.
     pub(crate) fn operations(&self, fabric: &'static str, opcode: Opcode, counts: &OperationCounts) {
-        let mut totals = self.0.operations.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut totals = self.0.operations.operations.lock().unwrap_or_else(PoisonError::into_inner);
         totals.entry((fabric, opcode.as_str())).or_default().add(counts);
+    }
+
+    /// Accesses of guests in post-copy that waited for the source, since the last call.
+    pub(crate) fn postcopy_faults(&self, fabric: &'static str, counts: &OperationCounts) {
+        if counts.posted > 0 {
+            let mut totals = self.0.operations.faults.lock().unwrap_or_else(PoisonError::into_inner);
+            totals.entry(fabric).or_default().add(counts);
+        }
     }
 }
 
 impl OperationTotals {
     pub(super) fn render(&self, text: &mut Exposition) {
-        let totals = self.0.lock().unwrap_or_else(PoisonError::into_inner).clone();
+        self.render_operations(text);
+        let totals = self.faults.lock().unwrap_or_else(PoisonError::into_inner).clone();
+        if totals.is_empty() {
+            return;
+        }
+        let metric = MetricName::PostcopyFaultDurationSeconds;
+        text.family(metric);
+        for (fabric, counts) in &totals {
+            text.histogram(
+                metric,
+                &[fabric],
+                &bounds(metric),
+                &counts.latency,
+                counts.latency_sum.as_secs_f64(),
+            );
+        }
+    }
+
+    fn render_operations(&self, text: &mut Exposition) {
+        let totals = self.operations.lock().unwrap_or_else(PoisonError::into_inner).clone();
         if totals.is_empty() {
             return;
         }
@@ -39,13 +70,17 @@ impl OperationTotals {
             }
         }
         let metric = MetricName::PostToCompletionSeconds;
-        let MetricKind::Histogram(buckets) = metric.info().kind else {
-            unreachable!("{metric:?} is listed as a histogram");
-        };
         text.family(metric);
         for ((fabric, opcode), counts) in &totals {
             let sum_seconds = counts.latency_sum.as_secs_f64();
-            text.histogram(metric, &[fabric, opcode], &buckets.bounds(), &counts.latency, sum_seconds);
+            text.histogram(metric, &[fabric, opcode], &bounds(metric), &counts.latency, sum_seconds);
         }
     }
+}
+
+fn bounds(metric: MetricName) -> Vec<f64> {
+    let MetricKind::Histogram(buckets) = metric.info().kind else {
+        unreachable!("{metric:?} is listed as a histogram");
+    };
+    buckets.bounds()
 }
