@@ -173,25 +173,18 @@ impl RemoteFaults {
 
     /// Waits for accesses, for `timeout` at most, and adds up to [`FAULT_BATCH`] of them to `faults`; how many.
     /// Any number of threads may wait: each access is told to one of them, and one of which several threads of
-    /// the VMM wait for the same page is told several times.
+    /// the VMM wait for the same page is told several times. With no `timeout` it is one look, which a thread may
+    /// spin on; the end of the VMM is noticed by those that wait.
     ///
     /// # Errors
     /// When the VMM ended, or the kernel tells what it should not. What was understood was added.
     pub fn wait(&self, timeout: Duration, faults: &mut Vec<PageFault>) -> Result<usize, FaultsError> {
-        if !self.await_event(timeout)? {
-            return Ok(0);
+        // Where many are told of, the next is there before it is waited for.
+        let told = self.read(faults)?;
+        if told > 0 || timeout.is_zero() || !self.await_event(timeout)? {
+            return Ok(told);
         }
-        let mut messages: [Message; FAULT_BATCH] = [[0; MESSAGE_BYTES]; FAULT_BATCH];
-        let failed = |source| FaultsError::of_call(self.vmm, "reading faults", source);
-        let read = self.userfaultfd.read(&mut messages).map_err(failed)?;
-        let mut strange = None;
-        for message in &messages[..read] {
-            match self.understand(message) {
-                Ok(fault) => faults.push(fault),
-                Err(error) => strange = Some(error),
-            }
-        }
-        strange.map_or(Ok(read), Err)
+        self.read(faults)
     }
 
     /// Nothing is owed any more: lets everything in, and leaves the VMM as it was before [`arm`](Self::arm).
@@ -241,6 +234,20 @@ impl RemoteFaults {
     fn wake(&self, start: u64, end: u64) -> Result<(), FaultsError> {
         let failed = |source| FaultsError::of_call(self.vmm, "UFFDIO_WAKE", source);
         self.userfaultfd.wake(start, end).map_err(failed)
+    }
+
+    fn read(&self, faults: &mut Vec<PageFault>) -> Result<usize, FaultsError> {
+        let mut messages: [Message; FAULT_BATCH] = [[0; MESSAGE_BYTES]; FAULT_BATCH];
+        let failed = |source| FaultsError::of_call(self.vmm, "reading faults", source);
+        let read = self.userfaultfd.read(&mut messages).map_err(failed)?;
+        let mut strange = None;
+        for message in &messages[..read] {
+            match self.understand(message) {
+                Ok(fault) => faults.push(fault),
+                Err(error) => strange = Some(error),
+            }
+        }
+        strange.map_or(Ok(read), Err)
     }
 
     /// Whether there is something to be read.
