@@ -45,6 +45,7 @@ pub(crate) use userfaultfd::FEATURES;
 
 use crate::TrackedFile;
 use crate::remote_call::{Faults, RemoteCallError, lasting_userfaultfd, remote_forget};
+use crate::segments::Segment;
 use crate::writers::check_files;
 use places::Places;
 use userfaultfd::{MESSAGE_BYTES, Message, Told, Userfaultfd};
@@ -140,7 +141,7 @@ impl RemoteFaults {
         for left::Left { descriptor, fd } in left::find(vmm)? {
             let userfaultfd = Userfaultfd::new(fd);
             // Of what is registered with another one, the kernel says that it is busy.
-            match register(vmm, &places, &userfaultfd) {
+            match places.segments().iter().try_for_each(|segment| register(vmm, segment, &userfaultfd)) {
                 Ok(()) => {}
                 Err(FaultsError::AlreadyRegistered { .. }) => continue,
                 Err(error) => return Err(error),
@@ -204,8 +205,17 @@ impl RemoteFaults {
         if !lacking.is_empty() {
             return Err(FaultsError::KernelTooOld { lacking });
         }
-        self.places = self.places.look_again(self.vmm)?;
-        register(self.vmm, &self.places, &self.userfaultfd)?;
+        let places = self.places.look_again(self.vmm)?;
+        for (index, segment) in places.segments().iter().enumerate() {
+            if let Err(error) = register(self.vmm, segment, &self.userfaultfd) {
+                // No more than what is ours: a kernel such as 6.12 lets one undo what another has registered.
+                for ours in &places.segments()[..index] {
+                    let _ = self.userfaultfd.unregister(ours.start, ours.end);
+                }
+                return Err(error);
+            }
+        }
+        self.places = places;
         self.forget()?;
         self.recheck()
     }
@@ -288,7 +298,7 @@ impl RemoteFaults {
 /// # Errors
 /// When it cannot be ended.
 pub fn release(vmm: u32, memory: &Memory) -> Result<bool, FaultsError> {
-    let places = Places::of(files_of(memory)?);
+    let places = Places::of(files_of(memory)?).look_again(vmm)?;
     let left = left::find(vmm)?;
     for left::Left { descriptor, fd } in &left {
         let userfaultfd = Userfaultfd::new(
@@ -302,23 +312,19 @@ pub fn release(vmm: u32, memory: &Memory) -> Result<bool, FaultsError> {
     Ok(!left.is_empty())
 }
 
-fn register(vmm: u32, places: &Places, userfaultfd: &Userfaultfd) -> Result<(), FaultsError> {
-    for segment in places.segments() {
-        let start = segment.start;
-        userfaultfd.register(start, segment.end).map_err(|source| match source.raw_os_error() {
-            Some(libc::EBUSY) => FaultsError::AlreadyRegistered { vmm, start },
-            Some(libc::EINVAL | libc::EPERM) => FaultsError::CannotRegister { vmm, start, source },
-            _ => FaultsError::of_call(vmm, "UFFDIO_REGISTER", source),
-        })?;
-    }
-    Ok(())
+fn register(vmm: u32, segment: &Segment, userfaultfd: &Userfaultfd) -> Result<(), FaultsError> {
+    let start = segment.start;
+    userfaultfd.register(start, segment.end).map_err(|source| match source.raw_os_error() {
+        Some(libc::EBUSY) => FaultsError::AlreadyRegistered { vmm, start },
+        Some(libc::EINVAL | libc::EPERM) => FaultsError::CannotRegister { vmm, start, source },
+        _ => FaultsError::of_call(vmm, "UFFDIO_REGISTER", source),
+    })
 }
 
-/// Unregisters every mapping that `vmm` has now of the files of `places`.
+/// Unregisters what `vmm` still has mapped as in `places`.
 fn unregister(vmm: u32, places: &Places, userfaultfd: &Userfaultfd) -> Result<(), FaultsError> {
-    let now = places.look_again(vmm)?;
     let mut result = Ok(());
-    for segment in now.segments() {
+    for segment in places.still_mapped(vmm)? {
         match userfaultfd.unregister(segment.start, segment.end) {
             Ok(()) => {}
             // Changed under us: what is registered there ends with the last descriptor.
