@@ -45,6 +45,7 @@ pub(crate) use userfaultfd::FEATURES;
 
 use crate::TrackedFile;
 use crate::remote_call::{Faults, RemoteCallError, lasting_userfaultfd, remote_forget};
+use crate::segments::Segment;
 use crate::writers::check_files;
 use places::Places;
 use userfaultfd::{MESSAGE_BYTES, Message, Told, Userfaultfd};
@@ -140,7 +141,7 @@ impl RemoteFaults {
         for left::Left { descriptor, fd } in left::find(vmm)? {
             let userfaultfd = Userfaultfd::new(fd);
             // Of what is registered with another one, the kernel says that it is busy.
-            match register(vmm, &places, &userfaultfd) {
+            match places.segments().iter().try_for_each(|segment| register(vmm, segment, &userfaultfd)) {
                 Ok(()) => {}
                 Err(FaultsError::AlreadyRegistered { .. }) => continue,
                 Err(error) => return Err(error),
@@ -173,25 +174,18 @@ impl RemoteFaults {
 
     /// Waits for accesses, for `timeout` at most, and adds up to [`FAULT_BATCH`] of them to `faults`; how many.
     /// Any number of threads may wait: each access is told to one of them, and one of which several threads of
-    /// the VMM wait for the same page is told several times.
+    /// the VMM wait for the same page is told several times. With no `timeout` it is one look, which a thread may
+    /// spin on; the end of the VMM is noticed by those that wait.
     ///
     /// # Errors
     /// When the VMM ended, or the kernel tells what it should not. What was understood was added.
     pub fn wait(&self, timeout: Duration, faults: &mut Vec<PageFault>) -> Result<usize, FaultsError> {
-        if !self.await_event(timeout)? {
-            return Ok(0);
+        // Where many are told of, the next is there before it is waited for.
+        let told = self.read(faults)?;
+        if told > 0 || timeout.is_zero() || !self.await_event(timeout)? {
+            return Ok(told);
         }
-        let mut messages: [Message; FAULT_BATCH] = [[0; MESSAGE_BYTES]; FAULT_BATCH];
-        let failed = |source| FaultsError::of_call(self.vmm, "reading faults", source);
-        let read = self.userfaultfd.read(&mut messages).map_err(failed)?;
-        let mut strange = None;
-        for message in &messages[..read] {
-            match self.understand(message) {
-                Ok(fault) => faults.push(fault),
-                Err(error) => strange = Some(error),
-            }
-        }
-        strange.map_or(Ok(read), Err)
+        self.read(faults)
     }
 
     /// Nothing is owed any more: lets everything in, and leaves the VMM as it was before [`arm`](Self::arm).
@@ -211,8 +205,17 @@ impl RemoteFaults {
         if !lacking.is_empty() {
             return Err(FaultsError::KernelTooOld { lacking });
         }
-        self.places = self.places.look_again(self.vmm)?;
-        register(self.vmm, &self.places, &self.userfaultfd)?;
+        let places = self.places.look_again(self.vmm)?;
+        for (index, segment) in places.segments().iter().enumerate() {
+            if let Err(error) = register(self.vmm, segment, &self.userfaultfd) {
+                // No more than what is ours: a kernel such as 6.12 lets one undo what another has registered.
+                for ours in &places.segments()[..index] {
+                    let _ = self.userfaultfd.unregister(ours.start, ours.end);
+                }
+                return Err(error);
+            }
+        }
+        self.places = places;
         self.forget()?;
         self.recheck()
     }
@@ -241,6 +244,20 @@ impl RemoteFaults {
     fn wake(&self, start: u64, end: u64) -> Result<(), FaultsError> {
         let failed = |source| FaultsError::of_call(self.vmm, "UFFDIO_WAKE", source);
         self.userfaultfd.wake(start, end).map_err(failed)
+    }
+
+    fn read(&self, faults: &mut Vec<PageFault>) -> Result<usize, FaultsError> {
+        let mut messages: [Message; FAULT_BATCH] = [[0; MESSAGE_BYTES]; FAULT_BATCH];
+        let failed = |source| FaultsError::of_call(self.vmm, "reading faults", source);
+        let read = self.userfaultfd.read(&mut messages).map_err(failed)?;
+        let mut strange = None;
+        for message in &messages[..read] {
+            match self.understand(message) {
+                Ok(fault) => faults.push(fault),
+                Err(error) => strange = Some(error),
+            }
+        }
+        strange.map_or(Ok(read), Err)
     }
 
     /// Whether there is something to be read.
@@ -281,7 +298,7 @@ impl RemoteFaults {
 /// # Errors
 /// When it cannot be ended.
 pub fn release(vmm: u32, memory: &Memory) -> Result<bool, FaultsError> {
-    let places = Places::of(files_of(memory)?);
+    let places = Places::of(files_of(memory)?).look_again(vmm)?;
     let left = left::find(vmm)?;
     for left::Left { descriptor, fd } in &left {
         let userfaultfd = Userfaultfd::new(
@@ -295,23 +312,19 @@ pub fn release(vmm: u32, memory: &Memory) -> Result<bool, FaultsError> {
     Ok(!left.is_empty())
 }
 
-fn register(vmm: u32, places: &Places, userfaultfd: &Userfaultfd) -> Result<(), FaultsError> {
-    for segment in places.segments() {
-        let start = segment.start;
-        userfaultfd.register(start, segment.end).map_err(|source| match source.raw_os_error() {
-            Some(libc::EBUSY) => FaultsError::AlreadyRegistered { vmm, start },
-            Some(libc::EINVAL | libc::EPERM) => FaultsError::CannotRegister { vmm, start, source },
-            _ => FaultsError::of_call(vmm, "UFFDIO_REGISTER", source),
-        })?;
-    }
-    Ok(())
+fn register(vmm: u32, segment: &Segment, userfaultfd: &Userfaultfd) -> Result<(), FaultsError> {
+    let start = segment.start;
+    userfaultfd.register(start, segment.end).map_err(|source| match source.raw_os_error() {
+        Some(libc::EBUSY) => FaultsError::AlreadyRegistered { vmm, start },
+        Some(libc::EINVAL | libc::EPERM) => FaultsError::CannotRegister { vmm, start, source },
+        _ => FaultsError::of_call(vmm, "UFFDIO_REGISTER", source),
+    })
 }
 
-/// Unregisters every mapping that `vmm` has now of the files of `places`.
+/// Unregisters what `vmm` still has mapped as in `places`.
 fn unregister(vmm: u32, places: &Places, userfaultfd: &Userfaultfd) -> Result<(), FaultsError> {
-    let now = places.look_again(vmm)?;
     let mut result = Ok(());
-    for segment in now.segments() {
+    for segment in places.still_mapped(vmm)? {
         match userfaultfd.unregister(segment.start, segment.end) {
             Ok(()) => {}
             // Changed under us: what is registered there ends with the last descriptor.

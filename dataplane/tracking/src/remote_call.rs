@@ -12,7 +12,7 @@
 //! ```
 //!
 //! Where the registration must outlive us, its copy is left open; it is closed the same
-//! way later ([`remote_close`]). [`remote_forget`] has it empty its page tables.
+//! way later. So is it made to empty its page tables.
 //!
 //! What keeps the process unharmed:
 //!

@@ -153,7 +153,7 @@ fn files_that_are_not_what_was_made_are_refused() {
     assert!(matches!(with(&[&good[..], &[0; 4096]].concat()), Err(OwedError::Damaged { .. })));
     assert!(matches!(with(&damaged(0)), Err(OwedError::NotOwed { .. })));
     assert!(matches!(with(&damaged(8)), Err(OwedError::Version { version: 0, .. })));
-    for at in [12, 16, 24, 60, 1000, 4095] {
+    for at in 12..HEADER_BYTES as usize {
         assert!(matches!(with(&damaged(at)), Err(OwedError::Damaged { .. })), "{at}");
     }
     // Past the pages of the first block, of the second, and past both.

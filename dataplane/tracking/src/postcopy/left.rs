@@ -91,6 +91,8 @@ fn descriptors_of(vmm: u32) -> Result<Vec<u32>, FaultsError> {
 
 #[cfg(test)]
 mod tests {
+    use proptest::prelude::*;
+
     use super::*;
 
     #[test]
@@ -110,5 +112,13 @@ mod tests {
         }
         assert!(!is_registered_by("", &segment(1)));
         assert!(!is_registered_by("7f0000000000-zz x\nVmFlags: um ui\n", &segment(1)));
+    }
+
+    proptest! {
+        #[test]
+        fn whatever_the_kernel_tells_is_read_without_panic(text in "(VmFlags:|API:|[0-9a-f]{0,17}-| um| ui|[ -~]|\n){0,60}") {
+            is_registered_by(&text, &[Segment { start: 0, end: 4096, file: 0, offset: 0 }]);
+            has_our_features(&text);
+        }
     }
 }

@@ -48,6 +48,19 @@ impl Places {
         Ok(Self { files, segments, joined })
     }
 
+    /// What `vmm` has mapped now as it is here, whatever else it has mapped.
+    pub(super) fn still_mapped(&self, vmm: u32) -> Result<Vec<Segment>, FaultsError> {
+        let vmas = vmas_of(vmm)?;
+        let shared = vmas.iter().filter(|vma| vma.shared);
+        let mut segments: Vec<Segment> = shared.filter_map(|vma| segment(vma, &self.files)).collect();
+        segments.retain(|segment| {
+            self.find(segment.start).is_some_and(|known| {
+                known.file == segment.file && known.offset + (segment.start - known.start) == segment.offset
+            })
+        });
+        Ok(segments)
+    }
+
     pub(super) fn files(&self) -> &[TrackedFile] {
         &self.files
     }
