@@ -458,7 +458,9 @@ impl Shared {
         while after < end && !owed.is_owed(block, after)? {
             after += 1;
         }
-        self.faults.let_in(block, PageRun { first, count: after - first })?;
+        // Its neighbours may never have been touched: they are not allocated for it.
+        self.faults.let_in(block, PageRun { first: page, count: 1 })?;
+        self.faults.let_in_present(block, PageRun { first, count: after - first })?;
         Ok(())
     }
 

@@ -14,7 +14,7 @@ use crate::measuring::agents::{Agent, Probes, migrate, order, seconds};
 use crate::measuring::report::{Report, quantile};
 
 const GUEST_BYTES: u64 = 1 << 30;
-const MIGRATIONS: usize = 20;
+const MIGRATIONS: usize = 50;
 const PATIENCE: Duration = Duration::from_secs(120);
 
 /// Measures 20 migrations over each fabric.
@@ -43,6 +43,7 @@ pub(crate) fn run(report: &mut Report) -> Result<()> {
                 max_downtime: Some(Duration::from_millis(1).try_into()?),
                 timeout_action: v1::TimeoutAction::Force.into(),
                 no_progress_timeout: Some(Duration::from_millis(500).try_into()?),
+                postcopy: v1::Postcopy::Allow.into(),
                 ..order(fabric, "dynamic")?
             };
             let voyage = migrate((&agents.0, &agents.1), (&here, &there), parameters, LOOK_INTERVAL)?;
