@@ -81,6 +81,8 @@ struct Course {
     was_running: bool,
     /// Whether `migrate-incoming` may have been sent.
     incoming: bool,
+    /// Whether all device state was seen to be loaded.
+    loaded: bool,
 }
 
 impl Qemu {

@@ -338,6 +338,12 @@ impl Driver {
             },
             DestinationAction::HoldOwed { pages } => self.hold(&pages),
             DestinationAction::Pull => self.begin_to_pull(),
+            DestinationAction::AnswerRunning { memory_owed } => {
+                self.outside.act(action);
+                if memory_owed {
+                    self.guest_runs();
+                }
+            }
             DestinationAction::Release => {
                 self.release();
                 self.feed(DestinationEvent::Released);

@@ -15,7 +15,7 @@ use super::watch::{Seen, Verdict, step_timeout};
 use super::{settings, stream};
 
 /// Between looks at a guest that is to run.
-const LOOK_INTERVAL: Duration = Duration::from_millis(2);
+const LOOK_INTERVAL: Duration = Duration::from_micros(500);
 
 impl Qemu {
     /// Sets QEMU's capabilities to receive device state only, and sees to it
@@ -75,6 +75,7 @@ impl Qemu {
                 }
             };
             if !ran {
+                self.course().loaded = true;
                 return Ok(());
             }
             let seen = SystemTime::now();
@@ -93,7 +94,7 @@ impl Qemu {
         self.explained(async {
             let (limit, client) = (self.timeouts.resume, self.live_client().await?);
             let deadline = Instant::now() + limit;
-            loop {
+            if !self.course().loaded {
                 let status = self.status_by(&client).await?.0;
                 if status.running {
                     return Ok(());
@@ -102,12 +103,17 @@ impl Qemu {
                     // `cont` would only turn autostart on.
                     return Err(GuestError::NotLoaded { run_state: status.run_state });
                 }
+            }
+            loop {
+                // The guest stands still for each exchange: its state is asked for behind the order, not after it.
+                let (ordered, status) = tokio::join!(client.run("cont", json!({})), self.status_by(&client));
+                ordered?;
+                let status = status?.0;
+                if status.running {
+                    return Ok(());
+                }
                 if Instant::now() >= deadline {
                     return Err(step_timeout(Step::Resume, limit, Some(status)));
-                }
-                client.run("cont", json!({})).await?;
-                if self.status_by(&client).await.is_ok_and(|(status, _)| status.running) {
-                    return Ok(());
                 }
                 sleep(LOOK_INTERVAL).await;
             }

@@ -91,7 +91,7 @@ impl Qemu {
             {
                 let mut course = self.course();
                 let saved = course.saved.take();
-                *course = Course { saved, switchover: true, was_running, incoming: false };
+                *course = Course { saved, switchover: true, was_running, ..Course::default() };
             }
             let events = client.events();
             client.run("migrate", json!({ "uri": uri })).await?;

@@ -17,7 +17,7 @@ use super::replies::MigrateInfo;
 const POLL_INTERVAL: Duration = Duration::from_millis(200);
 
 /// Between questions when the answer is about to change.
-const ASK_INTERVAL: Duration = Duration::from_millis(2);
+const ASK_INTERVAL: Duration = Duration::from_micros(500);
 
 /// What was learnt.
 pub(super) enum Seen<'a> {

@@ -54,12 +54,21 @@ impl Driver {
         }
     }
 
-    /// The guest runs, or is about to. What it was copied with goes, beside it: that may take long.
+    /// The guest is about to run: what it waits for is read already. It is ordered again where the links are lost.
     pub(super) fn begin_to_pull(&mut self) {
-        let Some(pull) = &mut self.pull else {
-            return self.outside.act(DestinationAction::Pull);
-        };
-        let connected = pull.is_connected();
+        match &self.pull {
+            None => self.outside.act(DestinationAction::Pull),
+            Some(pull) if !pull.is_connected() => {
+                self.answer(PeerAnswer::ReadersLost);
+            }
+            Some(_) => {}
+        }
+    }
+
+    /// The guest runs: reads what nobody waits for, too, which until now would have kept it from running. What it was
+    /// copied with goes, beside it: that may take long.
+    pub(super) fn guest_runs(&mut self) {
+        let Some(pull) = &mut self.pull else { return };
         if let Err(error) = pull.stream() {
             return self.fail(Reason::Internal, error.to_string());
         }
@@ -68,9 +77,6 @@ impl Driver {
             if let Err(error) = builder.spawn(move || drop(plane)) {
                 tracing::warn!(%error, "what the copy needed was let go while the guest waited");
             }
-        }
-        if !connected {
-            self.answer(PeerAnswer::ReadersLost);
         }
     }
 
