@@ -123,7 +123,9 @@ impl Outside {
     fn finish(&mut self, outcome: &Outcome) {
         let (state, failure) = match outcome {
             Outcome::Succeeded => (v1::MigrationState::Succeeded, None),
-            Outcome::Failed(failure) => (v1::MigrationState::Failed, Some(failure.clone())),
+            Outcome::Failed(failure) | Outcome::Lost(failure) => {
+                (v1::MigrationState::Failed, Some(failure.clone()))
+            }
             Outcome::Cancelled => {
                 let failure = Failure::new(
                     Reason::Cancelled,
@@ -149,7 +151,8 @@ impl Outside {
         ended.error = error.clone();
         ended.set_state(state);
         let record = crate::summary::ended_record(&ended);
-        if *outcome != Outcome::Succeeded {
+        // One that has left must not run here.
+        if matches!(outcome, Outcome::Failed(_) | Outcome::Cancelled) {
             self.restore();
         }
         match self.append(&record, Durability::Buffered) {

@@ -36,7 +36,7 @@ pub(crate) fn end_round(checked: &mut Checked) {
 
 pub(crate) fn reason(checked: &Checked) -> Reason {
     match checked.ended() {
-        Some(Outcome::Failed(failure)) => failure.reason,
+        Some(Outcome::Failed(failure) | Outcome::Lost(failure)) => failure.reason,
         other => panic!("{other:?}"),
     }
 }
