@@ -26,7 +26,7 @@
 //!    +------- DestinationRunning, memory owed -----------+--> Serve, see `postcopy.rs`; then, as the next
 //!    +------- DestinationRunning, nothing owed ----------+--> Ending: Release, Finish(Succeeded)
 //!    +------- DestinationAborted ------------------------+--> Ending: ResumeGuest, Release, Finish(Failed)
-//!    +------- DestinationLost ---------------------------+--> Ending: Release, Finish(Failed)
+//!    +------- DestinationLost ---------------------------+--> Ending: Release, Finish(Lost)
 //!
 //!  From anywhere above the line, on Failed, Cancel, PeerLost, DestinationAborted, a step's limit or the timeout:
 //!  Ending: ResumeGuest (from Pause on), StopCopy, AbortPeer, then Release, then Finish (see `ending.rs`).
@@ -417,7 +417,7 @@ impl Source {
     fn finish(&mut self, outcome: Outcome, actions: &mut Vec<SourceAction>) {
         self.phase = Phase::Ended(match &outcome {
             Outcome::Succeeded => State::Succeeded,
-            Outcome::Failed(_) => State::Failed,
+            Outcome::Failed(_) | Outcome::Lost(_) => State::Failed,
             Outcome::Cancelled => State::Cancelled,
         });
         self.phase_limit = None;

@@ -138,7 +138,9 @@ impl Outside {
     fn finish(&mut self, outcome: &Outcome) {
         let (state, failure) = match outcome {
             Outcome::Succeeded => (v1::MigrationState::Succeeded, None),
-            Outcome::Failed(failure) => (v1::MigrationState::Failed, Some(failure.clone())),
+            Outcome::Failed(failure) | Outcome::Lost(failure) => {
+                (v1::MigrationState::Failed, Some(failure.clone()))
+            }
             Outcome::Cancelled => {
                 let failure = Failure::new(
                     Reason::Cancelled,
@@ -164,9 +166,8 @@ impl Outside {
         ended.error = error.clone();
         ended.set_state(state);
         let record = crate::summary::ended_record(&ended);
-        let lost = ended.error.as_ref().is_some_and(|error| error.reason == Reason::MemoryLost.as_str());
-        // A guest that ran elsewhere must not run here again.
-        if *outcome != Outcome::Succeeded && !lost {
+        // One that has left must not run here.
+        if matches!(outcome, Outcome::Failed(_) | Outcome::Cancelled) {
             self.restore();
         }
         match self.append(&record, Durability::Buffered) {

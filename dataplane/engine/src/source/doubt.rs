@@ -105,7 +105,7 @@ impl Source {
         cause: &Failure,
         actions: &mut Vec<SourceAction>,
     ) {
-        let outcome = Outcome::Failed(Failure::memory_lost(cause));
+        let outcome = Outcome::Lost(Failure::memory_lost(cause));
         self.let_go(now, outcome, State::Postcopy, actions);
     }
 

@@ -240,8 +240,10 @@ impl SourceAction {
 pub enum Outcome {
     /// The guest runs at the destination.
     Succeeded,
-    /// The guest is the source's; or, with MEMORY_LOST, was the destination's and runs nowhere.
+    /// The guest is the source's.
     Failed(Failure),
     /// The guest runs at the source.
     Cancelled,
+    /// The guest was the destination's, and runs nowhere: its memory is lost.
+    Lost(Failure),
 }

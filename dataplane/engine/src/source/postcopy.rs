@@ -6,7 +6,7 @@
 //!        Reconnect at PeerBack and at intervals, from +---+   PeerLost, Failed, SERVE_SILENCE: until DestinationRunning
 //!                                                     | MemoryLost
 //!        TellMemoryLost, at PeerBack and at intervals v
-//!                                          Serve, lost -- DestinationLost --> Ending, Failed(MEMORY_LOST)
+//!                                          Serve, lost -- DestinationLost --> Ending, Lost
 //! ```
 //!
 //! Nothing is sent from here: the destination owns what is owed, and reads it over links of its own. A link or a control

@@ -1,12 +1,8 @@
 use ramferry_engine::{DestinationAction, DestinationEvent, DestinationOutcome, Reason, State, limits};
 
-use crate::destination_table::{Checked, failure, good_path, path_without_verify};
+use crate::destination_harness::{Checked, failed, failure, good_path, path_without_verify};
 
-fn failed(reason: Reason) -> DestinationEvent {
-    DestinationEvent::Failed(failure(reason))
-}
-
-fn aborts(actions: &[DestinationAction], reason: Reason) -> bool {
+pub(crate) fn aborts(actions: &[DestinationAction], reason: Reason) -> bool {
     matches!(actions, [DestinationAction::WriteAborted(cause), DestinationAction::Release] if cause.reason == reason)
 }
 

@@ -390,11 +390,12 @@ impl Checked {
                 assert!(self.peer_running && !self.peer_aborted, "no word that the guest runs there");
                 assert!(self.peer_has_everything && !self.peer_lost_memory, "its memory is not there");
             }
-            Outcome::Failed(failure) if self.peer_running => {
+            Outcome::Lost(failure) => {
                 assert!(self.peer_lost_memory, "no word that the guest was stopped there");
                 assert_eq!(failure.reason, Reason::MemoryLost);
             }
             Outcome::Failed(_) | Outcome::Cancelled => {
+                assert!(!self.peer_running, "the guest is not here");
                 assert!(!self.commit_may_be_out || self.peer_aborted, "gave up in doubt");
                 assert!(!self.pause_ordered || self.resumed_since_pause, "left the guest paused");
             }

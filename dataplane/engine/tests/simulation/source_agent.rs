@@ -78,7 +78,7 @@ impl SourceAgent {
     }
 
     pub(crate) fn says_lost(&self) -> bool {
-        matches!(&self.outcome, Some(Outcome::Failed(failure)) if failure.reason == Reason::MemoryLost)
+        matches!(self.outcome, Some(Outcome::Lost(_)))
     }
 
     pub(crate) fn progress(&self) -> &Progress {
