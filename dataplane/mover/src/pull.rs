@@ -73,7 +73,6 @@ pub(crate) struct Pull {
     fault_threads: Vec<JoinHandle<()>>,
     reading: Option<Reading>,
     attempts: u64,
-    streaming: bool,
 }
 
 /// One attempt to read: until its links break.
@@ -94,6 +93,8 @@ struct Shared {
     /// One of each fault thread.
     readers: Vec<Mutex<Option<(u64, Reader)>>>,
     stop: AtomicBool,
+    /// The guest runs, or is about to: what is owed is asked for, and its end is news.
+    streaming: AtomicBool,
     told: AtomicBool,
     report: Box<dyn Fn(PullReport) + Send + Sync>,
 }
@@ -113,11 +114,11 @@ impl Pull {
             counters,
             readers: (0..FAULT_LINKS).map(|_| Mutex::default()).collect(),
             stop: AtomicBool::new(false),
+            streaming: AtomicBool::new(false),
             told: AtomicBool::new(false),
             report,
         });
-        let mut pull =
-            Self { shared, fault_threads: Vec::new(), reading: None, attempts: 0, streaming: false };
+        let mut pull = Self { shared, fault_threads: Vec::new(), reading: None, attempts: 0 };
         for index in 0..FAULT_LINKS {
             let shared = Arc::clone(&pull.shared);
             let builder = thread::Builder::new().name(format!("fault-{index}"));
@@ -165,12 +166,12 @@ impl Pull {
         for (slot, reader) in self.shared.readers.iter().zip(links) {
             *lock(slot) = Some((attempt, reader));
         }
-        if self.streaming { self.stream() } else { Ok(()) }
+        if self.shared.streaming.load(Ordering::SeqCst) { self.stream() } else { Ok(()) }
     }
 
     /// Begins to read what nobody waits for, too.
     pub(crate) fn stream(&mut self) -> Result<(), MoverError> {
-        self.streaming = true;
+        self.shared.streaming.store(true, Ordering::SeqCst);
         if self.shared.owed.get().is_some_and(Owed::is_empty) {
             self.shared.tell_pulled();
         }
@@ -438,8 +439,9 @@ impl Shared {
         Ok(())
     }
 
+    /// Faults are served before the guest runs, too, and nobody waits for this then.
     fn tell_pulled(&self) {
-        if !self.told.swap(true, Ordering::AcqRel) {
+        if self.streaming.load(Ordering::SeqCst) && !self.told.swap(true, Ordering::AcqRel) {
             (self.report)(PullReport::Pulled);
         }
     }
