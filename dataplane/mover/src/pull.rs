@@ -220,8 +220,9 @@ impl Pull {
         self.shared.owed.get().map(Owed::bytes)
     }
 
-    /// Nothing is owed any more, or the guest is not to run: ends the threads; with `let_in`, lets the VMM at everything.
-    pub(crate) fn end(mut self, let_in: bool) -> Result<(), MoverError> {
+    /// Ends the threads. Where nothing is owed any more, lets the VMM at everything and removes the account; otherwise both
+    /// stay for whoever decides what becomes of a guest that lacks memory.
+    pub(crate) fn end(mut self) -> Result<(), MoverError> {
         self.shared.stop.store(true, Ordering::Release);
         self.disconnect();
         for thread in self.fault_threads.drain(..) {
@@ -230,13 +231,13 @@ impl Pull {
             }
         }
         let shared = Arc::into_inner(self.shared).expect("every thread has ended");
-        if let_in {
-            shared.faults.end()?;
+        match shared.owed.into_inner() {
+            Some(owed) if owed.is_empty() => {
+                shared.faults.end()?;
+                Ok(owed.remove()?)
+            }
+            _ => Ok(()),
         }
-        if let Some(owed) = shared.owed.into_inner() {
-            owed.remove()?;
-        }
-        Ok(())
     }
 
     pub(crate) fn remote_registered(&self, windows: Vec<(WindowId, Result<RegionKey, String>)>) {

@@ -121,11 +121,10 @@ impl Driver {
         }
     }
 
-    /// Lets the VMM at everything, if it has everything: or else its accesses wait for ever.
+    /// Lets the VMM at everything, if it has everything: or else its accesses go on waiting.
     pub(super) fn end_pull(&mut self) {
         let Some(pull) = self.pull.take() else { return };
-        let has_all = pull.owed_bytes() == Some(0);
-        if let Err(error) = pull.end(has_all) {
+        if let Err(error) = pull.end() {
             tracing::warn!(%error, "post-copy was not taken down whole");
         }
     }
