@@ -326,9 +326,10 @@ impl Driver {
         match action {
             DestinationAction::DrainRound { round } => {
                 self.look_at_links();
-                match self.plane.as_ref().map(|plane| plane.memory.check()) {
-                    Some(Err(error)) => self.fail(Reason::GuestFailed, error.to_string()),
-                    _ => self.feed(DestinationEvent::RoundDrained { round }),
+                let checked = self.plane.as_ref().map_or(Ok(()), |plane| plane.memory.check());
+                match checked.map_err(MoverError::from).and_then(|()| self.hold_nothing()) {
+                    Err(error) => self.fail(Reason::GuestFailed, error.to_string()),
+                    Ok(()) => self.feed(DestinationEvent::RoundDrained { round }),
                 }
             }
             DestinationAction::Digest => self.digest(),

@@ -202,6 +202,11 @@ impl Pull {
         &self.shared.memory
     }
 
+    /// Whether it is known what is owed.
+    pub(crate) fn is_held(&self) -> bool {
+        self.shared.owed.get().is_some()
+    }
+
     /// Whether there are links.
     pub(crate) fn is_connected(&self) -> bool {
         self.reading.is_some()

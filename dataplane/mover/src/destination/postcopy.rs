@@ -74,6 +74,19 @@ impl Driver {
         }
     }
 
+    /// A round that ends while the VMM's accesses wait is the last: the guest stood still, or wrote nothing more.
+    /// Nothing will be owed.
+    pub(super) fn hold_nothing(&mut self) -> Result<(), MoverError> {
+        if let (Some(pull), Some(postcopy)) = (&mut self.pull, &self.postcopy)
+            && !pull.is_held()
+        {
+            let layout = pull.memory().layout();
+            let nothing = PageSets::new(layout);
+            pull.hold(Owed::create(&postcopy.owed_path, &postcopy.migration, layout, &nothing)?);
+        }
+        Ok(())
+    }
+
     /// Takes up what an agent that died left.
     pub(super) fn go_on(&mut self, retaken: Retaken) {
         self.answer = Some(retaken.answer);
