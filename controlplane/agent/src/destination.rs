@@ -75,6 +75,8 @@ pub(crate) struct DestinationSession {
     tasks: Mutex<Vec<AbortHandle>>,
     plan: Mutex<Option<Plan>>,
     reads: Mutex<Reads>,
+    /// Held while links to the source's memory are opened.
+    opening: tokio::sync::Mutex<()>,
     /// A digest of the token, after a restart: by it the source is known again.
     pub(crate) token_digest: Option<String>,
 }
@@ -135,6 +137,7 @@ pub(crate) fn start(agent: &Arc<Agent>, entry: Arc<Entry>, start: Start) {
             tasks: Mutex::default(),
             plan: Mutex::new(plan),
             reads: Mutex::default(),
+            opening: tokio::sync::Mutex::default(),
             token_digest,
         });
         agent.sessions.lock().expect("no panic while it is held").insert(id.clone(), Arc::clone(&session));
@@ -503,6 +506,8 @@ impl DestinationSession {
                 self.answer_blocking(Answer::WindowsReleased(windows_released(&ids)))
             }
             PeerAnswer::StillOwed(bytes) => self.answer_blocking(Answer::StillOwed(v1::StillOwed { bytes })),
+            // Others are on their way.
+            PeerAnswer::ReadersLost if self.is_opening() => true,
             PeerAnswer::ReadersLost => {
                 let message = "others are needed".into();
                 self.answer_blocking(Answer::ReadsLost(v1::ReadsLost { message }))

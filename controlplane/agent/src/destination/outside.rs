@@ -97,13 +97,19 @@ impl Outside {
     fn retake(&self) {
         let session = Arc::clone(&self.session);
         let task = self.session.agent.runtime.spawn(async move {
-            session.handle.send(match session.retake().await {
-                Ok(input) => input,
-                Err(failure) if failure.reason == Reason::MemoryLost => {
-                    DestinationEvent::MemoryLost(failure).into()
+            match session.retake().await {
+                Ok(input) => {
+                    let reads = matches!(input, DestinationInput::Retaken(_));
+                    session.handle.send(input);
+                    if reads {
+                        session.has_retaken();
+                    }
                 }
-                Err(failure) => DestinationEvent::Failed(failure).into(),
-            });
+                Err(failure) if failure.reason == Reason::MemoryLost => {
+                    session.handle.send(DestinationEvent::MemoryLost(failure));
+                }
+                Err(failure) => session.handle.send(DestinationEvent::Failed(failure)),
+            }
         });
         self.session.keep(task.abort_handle());
     }

@@ -31,8 +31,7 @@ impl Driver {
     pub(super) fn read_with(&mut self, readers: Readers) {
         let Some(pull) = &mut self.pull else { return };
         match pull.connect(readers) {
-            Ok(()) if self.engine.state() == State::Postcopy => self.feed(DestinationEvent::PullResumed),
-            Ok(()) => {}
+            Ok(()) => self.feed(DestinationEvent::PullResumed),
             Err(error) => self.fail(Reason::LinkLost, error.to_string()),
         }
     }
@@ -69,7 +68,10 @@ impl Driver {
                 tracing::warn!(%error, "what the copy needed was let go while the guest waited");
             }
         }
-        if !connected {
+        if connected {
+            // What was in doubt were not the links in use.
+            self.feed(DestinationEvent::PullResumed);
+        } else {
             self.answer(PeerAnswer::ReadersLost);
         }
     }
