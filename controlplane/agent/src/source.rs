@@ -72,6 +72,8 @@ pub(crate) struct Session {
     incoming: tokio::sync::Mutex<mpsc::Receiver<v1::DeviceState>>,
     plan: Mutex<Option<Plan>>,
     reads: Mutex<Reads>,
+    /// Held while the destination is being connected to again.
+    reconnecting: tokio::sync::Mutex<()>,
     /// When the migration was asked for.
     called: Instant,
     /// When its driver started, from which that counts.
@@ -213,6 +215,7 @@ fn start(agent: &Arc<Agent>, entry: &Arc<Entry>, start: Start) {
             incoming: tokio::sync::Mutex::new(incoming),
             plan: Mutex::new(plan),
             reads: Mutex::default(),
+            reconnecting: tokio::sync::Mutex::default(),
             called,
             started: Instant::now(),
         });

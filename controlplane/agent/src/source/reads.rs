@@ -46,8 +46,10 @@ impl Session {
         self.serve_reads(memory, terms).await
     }
 
-    /// Lets the destination read again, and asks it how far it is.
+    /// Lets the destination read again, and asks it how far it is. While that is under way another call does nothing: an
+    /// offer that takes the place of one whose links are being opened breaks them.
     pub(super) async fn reconnect(self: &Arc<Self>) -> Result<(), Failure> {
+        let Ok(_turn) = self.reconnecting.try_lock() else { return Ok(()) };
         let lost = |status: Status| Failure::new(Reason::PeerLost, status.message());
         let (memory, terms) = self.memory()?;
         self.peer.open().await.map_err(lost)?;
