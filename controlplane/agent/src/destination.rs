@@ -165,7 +165,12 @@ pub(crate) fn start(agent: &Arc<Agent>, entry: Arc<Entry>, start: Start) {
 async fn watch_guest(session: Arc<DestinationSession>) {
     if let Some(guest) = session.guest.now() {
         let lost = guest.lost().await;
-        session.handle.send(DestinationEvent::Failed(Failure::new(Reason::GuestFailed, causes(&lost))));
+        let failure = guest_failure(&lost);
+        let in_postcopy = session.entry.view().state() == v1::MigrationState::Postcopy;
+        session.handle.send(match lost {
+            GuestError::Gone { .. } if in_postcopy => DestinationEvent::GuestGone(failure),
+            _ => DestinationEvent::Failed(failure),
+        });
     }
 }
 

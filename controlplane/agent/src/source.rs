@@ -237,7 +237,10 @@ fn start(agent: &Arc<Agent>, entry: &Arc<Entry>, start: Start) {
 async fn watch_guest(session: Arc<Session>) {
     if let Some(guest) = session.guest.now() {
         let lost = guest.lost().await;
-        session.handle.send(SourceEvent::Failed(Failure::new(Reason::GuestFailed, causes(&lost))));
+        // The guest left it behind: its RAM is held without it.
+        if session.entry.view().state() != v1::MigrationState::Postcopy {
+            session.handle.send(SourceEvent::Failed(guest_failure(&lost)));
+        }
     }
 }
 
