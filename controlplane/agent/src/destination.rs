@@ -191,6 +191,8 @@ pub(crate) fn recover(agent: &Arc<Agent>, found: Recovered) {
         _ => Entry::new(found.created.request_id.clone(), MigrationRole::Destination, view),
     };
     if ended {
+        // Recorded, and killed before it was all tidied up.
+        keepsake::remove(&agent.config, &found.created.id, MigrationRole::Destination);
         return agent.registry.insert(&entry(view));
     }
     let is_owed = keepsake::owed_path(&agent.config, &found.created.id).exists();
@@ -626,6 +628,9 @@ impl DestinationSession {
             Err(_) if self.guest.is_gone() => return Ok(DestinationEvent::GuestDiscarded),
             Err(failure) => return Err(failure),
         };
+        if !ran && let Err(failure) = self.give_vmm_back().await {
+            tracing::warn!(id = self.entry.id, %failure, "a VMM may go on waiting for memory");
+        }
         let discarded = if ran { guest.end_destination().await } else { guest.discard().await };
         discarded.map_err(|error| guest_failure(&error))?;
         Ok(DestinationEvent::GuestDiscarded)

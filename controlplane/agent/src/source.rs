@@ -256,6 +256,8 @@ pub(crate) fn recover(agent: &Arc<Agent>, found: Recovered) {
     let mut view = crate::summary::restored(&found);
     let ended = found.records.iter().any(|record| matches!(record, Record::Ended { .. }));
     if ended {
+        // Recorded, and killed before it was all tidied up.
+        keepsake::remove(&agent.config, &found.created.id, MigrationRole::Source);
         let entry = Entry::new(found.created.request_id, MigrationRole::Source, view);
         return agent.registry.insert(&entry);
     }

@@ -175,6 +175,22 @@ impl DestinationSession {
         })
     }
 
+    /// Gives back a VMM that this agent, or one before it, had made wait for a guest that will not run here: or else it
+    /// could neither be ended nor be used again.
+    pub(super) async fn give_vmm_back(&self) -> Result<(), Failure> {
+        let path = keepsake::path(&self.agent.config, &self.entry.id, MigrationRole::Destination);
+        let boot_id = self.agent.boot_id.clone();
+        blocking_step(move || {
+            let Some(kept) = Keepsake::read(&path)? else { return Ok(()) };
+            let memory = kept.reopen(&boot_id, Access::ReadWrite)?;
+            match postcopy::release(kept.vmm, &memory) {
+                Err(error) if !error.vmm_ended() => Err(of_faults(&error)),
+                _ => Ok(()),
+            }
+        })
+        .await
+    }
+
     /// Takes up what this agent left when it ended: the VMM waits.
     pub(super) async fn retake(self: &Arc<Self>) -> Result<DestinationInput, Failure> {
         let session = Arc::clone(self);
