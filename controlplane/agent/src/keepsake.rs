@@ -177,6 +177,11 @@ impl KeptBlock {
     }
 }
 
+/// Why memory is lost, for an engine: it makes of that what becomes of the guest, and what to do.
+pub(crate) fn why_lost(failure: Failure) -> Failure {
+    Failure::new(Reason::GuestFailed, failure.message)
+}
+
 fn unusable(path: &Path, error: &dyn std::error::Error) -> Failure {
     let message = format!("cannot read {}: {error}", path.display());
     Failure::new(Reason::JournalFailed, message)

@@ -106,7 +106,7 @@ impl Outside {
                     }
                 }
                 Err(failure) if failure.reason == Reason::MemoryLost => {
-                    session.handle.send(DestinationEvent::MemoryLost(failure));
+                    session.handle.send(DestinationEvent::MemoryLost(keepsake::why_lost(failure)));
                 }
                 Err(failure) => session.handle.send(DestinationEvent::Failed(failure)),
             }

@@ -160,7 +160,7 @@ impl Session {
 /// What a failed step of post-copy means to the engine.
 pub(super) fn event_of(failure: Failure) -> SourceEvent {
     if failure.reason == Reason::MemoryLost {
-        SourceEvent::MemoryLost(failure)
+        SourceEvent::MemoryLost(crate::keepsake::why_lost(failure))
     } else {
         SourceEvent::Failed(failure)
     }

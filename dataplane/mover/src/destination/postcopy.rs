@@ -122,7 +122,7 @@ impl Driver {
             }
             // The guest cannot have what it is owed: neither can it run.
             PullReport::Failed(error) if self.engine.state() == State::Postcopy => {
-                self.feed(DestinationEvent::MemoryLost(Failure::new(Reason::MemoryLost, error.to_string())));
+                self.feed(DestinationEvent::MemoryLost(Failure::new(Reason::GuestFailed, error.to_string())));
             }
             PullReport::Failed(error) => self.fail(Reason::GuestFailed, error.to_string()),
         }
