@@ -38,7 +38,7 @@ use self::peer::{Peer, PeerSetup};
 #[cfg(feature = "fuzzing")]
 pub(crate) use self::peer::{input, take_presence};
 use self::reads::Reads;
-pub(crate) use self::view::{duration as duration_on_the_wire, state as state_on_the_wire};
+pub(crate) use self::view::{duration as duration_on_the_wire, state as state_on_the_wire, trouble};
 use crate::MigrationRole;
 use crate::core::{Agent, EXCHANGE_TIMEOUT};
 use crate::device_stream::{self, RelayError};

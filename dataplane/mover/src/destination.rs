@@ -4,6 +4,8 @@
 
 mod postcopy;
 
+pub use postcopy::reads_lost;
+
 use std::collections::VecDeque;
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -59,6 +61,8 @@ pub struct DestinationSnapshot {
     pub owed_bytes: Option<u64>,
     /// What holds the migration up, where it can neither go on nor end.
     pub trouble: Option<Failure>,
+    /// For how long.
+    pub trouble_for: Option<Duration>,
 }
 
 /// An answer of the destination's data plane to the source's.
@@ -452,6 +456,7 @@ impl Driver {
             pinned_bytes: plane.1 + pull.1,
             owed_bytes: self.pull.as_ref().and_then(Pull::owed_bytes),
             trouble: self.engine.trouble().cloned(),
+            trouble_for: self.engine.trouble_since().map(|since| self.now().saturating_sub(since)),
         };
         self.outside.publish(&snapshot);
     }

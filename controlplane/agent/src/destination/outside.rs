@@ -257,7 +257,7 @@ impl DestinationOutside for Outside {
             if !snapshot.state.is_final() {
                 view.set_state(crate::source::state_on_the_wire(snapshot.state));
             }
-            view.trouble = snapshot.trouble.as_ref().map_or_else(String::new, ToString::to_string);
+            view.trouble = crate::source::trouble(snapshot.trouble.as_ref(), snapshot.trouble_for);
             let progress = view.progress.get_or_insert_default();
             progress.ram_bytes = snapshot.ram_bytes;
             if let Some(owed_bytes) = snapshot.owed_bytes {

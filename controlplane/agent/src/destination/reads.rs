@@ -7,7 +7,7 @@ use std::sync::{Arc, Weak};
 use ramferry_engine::{DestinationEvent, Failure, Reason};
 use ramferry_fabric::windows::{RegistrationMode, WindowConfig};
 use ramferry_fabric::{FabricKind, SessionToken};
-use ramferry_mover::{DestinationInput, FAULT_LINKS, PeerOrder, Readers, Retaken};
+use ramferry_mover::{DestinationInput, FAULT_LINKS, PeerOrder, Readers, Retaken, reads_lost};
 use ramferry_proto::v1;
 use ramferry_proto::v1::exchange_control_response::Answer;
 use ramferry_ram::{Access, Layout, Memory, Owed, PageSets};
@@ -78,7 +78,7 @@ impl DestinationSession {
         let session = Arc::clone(self);
         let connecting = self.agent.runtime.spawn(async move {
             if let Err(failure) = session.open_readers().await {
-                session.handle.send(DestinationEvent::Failed(failure));
+                session.handle.send(DestinationEvent::Failed(reads_lost(&failure)));
             }
         });
         self.keep(connecting.abort_handle());

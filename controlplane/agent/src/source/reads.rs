@@ -50,7 +50,14 @@ impl Session {
     /// offer that takes the place of one whose links are being opened breaks them.
     pub(super) async fn reconnect(self: &Arc<Self>) -> Result<(), Failure> {
         let Ok(_turn) = self.reconnecting.try_lock() else { return Ok(()) };
-        let lost = |status: Status| Failure::new(Reason::PeerLost, status.message());
+        let lost = |status: Status| {
+            let message = format!(
+                "the destination's agent cannot be reached: {}. The guest runs there, and waits where it needs memory that \
+                 is still here: see that both agents run and reach each other",
+                status.message()
+            );
+            Failure::new(Reason::PeerLost, message)
+        };
         let (memory, terms) = self.memory()?;
         self.peer.open().await.map_err(lost)?;
         self.serve_reads(memory, terms).await?;

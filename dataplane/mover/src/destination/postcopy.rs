@@ -1,5 +1,6 @@
 //! The destination's part of post-copy: from the order to hold the VMM's accesses up to the last page.
 
+use std::fmt::Display;
 use std::sync::Arc;
 
 use ramferry_engine::{DestinationAction, DestinationEvent, Failure, Reason, State};
@@ -9,6 +10,15 @@ use ramferry_tracking::postcopy::RemoteFaults;
 use super::{DestinationInput, Driver, PeerAnswer, Retaken};
 use crate::MoverError;
 use crate::pull::{Pull, PullReport, Readers};
+
+/// The source's memory cannot be read for now.
+pub fn reads_lost(cause: &dyn Display) -> Failure {
+    let message = format!(
+        "the links by which the guest's memory is read from the source are lost: {cause}. Where the guest runs here \
+         already it waits for what is still there: see that both agents run and reach each other"
+    );
+    Failure::new(Reason::LinkLost, message)
+}
 
 impl Driver {
     /// From here on each first access of the VMM to its RAM waits until it is let in.
@@ -109,7 +119,7 @@ impl Driver {
             PullReport::Pulled => self.feed(DestinationEvent::Pulled),
             PullReport::LinkLost(attempt, error) => {
                 if self.pull.as_mut().is_some_and(|pull| pull.lost(attempt)) {
-                    self.fail(Reason::LinkLost, error.to_string());
+                    self.feed(DestinationEvent::Failed(reads_lost(&error)));
                 }
             }
             PullReport::VmmEnded => {
