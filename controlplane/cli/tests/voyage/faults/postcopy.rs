@@ -3,13 +3,20 @@
 use super::stage::{Course, Fault};
 use super::table::{Rows, assert_complete, strike_all};
 
-/// The steps of one that goes well.
-const STRAIGHT: &[&str] = &[
+/// Its steps before the pause: those of any other, struck there.
+const BEFORE: &[&str] = &[
     "source prepare",
     "source copy 1",
     "source fence 1",
     "source end_round 1",
     "source harvest 1",
+    "destination prepare",
+    "destination drain_round 1",
+    "destination acknowledge_round 1",
+];
+
+/// Those from there on, of one that goes well.
+const STRAIGHT: &[&str] = &[
     "source pause_guest 1",
     "source harvest last 1",
     "source send_owed 1",
@@ -18,9 +25,6 @@ const STRAIGHT: &[&str] = &[
     "source send_commit 1",
     "source release 1",
     "source finish 1",
-    "destination prepare",
-    "destination drain_round 1",
-    "destination acknowledge_round 1",
     "destination start_incoming",
     "destination tell_incoming_ready",
     "destination hold_owed",
@@ -42,7 +46,7 @@ const TABLE: [Rows; 2] = [(Course::Postcopy, STRAIGHT), (Course::PostcopyInterru
 
 #[tokio::test(flavor = "multi_thread")]
 async fn table_has_every_step_of_every_course_into_postcopy() {
-    assert_complete(&TABLE).await;
+    assert_complete(&TABLE, BEFORE).await;
 }
 
 #[test]
