@@ -75,6 +75,8 @@ pub(crate) struct DestinationSession {
     tasks: Mutex<Vec<AbortHandle>>,
     plan: Mutex<Option<Plan>>,
     reads: Mutex<Reads>,
+    /// Held while links to the source's memory are opened.
+    opening: tokio::sync::Mutex<()>,
     /// A digest of the token, after a restart: by it the source is known again.
     pub(crate) token_digest: Option<String>,
 }
@@ -135,6 +137,7 @@ pub(crate) fn start(agent: &Arc<Agent>, entry: Arc<Entry>, start: Start) {
             tasks: Mutex::default(),
             plan: Mutex::new(plan),
             reads: Mutex::default(),
+            opening: tokio::sync::Mutex::default(),
             token_digest,
         });
         agent.sessions.lock().expect("no panic while it is held").insert(id.clone(), Arc::clone(&session));
@@ -162,7 +165,12 @@ pub(crate) fn start(agent: &Arc<Agent>, entry: Arc<Entry>, start: Start) {
 async fn watch_guest(session: Arc<DestinationSession>) {
     if let Some(guest) = session.guest.now() {
         let lost = guest.lost().await;
-        session.handle.send(DestinationEvent::Failed(Failure::new(Reason::GuestFailed, causes(&lost))));
+        let failure = guest_failure(&lost);
+        let in_postcopy = session.entry.view().state() == v1::MigrationState::Postcopy;
+        session.handle.send(match lost {
+            GuestError::Gone { .. } if in_postcopy => DestinationEvent::GuestGone(failure),
+            _ => DestinationEvent::Failed(failure),
+        });
     }
 }
 
@@ -183,6 +191,8 @@ pub(crate) fn recover(agent: &Arc<Agent>, found: Recovered) {
         _ => Entry::new(found.created.request_id.clone(), MigrationRole::Destination, view),
     };
     if ended {
+        // Recorded, and killed before it was all tidied up.
+        keepsake::remove(&agent.config, &found.created.id, MigrationRole::Destination);
         return agent.registry.insert(&entry(view));
     }
     let is_owed = keepsake::owed_path(&agent.config, &found.created.id).exists();
@@ -503,6 +513,8 @@ impl DestinationSession {
                 self.answer_blocking(Answer::WindowsReleased(windows_released(&ids)))
             }
             PeerAnswer::StillOwed(bytes) => self.answer_blocking(Answer::StillOwed(v1::StillOwed { bytes })),
+            // Others are on their way.
+            PeerAnswer::ReadersLost if self.is_opening() => true,
             PeerAnswer::ReadersLost => {
                 let message = "others are needed".into();
                 self.answer_blocking(Answer::ReadsLost(v1::ReadsLost { message }))
@@ -616,6 +628,9 @@ impl DestinationSession {
             Err(_) if self.guest.is_gone() => return Ok(DestinationEvent::GuestDiscarded),
             Err(failure) => return Err(failure),
         };
+        if !ran && let Err(failure) = self.give_vmm_back().await {
+            tracing::warn!(id = self.entry.id, %failure, "a VMM may go on waiting for memory");
+        }
         let discarded = if ran { guest.end_destination().await } else { guest.discard().await };
         discarded.map_err(|error| guest_failure(&error))?;
         Ok(DestinationEvent::GuestDiscarded)

@@ -177,6 +177,11 @@ impl KeptBlock {
     }
 }
 
+/// Why memory is lost, for an engine: it makes of that what becomes of the guest, and what to do.
+pub(crate) fn why_lost(failure: Failure) -> Failure {
+    Failure::new(Reason::GuestFailed, failure.message)
+}
+
 fn unusable(path: &Path, error: &dyn std::error::Error) -> Failure {
     let message = format!("cannot read {}: {error}", path.display());
     Failure::new(Reason::JournalFailed, message)
@@ -194,9 +199,11 @@ pub(crate) fn owed_path(config: &Config, id: &str) -> PathBuf {
 
 /// Removes what was kept of a migration that has ended.
 pub(crate) fn remove(config: &Config, id: &str, role: MigrationRole) {
-    let mut paths = vec![path(config, id, role)];
+    let kept = path(config, id, role);
+    let mut paths = vec![kept.with_extension("new"), kept];
     if role == MigrationRole::Destination {
-        paths.push(owed_path(config, id));
+        let owed = owed_path(config, id);
+        paths.extend([owed.with_added_extension("new"), owed]);
     }
     for path in paths {
         match fs::remove_file(&path) {

@@ -210,6 +210,7 @@ impl MigrationService for Migrations {
             return Ok(Response::new(v1::CancelMigrationResponse { migration: Some(view) }));
         }
         let entry = self.running(&id)?;
+        not_in_postcopy(&entry, "cannot be cancelled")?;
         source::cancel(&entry);
         Ok(Response::new(v1::CancelMigrationResponse { migration: Some(entry.view()) }))
     }
@@ -219,6 +220,7 @@ impl MigrationService for Migrations {
         request: Request<v1::ForceSwitchoverRequest>,
     ) -> Result<Response<v1::ForceSwitchoverResponse>, Status> {
         let entry = self.running(&request.into_inner().id)?;
+        not_in_postcopy(&entry, "has switched over already")?;
         if let Some((handle, _)) = &*entry.driver() {
             handle.send(SourceEvent::ForceSwitchover);
         }
@@ -246,6 +248,19 @@ impl MigrationService for Migrations {
         self.agent.registry.remove(entry.role, &id);
         Ok(Response::new(v1::DeleteMigrationResponse {}))
     }
+}
+
+/// Refuses what can no longer be done once the guest runs at the destination on memory of both hosts.
+fn not_in_postcopy(entry: &Entry, what: &str) -> Result<(), Status> {
+    if entry.view().state() != v1::MigrationState::Postcopy {
+        return Ok(());
+    }
+    let message = format!(
+        "migration {:?} {what}: it is in post-copy, and the guest runs at the destination on memory that is still here; \
+         keep both agents running until it has ended",
+        entry.id
+    );
+    Err(precondition("IN_POSTCOPY", message, [], []))
 }
 
 /// Sends the view now, at each change of state, and at intervals, to its end.

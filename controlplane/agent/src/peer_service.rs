@@ -263,6 +263,13 @@ async fn take(session: &Arc<DestinationSession>, order: Order) {
             let _ = session.device_state.send(state).await;
         }
         Order::ServeReads(offer) => session.take_offer(offer),
+        Order::PrepareIncoming(v1::PrepareIncoming { postcopy: true }) => {
+            let event = match session.prepare_reads().await {
+                Ok(()) => DestinationEvent::PrepareIncoming { postcopy: true },
+                Err(failure) => DestinationEvent::Failed(failure),
+            };
+            session.order(event, 1).await;
+        }
         Order::OwedPages(part) => match session.take_owed(&part) {
             Ok(Some(pages)) => session.order(DestinationEvent::Owed { pages }, 1).await,
             Ok(None) => {}

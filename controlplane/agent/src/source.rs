@@ -38,7 +38,7 @@ use self::peer::{Peer, PeerSetup};
 #[cfg(feature = "fuzzing")]
 pub(crate) use self::peer::{input, take_presence};
 use self::reads::Reads;
-pub(crate) use self::view::{duration as duration_on_the_wire, state as state_on_the_wire};
+pub(crate) use self::view::{duration as duration_on_the_wire, state as state_on_the_wire, trouble};
 use crate::MigrationRole;
 use crate::core::{Agent, EXCHANGE_TIMEOUT};
 use crate::device_stream::{self, RelayError};
@@ -72,6 +72,8 @@ pub(crate) struct Session {
     incoming: tokio::sync::Mutex<mpsc::Receiver<v1::DeviceState>>,
     plan: Mutex<Option<Plan>>,
     reads: Mutex<Reads>,
+    /// Held while the destination is being connected to again.
+    reconnecting: tokio::sync::Mutex<()>,
     /// When the migration was asked for.
     called: Instant,
     /// When its driver started, from which that counts.
@@ -213,6 +215,7 @@ fn start(agent: &Arc<Agent>, entry: &Arc<Entry>, start: Start) {
             incoming: tokio::sync::Mutex::new(incoming),
             plan: Mutex::new(plan),
             reads: Mutex::default(),
+            reconnecting: tokio::sync::Mutex::default(),
             called,
             started: Instant::now(),
         });
@@ -234,7 +237,10 @@ fn start(agent: &Arc<Agent>, entry: &Arc<Entry>, start: Start) {
 async fn watch_guest(session: Arc<Session>) {
     if let Some(guest) = session.guest.now() {
         let lost = guest.lost().await;
-        session.handle.send(SourceEvent::Failed(Failure::new(Reason::GuestFailed, causes(&lost))));
+        // The guest left it behind: its RAM is held without it.
+        if session.entry.view().state() != v1::MigrationState::Postcopy {
+            session.handle.send(SourceEvent::Failed(guest_failure(&lost)));
+        }
     }
 }
 
@@ -250,6 +256,8 @@ pub(crate) fn recover(agent: &Arc<Agent>, found: Recovered) {
     let mut view = crate::summary::restored(&found);
     let ended = found.records.iter().any(|record| matches!(record, Record::Ended { .. }));
     if ended {
+        // Recorded, and killed before it was all tidied up.
+        keepsake::remove(&agent.config, &found.created.id, MigrationRole::Source);
         let entry = Entry::new(found.created.request_id, MigrationRole::Source, view);
         return agent.registry.insert(&entry);
     }

@@ -4,6 +4,8 @@
 
 mod postcopy;
 
+pub use postcopy::reads_lost;
+
 use std::collections::VecDeque;
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -59,6 +61,8 @@ pub struct DestinationSnapshot {
     pub owed_bytes: Option<u64>,
     /// What holds the migration up, where it can neither go on nor end.
     pub trouble: Option<Failure>,
+    /// For how long.
+    pub trouble_for: Option<Duration>,
 }
 
 /// An answer of the destination's data plane to the source's.
@@ -185,6 +189,7 @@ pub fn spawn_destination<O: DestinationOutside + 'static>(
         started: Instant::now(),
         plane: None,
         pull: None,
+        runs: false,
         postcopy: None,
         counters: Arc::default(),
         answer: None,
@@ -205,6 +210,8 @@ struct Driver {
     started: Instant,
     plane: Option<Plane>,
     pull: Option<Pull>,
+    /// The guest was seen to run while it was owed memory.
+    runs: bool,
     postcopy: Option<PostcopyParts>,
     counters: Arc<Counters>,
     answer: Option<SendAnswer>,
@@ -326,9 +333,10 @@ impl Driver {
         match action {
             DestinationAction::DrainRound { round } => {
                 self.look_at_links();
-                match self.plane.as_ref().map(|plane| plane.memory.check()) {
-                    Some(Err(error)) => self.fail(Reason::GuestFailed, error.to_string()),
-                    _ => self.feed(DestinationEvent::RoundDrained { round }),
+                let checked = self.plane.as_ref().map_or(Ok(()), |plane| plane.memory.check());
+                match checked.map_err(MoverError::from).and_then(|()| self.hold_nothing()) {
+                    Err(error) => self.fail(Reason::GuestFailed, error.to_string()),
+                    Ok(()) => self.feed(DestinationEvent::RoundDrained { round }),
                 }
             }
             DestinationAction::Digest => self.digest(),
@@ -457,6 +465,7 @@ impl Driver {
             pinned_bytes: plane.1 + pull.1,
             owed_bytes: self.pull.as_ref().and_then(Pull::owed_bytes),
             trouble: self.engine.trouble().cloned(),
+            trouble_for: self.engine.trouble_since().map(|since| self.now().saturating_sub(since)),
         };
         self.outside.publish(&snapshot);
     }

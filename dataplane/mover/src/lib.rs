@@ -35,7 +35,7 @@ pub use counters::{
 };
 pub use destination::{
     DestinationHandle, DestinationInput, DestinationOutside, DestinationParts, DestinationSnapshot,
-    PeerAnswer, PostcopyParts, Retaken, SendAnswer, spawn_destination,
+    PeerAnswer, PostcopyParts, Retaken, SendAnswer, reads_lost, spawn_destination,
 };
 pub use pull::{FAULT_LINKS, Readers};
 pub use served::{Place, RegisteredWindow, SendWindowsAnswer, WindowsAnswer};
@@ -103,7 +103,7 @@ pub enum MoverError {
     #[error("the link took no operation: {0}")]
     Post(#[source] PostError),
     /// An operation failed.
-    #[error("a write to the destination's memory failed: {0}")]
+    #[error("an operation on the other side's memory failed: {0}")]
     Operation(#[source] OpError),
     /// The link died.
     #[error("the link is lost: {0}")]

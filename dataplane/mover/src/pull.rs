@@ -73,7 +73,6 @@ pub(crate) struct Pull {
     fault_threads: Vec<JoinHandle<()>>,
     reading: Option<Reading>,
     attempts: u64,
-    streaming: bool,
 }
 
 /// One attempt to read: until its links break.
@@ -94,6 +93,8 @@ struct Shared {
     /// One of each fault thread.
     readers: Vec<Mutex<Option<(u64, Reader)>>>,
     stop: AtomicBool,
+    /// The guest runs, or is about to: what is owed is asked for, and its end is news.
+    streaming: AtomicBool,
     told: AtomicBool,
     report: Box<dyn Fn(PullReport) + Send + Sync>,
 }
@@ -113,11 +114,11 @@ impl Pull {
             counters,
             readers: (0..FAULT_LINKS).map(|_| Mutex::default()).collect(),
             stop: AtomicBool::new(false),
+            streaming: AtomicBool::new(false),
             told: AtomicBool::new(false),
             report,
         });
-        let mut pull =
-            Self { shared, fault_threads: Vec::new(), reading: None, attempts: 0, streaming: false };
+        let mut pull = Self { shared, fault_threads: Vec::new(), reading: None, attempts: 0 };
         for index in 0..FAULT_LINKS {
             let shared = Arc::clone(&pull.shared);
             let builder = thread::Builder::new().name(format!("fault-{index}"));
@@ -165,12 +166,12 @@ impl Pull {
         for (slot, reader) in self.shared.readers.iter().zip(links) {
             *lock(slot) = Some((attempt, reader));
         }
-        if self.streaming { self.stream() } else { Ok(()) }
+        if self.shared.streaming.load(Ordering::SeqCst) { self.stream() } else { Ok(()) }
     }
 
     /// Begins to read what nobody waits for, too.
     pub(crate) fn stream(&mut self) -> Result<(), MoverError> {
-        self.streaming = true;
+        self.shared.streaming.store(true, Ordering::SeqCst);
         if self.shared.owed.get().is_some_and(Owed::is_empty) {
             self.shared.tell_pulled();
         }
@@ -201,6 +202,11 @@ impl Pull {
         &self.shared.memory
     }
 
+    /// Whether it is known what is owed.
+    pub(crate) fn is_held(&self) -> bool {
+        self.shared.owed.get().is_some()
+    }
+
     /// Whether there are links.
     pub(crate) fn is_connected(&self) -> bool {
         self.reading.is_some()
@@ -219,8 +225,9 @@ impl Pull {
         self.shared.owed.get().map(Owed::bytes)
     }
 
-    /// Nothing is owed any more, or the guest is not to run: ends the threads; with `let_in`, lets the VMM at everything.
-    pub(crate) fn end(mut self, let_in: bool) -> Result<(), MoverError> {
+    /// Ends the threads. Where nothing is owed any more, lets the VMM at everything and removes the account; otherwise both
+    /// stay for whoever decides what becomes of a guest that lacks memory.
+    pub(crate) fn end(mut self) -> Result<(), MoverError> {
         self.shared.stop.store(true, Ordering::Release);
         self.disconnect();
         for thread in self.fault_threads.drain(..) {
@@ -229,13 +236,13 @@ impl Pull {
             }
         }
         let shared = Arc::into_inner(self.shared).expect("every thread has ended");
-        if let_in {
-            shared.faults.end()?;
+        match shared.owed.into_inner() {
+            Some(owed) if owed.is_empty() => {
+                shared.faults.end()?;
+                Ok(owed.remove()?)
+            }
+            _ => Ok(()),
         }
-        if let Some(owed) = shared.owed.into_inner() {
-            owed.remove()?;
-        }
-        Ok(())
     }
 
     pub(crate) fn remote_registered(&self, windows: Vec<(WindowId, Result<RegionKey, String>)>) {
@@ -438,8 +445,9 @@ impl Shared {
         Ok(())
     }
 
+    /// Faults are served before the guest runs, too, and nobody waits for this then.
     fn tell_pulled(&self) {
-        if !self.told.swap(true, Ordering::AcqRel) {
+        if self.streaming.load(Ordering::SeqCst) && !self.told.swap(true, Ordering::AcqRel) {
             (self.report)(PullReport::Pulled);
         }
     }

@@ -88,6 +88,8 @@ pub struct SourceSnapshot {
     pub verified: Option<bool>,
     /// What holds the migration up, where it can neither go on nor end.
     pub trouble: Option<Failure>,
+    /// For how long.
+    pub trouble_for: Option<Duration>,
 }
 
 /// The memory side of a migration, ready to copy.
@@ -496,6 +498,7 @@ impl Driver {
             harvests: self.harvests,
             verified: self.verified,
             trouble: self.engine.trouble().cloned(),
+            trouble_for: self.engine.trouble_since().map(|since| self.now().saturating_sub(since)),
         };
         self.outside.publish(&snapshot);
     }

@@ -97,13 +97,19 @@ impl Outside {
     fn retake(&self) {
         let session = Arc::clone(&self.session);
         let task = self.session.agent.runtime.spawn(async move {
-            session.handle.send(match session.retake().await {
-                Ok(input) => input,
-                Err(failure) if failure.reason == Reason::MemoryLost => {
-                    DestinationEvent::MemoryLost(failure).into()
+            match session.retake().await {
+                Ok(input) => {
+                    let reads = matches!(input, DestinationInput::Retaken(_));
+                    session.handle.send(input);
+                    if reads {
+                        session.has_retaken();
+                    }
                 }
-                Err(failure) => DestinationEvent::Failed(failure).into(),
-            });
+                Err(failure) if failure.reason == Reason::MemoryLost => {
+                    session.handle.send(DestinationEvent::MemoryLost(keepsake::why_lost(failure)));
+                }
+                Err(failure) => session.handle.send(DestinationEvent::Failed(failure)),
+            }
         });
         self.session.keep(task.abort_handle());
     }
@@ -251,7 +257,7 @@ impl DestinationOutside for Outside {
             if !snapshot.state.is_final() {
                 view.set_state(crate::source::state_on_the_wire(snapshot.state));
             }
-            view.trouble = snapshot.trouble.as_ref().map_or_else(String::new, ToString::to_string);
+            view.trouble = crate::source::trouble(snapshot.trouble.as_ref(), snapshot.trouble_for);
             let progress = view.progress.get_or_insert_default();
             progress.ram_bytes = snapshot.ram_bytes;
             if let Some(owed_bytes) = snapshot.owed_bytes {

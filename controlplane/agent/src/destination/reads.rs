@@ -7,7 +7,7 @@ use std::sync::{Arc, Weak};
 use ramferry_engine::{DestinationEvent, Failure, Reason};
 use ramferry_fabric::windows::{RegistrationMode, WindowConfig};
 use ramferry_fabric::{FabricKind, SessionToken};
-use ramferry_mover::{DestinationInput, FAULT_LINKS, PeerOrder, Readers, Retaken};
+use ramferry_mover::{DestinationInput, FAULT_LINKS, PeerOrder, Readers, Retaken, reads_lost};
 use ramferry_proto::v1;
 use ramferry_proto::v1::exchange_control_response::Answer;
 use ramferry_ram::{Access, Layout, Memory, Owed, PageSets};
@@ -31,6 +31,8 @@ pub(super) struct Reads {
     terms: Option<Terms>,
     /// The source's last offer, until its links are opened.
     offer: Option<v1::ServeReads>,
+    /// Whoever reads is there: an offer's links are opened when it comes.
+    begun: bool,
     /// The source's agent, as it came.
     peer: Option<IpAddr>,
     /// Of what is owed, what was named so far.
@@ -51,16 +53,35 @@ impl DestinationSession {
 
     /// The source's memory can be read. Before post-copy the links are opened when it begins; in it, at once.
     pub(crate) fn take_offer(self: &Arc<Self>, offer: v1::ServeReads) {
-        self.reads().offer = Some(offer);
-        if self.entry.view().state() == v1::MigrationState::Postcopy {
-            let session = Arc::clone(self);
-            let connecting = tokio::spawn(async move {
-                if let Err(failure) = session.open_readers().await {
-                    session.handle.send(DestinationEvent::Failed(failure));
-                }
-            });
-            self.keep(connecting.abort_handle());
+        let begun = {
+            let mut reads = self.reads();
+            reads.offer = Some(offer);
+            reads.begun
+        };
+        if begun {
+            self.open_soon();
         }
+    }
+
+    /// Whoever reads was found again: an offer that came before may be waiting.
+    pub(super) fn has_retaken(self: &Arc<Self>) {
+        self.reads().begun = true;
+        self.open_soon();
+    }
+
+    /// Whether links are being opened, or are about to be.
+    pub(super) fn is_opening(&self) -> bool {
+        self.opening.try_lock().is_err() || self.reads().offer.is_some()
+    }
+
+    fn open_soon(self: &Arc<Self>) {
+        let session = Arc::clone(self);
+        let connecting = self.agent.runtime.spawn(async move {
+            if let Err(failure) = session.open_readers().await {
+                session.handle.send(DestinationEvent::Failed(reads_lost(&failure)));
+            }
+        });
+        self.keep(connecting.abort_handle());
     }
 
     /// A part of what is owed; all of it after the last.
@@ -75,23 +96,36 @@ impl DestinationSession {
         Ok(if part.last { reads.owed.take() } else { None })
     }
 
-    /// Keeps what another agent on this host would need to go on, and opens the links.
-    pub(super) async fn begin_reads(self: &Arc<Self>) -> Result<(), Failure> {
+    /// Keeps what another agent on this host would need to go on, or to give the VMM back: before anything is done to it.
+    pub(crate) async fn prepare_reads(&self) -> Result<(), Failure> {
         let vmm = self.guest.get().await?.pid();
         let (memory, terms) = self.memory_to_read()?;
         let kept = Keepsake::new(&self.agent.boot_id, vmm, &terms, None, &memory);
-        kept.write(&keepsake::path(&self.agent.config, &self.entry.id, MigrationRole::Destination))?;
+        kept.write(&keepsake::path(&self.agent.config, &self.entry.id, MigrationRole::Destination))
+    }
+
+    /// Opens the first links.
+    pub(super) async fn begin_reads(self: &Arc<Self>) -> Result<(), Failure> {
+        {
+            let mut reads = self.reads();
+            if reads.offer.is_none() {
+                return Err(refused("it came to post-copy without one"));
+            }
+            reads.begun = true;
+        }
         self.open_readers().await
     }
 
+    /// Opens the links of the last offer, unless another call has, or does: one at a time, or the links of an older
+    /// one might take the place of a newer one's.
     async fn open_readers(self: &Arc<Self>) -> Result<(), Failure> {
+        let _turn = self.opening.lock().await;
         let (memory, terms) = self.memory_to_read()?;
         let (offer, peer) = {
             let mut reads = self.reads();
             (reads.offer.take(), reads.peer)
         };
-        let refused = |what: &str| Failure::new(Reason::PeerRefused, format!("the source's offer: {what}"));
-        let offer = offer.ok_or_else(|| refused("it came to post-copy without one"))?;
+        let Some(offer) = offer else { return Ok(()) };
         let token = <[u8; SessionToken::BYTES]>::try_from(&*offer.token)
             .map_err(|_| refused("its token is not 32 bytes long"))?;
         let fabric = crate::request::fabric(offer.fabric).ok().flatten();
@@ -141,6 +175,22 @@ impl DestinationSession {
         })
     }
 
+    /// Gives back a VMM that this agent, or one before it, had made wait for a guest that will not run here: or else it
+    /// could neither be ended nor be used again.
+    pub(super) async fn give_vmm_back(&self) -> Result<(), Failure> {
+        let path = keepsake::path(&self.agent.config, &self.entry.id, MigrationRole::Destination);
+        let boot_id = self.agent.boot_id.clone();
+        blocking_step(move || {
+            let Some(kept) = Keepsake::read(&path)? else { return Ok(()) };
+            let memory = kept.reopen(&boot_id, Access::ReadWrite)?;
+            match postcopy::release(kept.vmm, &memory) {
+                Err(error) if !error.vmm_ended() => Err(of_faults(&error)),
+                _ => Ok(()),
+            }
+        })
+        .await
+    }
+
     /// Takes up what this agent left when it ended: the VMM waits.
     pub(super) async fn retake(self: &Arc<Self>) -> Result<DestinationInput, Failure> {
         let session = Arc::clone(self);
@@ -185,6 +235,10 @@ impl DestinationSession {
     fn reads(&self) -> std::sync::MutexGuard<'_, Reads> {
         self.reads.lock().expect("no panic while it is held")
     }
+}
+
+fn refused(what: &str) -> Failure {
+    Failure::new(Reason::PeerRefused, format!("the source's offer: {what}"))
 }
 
 fn of_faults(error: &FaultsError) -> Failure {

@@ -46,9 +46,18 @@ impl Session {
         self.serve_reads(memory, terms).await
     }
 
-    /// Lets the destination read again, and asks it how far it is.
+    /// Lets the destination read again, and asks it how far it is. While that is under way another call does nothing: an
+    /// offer that takes the place of one whose links are being opened breaks them.
     pub(super) async fn reconnect(self: &Arc<Self>) -> Result<(), Failure> {
-        let lost = |status: Status| Failure::new(Reason::PeerLost, status.message());
+        let Ok(_turn) = self.reconnecting.try_lock() else { return Ok(()) };
+        let lost = |status: Status| {
+            let message = format!(
+                "the destination's agent cannot be reached: {}. The guest runs there, and waits where it needs memory that \
+                 is still here: see that both agents run and reach each other",
+                status.message()
+            );
+            Failure::new(Reason::PeerLost, message)
+        };
         let (memory, terms) = self.memory()?;
         self.peer.open().await.map_err(lost)?;
         self.serve_reads(memory, terms).await?;
@@ -158,7 +167,7 @@ impl Session {
 /// What a failed step of post-copy means to the engine.
 pub(super) fn event_of(failure: Failure) -> SourceEvent {
     if failure.reason == Reason::MemoryLost {
-        SourceEvent::MemoryLost(failure)
+        SourceEvent::MemoryLost(crate::keepsake::why_lost(failure))
     } else {
         SourceEvent::Failed(failure)
     }

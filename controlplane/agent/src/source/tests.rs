@@ -126,6 +126,7 @@ async fn after_a_panic_nothing_is_ordered_of_a_guest_that_was_resumed() {
         incoming: tokio::sync::Mutex::new(incoming),
         plan: Mutex::new(None),
         reads: Mutex::default(),
+        reconnecting: tokio::sync::Mutex::default(),
         called: std::time::Instant::now(),
         started: std::time::Instant::now(),
     };

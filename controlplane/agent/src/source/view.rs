@@ -2,7 +2,7 @@
 
 use std::time::{Duration, Instant};
 
-use ramferry_engine::{LateWrites, State};
+use ramferry_engine::{Failure, LateWrites, State};
 use ramferry_mover::SourceSnapshot;
 use ramferry_proto::v1;
 
@@ -20,10 +20,16 @@ pub(crate) fn state(state: State) -> v1::MigrationState {
     }
 }
 
+/// What holds a migration up, and for how long.
+pub(crate) fn trouble(failure: Option<&Failure>, lasts: Option<Duration>) -> String {
+    let lasts = lasts.unwrap_or_default().as_secs();
+    failure.map_or_else(String::new, |failure| format!("{failure} (for {lasts} s)"))
+}
+
 /// Fills `view` in from `snapshot`, but for its state. The migration was `called` for, then its driver `started`.
 pub(crate) fn fill(view: &mut v1::Migration, snapshot: &SourceSnapshot, called: Instant, started: Instant) {
     view.verified = snapshot.verified;
-    view.trouble = snapshot.trouble.as_ref().map_or_else(String::new, ToString::to_string);
+    view.trouble = trouble(snapshot.trouble.as_ref(), snapshot.trouble_for);
     if let Some(tracker) = snapshot.tracker {
         tracker.as_str().clone_into(&mut view.tracker);
     }

@@ -41,9 +41,23 @@ impl Moved {
 
 /// Has QEMU move its guest to a QEMU that waits for one, looking whether it is done at every `interval`.
 pub(crate) fn migrate(guest: &Qemu, destination: &Qemu, way: &Way<'_>, interval: Duration) -> Result<Moved> {
+    let called = begin(guest, destination, way)?;
+    Ok(Moved { called, status: wait_migrated(guest, interval)? })
+}
+
+/// Begins it; when.
+pub(crate) fn begin(guest: &Qemu, destination: &Qemu, way: &Way<'_>) -> Result<SystemTime> {
     for side in [guest, destination] {
         // A migration before this one may have left any of them on.
-        let off = ["x-ignore-shared", "pause-before-switchover", "return-path", "multifd", "rdma-pin-all"];
+        let off = [
+            "x-ignore-shared",
+            "pause-before-switchover",
+            "return-path",
+            "multifd",
+            "rdma-pin-all",
+            "auto-converge",
+            "postcopy-ram",
+        ];
         let on = ["events"].into_iter().chain(way.capability);
         let capabilities: Vec<Value> = off
             .into_iter()
@@ -63,7 +77,7 @@ pub(crate) fn migrate(guest: &Qemu, destination: &Qemu, way: &Way<'_>, interval:
     };
     let called = SystemTime::now();
     guest.qmp(&json!({ "execute": "migrate", "arguments": { "uri": uri } }))?;
-    Ok(Moved { called, status: wait_migrated(guest, interval)? })
+    Ok(called)
 }
 
 /// When a QEMU reported an event of that name, the last time, of those that it reported until now.

@@ -8,6 +8,7 @@ mod downtime;
 #[allow(dead_code, reason = "each benchmark uses a part")]
 mod measuring;
 mod probed;
+mod rates;
 mod sizes;
 mod still;
 mod tracking;
@@ -22,7 +23,7 @@ use crate::measuring::report::Report;
 const DEFAULT_RUNS: usize = 5;
 /// Between two looks at an agent's memory.
 const LOOK_INTERVAL: Duration = Duration::from_millis(2);
-const PARTS: [&str; 5] = ["tracking", "still", "probes", "sizes", "downtime"];
+const PARTS: [&str; 6] = ["tracking", "still", "probes", "sizes", "downtime", "rates"];
 
 fn main() -> Result<()> {
     // Cargo says that this is a benchmark, not what to do.
@@ -35,6 +36,7 @@ fn main() -> Result<()> {
             "still" => still::run(&mut report, runs),
             "probes" => probed::run(&mut report, runs),
             "sizes" => sizes::run(&mut report, runs),
+            "rates" => rates::run(&mut report),
             _ => downtime::run(&mut report),
         }
         .with_context(|| format!("the part {part:?} could not be measured"))?;

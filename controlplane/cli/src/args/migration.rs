@@ -217,7 +217,8 @@ pub(crate) struct ParameterArgs {
     /// where the source's memory is lost meanwhile, so is the guest.
     #[arg(long, value_enum, value_name = "WHEN", default_value = "never")]
     pub(crate) postcopy: Postcopy,
-    /// Compare digests of all memory on both sides while both guests stand still; lengthens the downtime.
+    /// Compare digests of all memory on both sides while both guests stand still; lengthens the downtime. Not after
+    /// post-copy: the guest runs before its memory is whole.
     #[arg(long)]
     pub(crate) verify: bool,
 }

@@ -36,6 +36,7 @@ pub(crate) fn details(migration: &v1::Migration) -> String {
         ("id", migration.id.clone()),
         ("state", state_name(migration.state()).to_owned()),
         ("error", error(migration)),
+        ("trouble", migration.trouble.clone()),
         ("role", role_name(migration.role()).to_owned()),
         ("source", spec.source_qmp_path),
         (

@@ -5,6 +5,7 @@ mod cancel;
 pub(crate) mod cut;
 mod gaps;
 pub(crate) mod leftovers;
+mod postcopy;
 mod silence;
 pub(crate) mod stage;
 pub(crate) mod steps;

@@ -158,6 +158,11 @@ impl Agent {
 
     /// SIGTERM, and its end.
     pub(crate) fn terminate(mut self) -> ExitStatus {
+        self.stop()
+    }
+
+    /// The same, for one that is started again.
+    pub(crate) fn stop(&mut self) -> ExitStatus {
         let pid = rustix::process::Pid::from_child(&self.child);
         rustix::process::kill_process(pid, rustix::process::Signal::TERM).unwrap();
         self.child.wait().unwrap()

@@ -1,11 +1,16 @@
 //! The guest is resumed before all of its memory is there, and nothing is lost, torn or read too early.
 
+mod lost;
+mod orders;
+mod refused;
+
 use std::time::Duration;
 
 use ramferry_lab::{Accel, Backing, Fill, HugePages, Qemu, RamBlock, Workload, downtime_seen, skipped};
 use ramferry_proto::v1::FabricKind::{Shm, Tcp};
 use ramferry_proto::v1::{self, Postcopy, RegistrationMode};
 
+use crate::faults::leftovers::assert_unharmed;
 use crate::harness::{MIB, Pair, assert_proves_itself, boot, parameters, proof, quiet, seconds};
 
 /// Rewritten without pause: no round leaves less than the one before.
@@ -112,6 +117,23 @@ async fn huge_pages_move_in_postcopy() {
         assert_proves_itself(&arrived);
         drop(arrived);
         guest.cont().unwrap();
+    }
+}
+
+/// Nothing is owed in the end, although the destination was made ready for it.
+#[tokio::test(flavor = "multi_thread")]
+async fn guest_that_stands_still_moves_where_postcopy_is_always_wanted() {
+    let pair = Pair::start();
+    for fabric in [Shm, Tcp] {
+        let guest = boot(proof(quiet()));
+        guest.stop().unwrap();
+        let destination = guest.destination().start().unwrap();
+        let parameters = into_postcopy(fabric, Postcopy::Always);
+        pair.migrate(fabric.as_str_name(), &guest, &destination, parameters).await;
+        assert_eq!(destination.status().unwrap(), "paused");
+        destination.cont().unwrap();
+        assert_proves_itself(&destination);
+        assert_unharmed(&destination);
     }
 }
 

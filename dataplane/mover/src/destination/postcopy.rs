@@ -1,5 +1,6 @@
 //! The destination's part of post-copy: from the order to hold the VMM's accesses up to the last page.
 
+use std::fmt::Display;
 use std::sync::Arc;
 
 use ramferry_engine::{DestinationAction, DestinationEvent, Failure, Reason, State};
@@ -9,6 +10,15 @@ use ramferry_tracking::postcopy::RemoteFaults;
 use super::{DestinationInput, Driver, PeerAnswer, Retaken};
 use crate::MoverError;
 use crate::pull::{Pull, PullReport, Readers};
+
+/// The source's memory cannot be read for now.
+pub fn reads_lost(cause: &dyn Display) -> Failure {
+    let message = format!(
+        "the links by which the guest's memory is read from the source are lost: {cause}. Where the guest runs here \
+         already it waits for what is still there: see that both agents run and reach each other"
+    );
+    Failure::new(Reason::LinkLost, message)
+}
 
 impl Driver {
     /// From here on each first access of the VMM to its RAM waits until it is let in.
@@ -31,8 +41,7 @@ impl Driver {
     pub(super) fn read_with(&mut self, readers: Readers) {
         let Some(pull) = &mut self.pull else { return };
         match pull.connect(readers) {
-            Ok(()) if self.engine.state() == State::Postcopy => self.feed(DestinationEvent::PullResumed),
-            Ok(()) => {}
+            Ok(()) => self.feed(DestinationEvent::PullResumed),
             Err(error) => self.fail(Reason::LinkLost, error.to_string()),
         }
     }
@@ -61,13 +70,15 @@ impl Driver {
             Some(pull) if !pull.is_connected() => {
                 self.answer(PeerAnswer::ReadersLost);
             }
-            Some(_) => {}
+            // What was in doubt were not the links in use.
+            Some(_) => self.feed(DestinationEvent::PullResumed),
         }
     }
 
     /// The guest runs: reads what nobody waits for, too, which until now would have kept it from running. What it was
     /// copied with goes, beside it: that may take long.
     pub(super) fn guest_runs(&mut self) {
+        self.runs = true;
         let Some(pull) = &mut self.pull else { return };
         if let Err(error) = pull.stream() {
             return self.fail(Reason::Internal, error.to_string());
@@ -80,6 +91,19 @@ impl Driver {
         }
     }
 
+    /// A round that ends while the VMM's accesses wait is the last: the guest stood still, or wrote nothing more.
+    /// Nothing will be owed.
+    pub(super) fn hold_nothing(&mut self) -> Result<(), MoverError> {
+        if let (Some(pull), Some(postcopy)) = (&mut self.pull, &self.postcopy)
+            && !pull.is_held()
+        {
+            let layout = pull.memory().layout();
+            let nothing = PageSets::new(layout);
+            pull.hold(Owed::create(&postcopy.owed_path, &postcopy.migration, layout, &nothing)?);
+        }
+        Ok(())
+    }
+
     /// Takes up what an agent that died left.
     pub(super) fn go_on(&mut self, retaken: Retaken) {
         self.answer = Some(retaken.answer);
@@ -89,6 +113,9 @@ impl Driver {
             (Ok(()), Some(pull)) => {
                 pull.hold(retaken.owed);
                 self.begin_to_pull();
+                if self.runs {
+                    self.guest_runs();
+                }
             }
             (Err(error), _) => self.fail(Reason::Internal, error.to_string()),
             (Ok(()), None) => unreachable!("it was just made"),
@@ -100,7 +127,7 @@ impl Driver {
             PullReport::Pulled => self.feed(DestinationEvent::Pulled),
             PullReport::LinkLost(attempt, error) => {
                 if self.pull.as_mut().is_some_and(|pull| pull.lost(attempt)) {
-                    self.fail(Reason::LinkLost, error.to_string());
+                    self.feed(DestinationEvent::Failed(reads_lost(&error)));
                 }
             }
             PullReport::VmmEnded => {
@@ -113,7 +140,7 @@ impl Driver {
             }
             // The guest cannot have what it is owed: neither can it run.
             PullReport::Failed(error) if self.engine.state() == State::Postcopy => {
-                self.feed(DestinationEvent::MemoryLost(Failure::new(Reason::MemoryLost, error.to_string())));
+                self.feed(DestinationEvent::MemoryLost(Failure::new(Reason::GuestFailed, error.to_string())));
             }
             PullReport::Failed(error) => self.fail(Reason::GuestFailed, error.to_string()),
         }
@@ -127,11 +154,10 @@ impl Driver {
         }
     }
 
-    /// Lets the VMM at everything, if it has everything: or else its accesses wait for ever.
+    /// Lets the VMM at everything, if it has everything: or else its accesses go on waiting.
     pub(super) fn end_pull(&mut self) {
         let Some(pull) = self.pull.take() else { return };
-        let has_all = pull.owed_bytes() == Some(0);
-        if let Err(error) = pull.end(has_all) {
+        if let Err(error) = pull.end() {
             tracing::warn!(%error, "post-copy was not taken down whole");
         }
     }

@@ -87,6 +87,8 @@ impl Reader {
                     self.in_flight.get_mut(&id).expect("it is open").reads += 1;
                     offset += length;
                 }
+                // Whoever takes the link away must not wait for a peer that fell silent.
+                Err(PostError::Full) if self.pass.is_stopped() => return Err(MoverError::Stopped),
                 Err(PostError::Full) => {
                     self.reap(arrived)?;
                     self.idle()?;

@@ -110,10 +110,15 @@ fn carries_data(socket: &OwnedFd, source: &Agent, proxy: SocketAddr) -> bool {
     else {
         return false;
     };
-    if let (Ok(local), Ok(peer)) = (SocketAddr::try_from(local), SocketAddr::try_from(peer.clone())) {
+    if let (Ok(local), Ok(peer)) = (SocketAddr::try_from(local.clone()), SocketAddr::try_from(peer.clone())) {
         return local != source.grpc && local != source.metrics && peer != proxy;
     }
-    let path = rustix::net::SocketAddrUnix::try_from(peer);
+    // In post-copy it is the destination that connects.
+    [local, peer].into_iter().any(is_shm)
+}
+
+fn is_shm(address: rustix::net::SocketAddrAny) -> bool {
+    let path = rustix::net::SocketAddrUnix::try_from(address);
     let path = path.ok().and_then(|address| address.path().map(|path| path.to_string_lossy().into_owned()));
     path.and_then(|path| Path::new(&path).file_name().map(|name| name.to_string_lossy().starts_with("shm-")))
         .unwrap_or(false)

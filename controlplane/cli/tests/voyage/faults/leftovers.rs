@@ -84,6 +84,13 @@ pub(crate) fn assert_no_sockets_left(agent: &Agent) {
     assert_eq!(names, [format!("shm-{}.sock", agent.pid())]);
 }
 
+/// Nothing is kept of a migration that came to post-copy.
+pub(crate) fn assert_nothing_kept(agent: &Agent) {
+    let kept = std::fs::read_dir(agent.directory().join("state/postcopy")).into_iter().flatten();
+    let kept: Vec<_> = kept.map(|entry| entry.unwrap().file_name()).collect();
+    assert!(kept.is_empty(), "{kept:?}");
+}
+
 /// The VMM is neither traced nor stopped, and holds no userfaultfd of ours.
 pub(crate) fn assert_unharmed(guest: &Qemu) {
     let pid = guest.pid();

@@ -5,9 +5,12 @@ use std::time::Duration;
 use ramferry_lab::{Fill, Qemu, RamBlock, Workload};
 use ramferry_proto::v1;
 use ramferry_proto::v1::MigrationState::Succeeded;
+use ramferry_proto::v1::Postcopy::Always;
 
 use super::cut::{Proxy, cut_data};
-use super::leftovers::{Holdings, assert_holds_no_more, assert_no_sockets_left, assert_unharmed};
+use super::leftovers::{
+    Holdings, assert_holds_no_more, assert_no_sockets_left, assert_nothing_kept, assert_unharmed,
+};
 use super::steps::{Held, Step, Steps};
 use crate::harness::{Agent, MIB, PATIENCE, Pair, assert_proves_itself, boot, is_final, parameters};
 
@@ -36,6 +39,23 @@ pub(crate) enum Course {
     CancelledInSwitchover,
     /// The answer to COMMIT is lost.
     AnswerLost,
+    /// To its end, by way of post-copy.
+    Postcopy,
+    /// The same; the network is away for a while just before the destination begins to read.
+    PostcopyInterrupted,
+}
+
+impl Course {
+    fn is_postcopy(self) -> bool {
+        matches!(self, Course::Postcopy | Course::PostcopyInterrupted)
+    }
+
+    fn parameters(self, fabric: v1::FabricKind) -> v1::MigrationParameters {
+        if self.is_postcopy() {
+            return v1::MigrationParameters { verify: false, postcopy: Always.into(), ..endless(fabric) };
+        }
+        endless(fabric)
+    }
 }
 
 /// Two agents that hold before each step, a guest, and a VMM for it to move to.
@@ -55,6 +75,11 @@ pub(crate) fn small() -> Workload {
     Workload { mib: 4, touch_mib: 12, rate_mib: 16, fill: Fill::Zero, tick_ms: 5, ..Workload::default() }
 }
 
+/// Rewrites a part of its memory without pause: all of that is owed when it moves by way of post-copy.
+pub(crate) fn hot() -> Workload {
+    Workload { mib: 16, rate_mib: 0, fill: Fill::Stamp, ..small() }
+}
+
 pub(crate) fn small_guest() -> Qemu {
     boot(Qemu::builder().block(RamBlock::node(64 * MIB)).proof(small()))
 }
@@ -70,23 +95,40 @@ pub(crate) fn endless(fabric: v1::FabricKind) -> v1::MigrationParameters {
 
 impl Stage {
     pub(crate) async fn set() -> Stage {
-        let agent = |socket: &str| Agent::start_with(&["--step-socket", socket]);
-        Stage::set_with(|socket| Pair { source: agent(socket), destination: agent(socket) }).await
+        Stage::set_with(held_agents).await
     }
 
     /// A stage of agents that are started with this step socket.
+    /// A stage for `course`.
+    pub(crate) async fn set_course(course: Course) -> Stage {
+        let workload = if course.is_postcopy() { hot() } else { small() };
+        Stage::set_for(boot(Qemu::builder().block(RamBlock::node(64 * MIB)).proof(workload)), held_agents)
+            .await
+    }
+
     pub(crate) async fn set_with(agents: impl FnOnce(&str) -> Pair) -> Stage {
+        Stage::set_for(small_guest(), agents).await
+    }
+
+    pub(crate) async fn set_for(guest: Qemu, agents: impl FnOnce(&str) -> Pair) -> Stage {
         let steps = Steps::listen();
         let pair = agents(&steps.path().display().to_string());
         let proxy = Proxy::to(pair.destination.grpc).await;
-        let guest = small_guest();
         let receiver = guest.destination().start().unwrap();
         let idle = [&pair.source, &pair.destination].map(|agent| Holdings::of(agent.pid()));
         Stage { id: "first".into(), pair, proxy, steps, guest, receiver, idle }
     }
 
     pub(crate) async fn begin(&self, fabric: v1::FabricKind) {
-        let mut spec = self.pair.spec(&self.guest.qmp_path(), &self.receiver.qmp_path(), endless(fabric));
+        self.begin_course(Course::Straight, fabric).await;
+    }
+
+    pub(crate) async fn begin_course(&self, course: Course, fabric: v1::FabricKind) {
+        self.begin_with(course.parameters(fabric)).await;
+    }
+
+    pub(crate) async fn begin_with(&self, parameters: v1::MigrationParameters) {
+        let mut spec = self.pair.spec(&self.guest.qmp_path(), &self.receiver.qmp_path(), parameters);
         spec.destination_agent = self.proxy.address.to_string();
         let request =
             v1::CreateMigrationRequest { id: self.id.clone(), spec: Some(spec), ..Default::default() };
@@ -115,6 +157,13 @@ impl Stage {
                 // Only the first answer: the source asks again.
             }
             Course::AnswerLost if is("source", "ask_outcome") => self.proxy.heal(),
+            Course::PostcopyInterrupted if is("destination", "pull") && step.phase == "resume" => {
+                self.proxy.cut().await;
+                cut_data(&self.pair.source, self.proxy.address);
+            }
+            Course::PostcopyInterrupted if is("source", "reconnect") || is("source", "ask_outcome") => {
+                self.proxy.heal();
+            }
             _ => {}
         }
     }
@@ -236,6 +285,7 @@ impl Stage {
         for (agent, idle) in [(&self.pair.source, &self.idle[0]), (&self.pair.destination, &self.idle[1])] {
             assert_holds_no_more(agent, idle);
             assert_no_sockets_left(agent);
+            assert_nothing_kept(agent);
         }
         for vmm in [&self.guest, &self.receiver].into_iter().filter(|vmm| vmm.is_alive()) {
             assert_unharmed(vmm);
@@ -256,6 +306,12 @@ impl Stage {
         pair.migrate("second", &runner, &again, parameters(fabric)).await;
         assert_proves_itself(&again);
     }
+}
+
+/// Agents that hold before each step.
+pub(crate) fn held_agents(socket: &str) -> Pair {
+    let agent = || Agent::start_with(&["--step-socket", socket]);
+    Pair { source: agent(), destination: agent() }
 }
 
 /// Whether the guest runs in this VMM.
