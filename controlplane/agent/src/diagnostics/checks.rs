@@ -55,10 +55,10 @@ checks! {
         fails "",
         remedy "`LimitNOFILE=65536` in the agent's unit";
     Capabilities: "capabilities",
-        reads "CapEff of /proc/self/status",
-        warns "CAP_SYS_ADMIN is not there",
+        reads "CapEff and Seccomp of /proc/self/status",
+        warns "CAP_SYS_ADMIN is not there, or the process runs under seccomp",
         fails "CAP_SYS_PTRACE is not there",
-        remedy "root, or `AmbientCapabilities=` in the agent's unit";
+        remedy "root, or `AmbientCapabilities=` in the agent's unit, and nothing there that is made of seccomp (deploy/)";
     Kernel: "kernel",
         reads "/proc/sys/kernel/osrelease",
         warns "it is older than 6.7",

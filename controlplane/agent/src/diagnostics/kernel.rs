@@ -32,13 +32,18 @@ const ASKED_FOR: [&str; 3] = ["CAP_SYS_PTRACE", "CAP_SYS_ADMIN", "CAP_IPC_LOCK"]
 pub(super) struct Capabilities {
     /// `None` where /proc does not say.
     pub(super) effective: Option<u64>,
+    /// Whether system calls of this process are filtered.
+    pub(super) is_under_seccomp: bool,
 }
 
 impl Capabilities {
     pub(super) fn read(host: &Host) -> Self {
         let status = host.text("/proc/self/status").unwrap_or_default();
-        let mask = status.lines().find_map(|line| line.strip_prefix("CapEff:"));
-        Self { effective: mask.and_then(|mask| u64::from_str_radix(mask.trim(), 16).ok()) }
+        let field = |name: &str| status.lines().find_map(|line| line.strip_prefix(name)).map(str::trim);
+        Self {
+            effective: field("CapEff:").and_then(|mask| u64::from_str_radix(mask, 16).ok()),
+            is_under_seccomp: field("Seccomp:").is_some_and(|mode| mode != "0"),
+        }
     }
 
     pub(super) fn has(&self, name: &str) -> bool {
@@ -63,8 +68,19 @@ impl Capabilities {
             );
         }
         // The kernel takes CAP_SYS_ADMIN for CAP_BPF and CAP_PERFMON as well.
-        if self.has("CAP_SYS_ADMIN") {
-            return Verdict::ok(evidence);
+        match (self.has("CAP_SYS_ADMIN"), self.is_under_seccomp) {
+            (true, false) => return Verdict::ok(evidence),
+            (true, true) => {
+                return Verdict::warn(
+                    format!(
+                        "{evidence}; and it runs under seccomp: who does may not lift that of a VMM, and none that is \
+                         under it can be tracked"
+                    ),
+                    "take SystemCallFilter=, SystemCallArchitectures=, RestrictAddressFamilies= and what else is made of \
+                     seccomp out of the agent's unit (container: seccompProfile Unconfined)",
+                );
+            }
+            (false, _) => {}
         }
         Verdict::warn(
             format!(
@@ -275,13 +291,16 @@ impl Btf {
 
 #[cfg(test)]
 mod tests {
+    use std::collections::BTreeSet;
+    use std::path::Path;
+
     use super::super::host::fake::Fake;
     use super::super::verdict::Status;
     use super::*;
 
     fn capabilities(names: &[&str]) -> Capabilities {
         let bits = USED.iter().filter(|(name, _)| names.contains(name)).map(|(_, number)| 1 << number);
-        Capabilities { effective: Some(bits.fold(0, |mask, bit: u64| mask | bit)) }
+        Capabilities { effective: Some(bits.fold(0, |mask, bit: u64| mask | bit)), is_under_seccomp: false }
     }
 
     #[test]
@@ -292,8 +311,44 @@ mod tests {
         assert!(verdict.remedy.contains("AmbientCapabilities=CAP_SYS_PTRACE"), "{verdict:?}");
         fake.write("/proc/self/status", "CapEff:\t000001ffffffffff\n");
         assert_eq!(Capabilities::read(&fake.host()).judge().status, Status::Ok);
+        fake.write("/proc/self/status", "CapEff:\t000001ffffffffff\nSeccomp:\t2\nSeccomp_filters:\t31\n");
+        let verdict = Capabilities::read(&fake.host()).judge();
+        assert!(
+            verdict.status == Status::Warn && verdict.remedy.contains("SystemCallFilter="),
+            "{verdict:?}"
+        );
+        fake.write("/proc/self/status", "CapEff:\t000001ffffffffff\nSeccomp:\t0\nSeccomp_filters:\t0\n");
+        assert_eq!(Capabilities::read(&fake.host()).judge().status, Status::Ok);
         fake.write("/proc/self/status", "");
         assert_eq!(Capabilities::read(&fake.host()).judge().status, Status::Skip);
+    }
+
+    #[test]
+    fn what_is_deployed_has_the_capabilities_that_are_asked_for_and_no_limit_of_memory() {
+        let deployed = |file: &str| {
+            let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../deploy").join(file);
+            std::fs::read_to_string(path).unwrap()
+        };
+        let unit = deployed("ramferry-agent.service");
+        let lines = |key: &str| unit.lines().filter_map(|line| line.strip_prefix(key)).collect::<Vec<_>>();
+        let [given] = lines("CapabilityBoundingSet=")[..] else { panic!("{unit}") };
+        let given: BTreeSet<&str> = given.split(' ').collect();
+        assert!(ASKED_FOR.iter().all(|name| given.contains(name)), "{given:?}");
+        for name in &given {
+            assert!(unit.contains(&format!("\n# {name} ")), "{name} does not say what for");
+        }
+        assert_eq!(lines("LimitMEMLOCK="), ["infinity"]);
+        assert_eq!(lines("MemoryMax="), ["infinity"]);
+        assert_eq!(lines("SystemCallFilter="), [] as [&str; 0]);
+
+        let manifest = deployed("kubernetes/daemonset.yaml");
+        let added = manifest.lines().find_map(|line| line.trim().strip_prefix("add: [")?.strip_suffix(']'));
+        let added: BTreeSet<String> = added.unwrap().split(", ").map(|name| format!("CAP_{name}")).collect();
+        assert_eq!(added.iter().map(String::as_str).collect::<BTreeSet<_>>(), given);
+        for line in ["hostPID: true", "hostNetwork: true", "type: Unconfined"] {
+            assert!(manifest.lines().any(|written| written.trim() == line), "{line}");
+        }
+        assert!(!manifest.contains("limits:"), "RAM of arriving guests counts as the agent's");
     }
 
     #[test]

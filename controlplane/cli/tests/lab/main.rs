@@ -6,6 +6,7 @@
 
 #[path = "../voyage/authority.rs"]
 mod authority;
+mod deploy;
 mod doctor;
 mod drill;
 mod faults;

@@ -12,7 +12,7 @@ use ramferry_proto::v1::FabricKind::Tcp;
 use serde_json::Value;
 
 use crate::authority::Authority;
-use crate::harness::{Agent, MIB, Pair, boot, parameters, proof, quiet};
+use crate::harness::{Agent, MIB, Pair, Site, boot, parameters, proof, quiet};
 pub(crate) use prometheus::Prometheus;
 use prometheus::{check_metrics, repository};
 
@@ -22,7 +22,8 @@ const NOT_HERE: [(&str, &str); 2] = [
     ("ramferry_ebpf_", "no eBPF probe is attached by these agents"),
 ];
 /// Alerts that this voyage makes fire, each waited for.
-const FIRED: [&str; 6] = [
+const FIRED: [&str; 7] = [
+    "RamferryHostUnfit",
     "RamferryTargetDown",
     "RamferrySlowRegistration",
     "RamferryMigrationNotConverging",
@@ -40,13 +41,16 @@ async fn every_panel_and_rule_has_data_of_real_migrations_and_alerts_fire() {
     let authority = Authority::new();
     let options = authority.options("source", &["peer"]);
     let secured = Agent::start_with(&options.iter().map(String::as_str).collect::<Vec<_>>());
-    let (pair, mut gone) = (Pair::start(), Agent::start());
+    // It can track no guest, and says so of its host.
+    let enter = ["setpriv", "--bounding-set=-sys_ptrace", "--"].map(str::to_owned).into();
+    let (pair, mut gone) = (Pair::start(), Agent::start_at(Site { enter, ..Site::here() }, &[]));
     let Some(prometheus) = Prometheus::over(&[&pair.source, &pair.destination, &secured, &gone]) else {
         return skipped("there is no Prometheus (see scripts/setup)");
     };
     prometheus.wait("sum(up) == 4").await;
 
     registers_slowly(&pair, &prometheus).await;
+    prometheus.wait_firing("RamferryHostUnfit").await;
     gone.kill();
     prometheus.wait_firing("RamferryTargetDown").await;
     does_not_converge_and_is_forced(&pair, &prometheus).await;

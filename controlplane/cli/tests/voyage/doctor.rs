@@ -1,9 +1,11 @@
 //! `ramferry doctor`, of real agents and of this process.
 
 use std::net::{Ipv4Addr, SocketAddr, SocketAddrV4};
+use std::path::Path;
 use std::process::{Command, Output};
 use std::time::{Duration, SystemTime};
 
+use ramferry_lab::skipped;
 use rcgen::{CertificateParams, KeyPair, SanType};
 use rustix::net::{AddressFamily, SocketType, bind, getsockname, socket};
 use serde_json::Value;
@@ -129,4 +131,22 @@ fn without_an_agent_this_process_is_examined_for_the_configuration() {
     assert!(last[0].contains("1 failed") || last[0].contains("failed,"), "{text}");
     assert!(last[1].contains("-> "), "a remedy stands above the summary: {text}");
     assert!(text.contains("fail  peer_agent"), "{text}");
+}
+
+#[test]
+fn unit_that_is_deployed_is_one_that_systemd_understands() {
+    let unit = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../deploy/ramferry-agent.service");
+    let directory = tempfile::tempdir().unwrap();
+    let copy = directory.path().join("ramferry-agent.service");
+    let text = std::fs::read_to_string(unit).unwrap();
+    // It is looked for.
+    std::fs::write(&copy, text.replace("/usr/bin/ramferry", env!("CARGO_BIN_EXE_ramferry"))).unwrap();
+    let Ok(verified) = Command::new("systemd-analyze").args(["verify", "--man=no"]).arg(&copy).output()
+    else {
+        return skipped("there is no systemd-analyze");
+    };
+    // What it does not understand, it says, and succeeds.
+    let said = String::from_utf8_lossy(&verified.stderr).into_owned();
+    let of_unit: Vec<&str> = said.lines().filter(|line| line.contains("ramferry-agent")).collect();
+    assert!(verified.status.success() && of_unit.is_empty(), "{said}");
 }

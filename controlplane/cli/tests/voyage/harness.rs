@@ -241,7 +241,7 @@ impl Drop for Agent {
 }
 
 /// Where the agent says that it is served.
-fn bound(line: &str) -> Option<(SocketAddr, SocketAddr)> {
+pub(crate) fn bound(line: &str) -> Option<(SocketAddr, SocketAddr)> {
     let line: serde_json::Value = serde_json::from_str(line).ok()?;
     if line["message"] != "agent started" {
         return None;

@@ -209,14 +209,11 @@ fn told_of_pause(pause: &Result<Pause, String>) -> String {
         (false, true) => "heeded only",
         (false, false) => "off",
     };
-    match (pause.sent_frames, pause.received_frames) {
-        (None, None) => format!("pause frames {mode}"),
-        (sent, received) => format!(
-            "pause frames {mode} ({} sent, {} received)",
-            sent.unwrap_or_default(),
-            received.unwrap_or_default()
-        ),
-    }
+    let counted = |frames: Option<u64>, what| frames.map(|count| format!("{count} {what}"));
+    let counts = [counted(pause.sent_frames, "sent"), counted(pause.received_frames, "received")];
+    let counts: Vec<String> = counts.into_iter().flatten().collect();
+    let counts = if counts.is_empty() { String::new() } else { format!(" ({})", counts.join(", ")) };
+    format!("pause frames {mode}{counts}")
 }
 
 fn told_of_ecn(priorities: Option<&Vec<u32>>) -> String {
