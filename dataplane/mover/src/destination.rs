@@ -345,6 +345,10 @@ impl Driver {
                 Err(error) => self.fail(Reason::GuestFailed, error.to_string()),
             },
             DestinationAction::HoldOwed { pages } => self.hold(&pages),
+            DestinationAction::TellDeviceStateLoaded => match self.confirm() {
+                Ok(()) => self.outside.act(action),
+                Err(error) => self.fail(Reason::GuestFailed, error.to_string()),
+            },
             DestinationAction::Pull => self.begin_to_pull(),
             DestinationAction::AnswerRunning { memory_owed } => {
                 self.outside.act(action);

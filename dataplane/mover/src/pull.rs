@@ -21,7 +21,7 @@ use std::time::{Duration, Instant};
 use ramferry_fabric::windows::{WindowConfig, WindowId, Windows};
 use ramferry_fabric::{Domain, Link, RegionKey};
 use ramferry_ram::{BlockIndex, Memory, Owed, PageRun, PageSets};
-use ramferry_tracking::postcopy::{PageFault, RemoteFaults};
+use ramferry_tracking::postcopy::{FaultsError, PageFault, RemoteFaults};
 
 use self::reader::Reader;
 use crate::copy::{Chunk, Copy, Next, Pass, SendOrder};
@@ -73,6 +73,8 @@ pub(crate) struct Pull {
     fault_threads: Vec<JoinHandle<()>>,
     reading: Option<Reading>,
     attempts: u64,
+    /// The last look at who reaches the guest's RAM.
+    last_look: Option<JoinHandle<Result<(), FaultsError>>>,
 }
 
 /// One attempt to read: until its links break.
@@ -118,7 +120,8 @@ impl Pull {
             told: AtomicBool::new(false),
             report,
         });
-        let mut pull = Self { shared, fault_threads: Vec::new(), reading: None, attempts: 0 };
+        let mut pull =
+            Self { shared, fault_threads: Vec::new(), reading: None, attempts: 0, last_look: None };
         for index in 0..FAULT_LINKS {
             let shared = Arc::clone(&pull.shared);
             let builder = thread::Builder::new().name(format!("fault-{index}"));
@@ -136,6 +139,23 @@ impl Pull {
     pub(crate) fn hold(&mut self, owed: Owed) {
         assert!(self.shared.owed.set(owed).is_ok(), "what is owed is held once");
         self.begin_pass();
+    }
+
+    /// Looks once more whether all that reaches the guest's RAM waits, beside what happens meanwhile.
+    pub(crate) fn look_again(&mut self) -> Result<(), MoverError> {
+        let shared = Arc::clone(&self.shared);
+        let look = thread::Builder::new().name("look-again".into());
+        self.last_look = Some(look.spawn(move || shared.faults.recheck()).map_err(MoverError::Thread)?);
+        Ok(())
+    }
+
+    /// What that look found.
+    pub(crate) fn await_look(&mut self) -> Result<(), MoverError> {
+        match self.last_look.take().map(JoinHandle::join) {
+            Some(Ok(found)) => Ok(found?),
+            Some(Err(_)) => Err(MoverError::ThreadEnded),
+            None => Ok(()),
+        }
     }
 
     /// Takes links to the source, in the place of those before.
@@ -229,6 +249,8 @@ impl Pull {
     /// stay for whoever decides what becomes of a guest that lacks memory.
     pub(crate) fn end(mut self) -> Result<(), MoverError> {
         self.shared.stop.store(true, Ordering::Release);
+        // Nobody asks any more.
+        drop(self.await_look());
         self.disconnect();
         for thread in self.fault_threads.drain(..) {
             if thread.join().is_err() {
