@@ -63,6 +63,26 @@ async fn pin_budget_of_64_mib_is_kept_and_the_guest_arrives() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn guest_that_runs_before_its_memory_is_there_reads_it_over_verbs() {
+    let rdma = Rdma::start();
+    for (mode, pin_budget_bytes) in
+        [(RegistrationMode::Dynamic, 0), (RegistrationMode::PinAll, 0), (RegistrationMode::Dynamic, 32 * MIB)]
+    {
+        let parameters = v1::MigrationParameters {
+            postcopy: v1::Postcopy::Always.into(),
+            registration_mode: mode.into(),
+            pin_budget_bytes,
+            verify: false,
+            ..verbs()
+        };
+        let id = format!("postcopy-{mode:?}-{pin_budget_bytes}");
+        let ended = move_once(&rdma.pair, &id, &guest(32), parameters).await;
+        let progress = ended.progress.unwrap();
+        assert!(progress.postcopy && progress.postcopy_time.is_some(), "{progress:?}");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn huge_pages_move() {
     let pages = HugePages::reserve(2 * 128 * MIB).unwrap();
     let rdma = Rdma::start();
