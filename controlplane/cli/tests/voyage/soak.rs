@@ -1,5 +1,5 @@
 //! Many migrations in a row between two agents, each of another kind, and
-//! agents and VMMs killed now and then: nothing is lost, and nothing is left.
+//! agents and VMMs killed, and links cut, now and then, before post-copy and in it: nothing is lost, and nothing is left.
 
 use std::time::{Duration, SystemTime};
 
@@ -7,11 +7,14 @@ use ramferry_lab::{Backing, Fill, HugePages, Place, Qemu, RamBlock, Workload, sk
 use ramferry_proto::v1;
 use ramferry_proto::v1::FabricKind::{Shm, Tcp};
 use ramferry_proto::v1::MigrationState::Succeeded;
-use ramferry_proto::v1::RegistrationMode;
+use ramferry_proto::v1::{Postcopy, RegistrationMode};
 
-use crate::faults::leftovers::{Holdings, assert_holds_no_more, assert_no_sockets_left, assert_unharmed};
+use crate::faults::cut::cut_data;
+use crate::faults::leftovers::{
+    Holdings, assert_holds_no_more, assert_no_sockets_left, assert_nothing_kept, assert_unharmed,
+};
 use crate::faults::stage::{Fault, runs};
-use crate::faults::steps::Steps;
+use crate::faults::steps::{Step, Steps};
 use crate::harness::{Agent, MIB, Pair, assert_proves_itself, boot, is_final, parameters};
 
 /// As many as an ordinary run of the tests has time for.
@@ -44,6 +47,36 @@ struct Tally {
     lost_with_its_vmm: u64,
     struck: u64,
     guests: u64,
+    /// Went through post-copy.
+    postcopy: u64,
+    /// Struck while the destination's guest was, or was about to be, owed memory.
+    struck_in_postcopy: u64,
+    /// Of those, how many were owed more than nothing, and less than all, at that moment.
+    struck_midway: u64,
+}
+
+/// What is struck, and when.
+#[derive(Clone, Copy, Debug)]
+struct Strike {
+    fault: Fault,
+    when: When,
+    /// So long after the step was let go; a step that is held when it is nothing.
+    late: Duration,
+}
+
+#[derive(Clone, Copy, Debug)]
+enum When {
+    /// At the step with this number.
+    Step(u64),
+    /// When the destination begins to read what it is owed.
+    Pull,
+}
+
+/// Pages that the destination's guest is owed.
+fn owed_pages(destination: &Agent, id: &str) -> Option<u64> {
+    const HEADER_BYTES: usize = 4096;
+    let bits = std::fs::read(destination.directory().join(format!("state/postcopy/{id}.owed"))).ok()?;
+    Some(bits[HEADER_BYTES..].iter().map(|byte| u64::from(byte.count_ones())).sum())
 }
 
 struct Soak {
@@ -113,8 +146,28 @@ impl Soak {
             streams: self.draw.of(&[0, 1, 3]),
             max_downtime: Some(Duration::from_millis(self.draw.of(&[1, 50, 300])).try_into().unwrap()),
             no_progress_timeout: Some(Duration::from_millis(100).try_into().unwrap()),
+            postcopy: self.draw.of(&[Postcopy::Never, Postcopy::Allow, Postcopy::Always]).into(),
             ..parameters(self.draw.of(&[Shm, Tcp]))
         }
+    }
+
+    /// Perhaps one; where the guest moves by way of post-copy, more often in it than anywhere else.
+    fn strike(&mut self, postcopy: Postcopy) -> Option<Strike> {
+        let faults = [
+            Fault::SourceAgentKilled,
+            Fault::DestinationAgentKilled,
+            Fault::SourceVmmKilled,
+            Fault::DestinationVmmKilled,
+            Fault::LinkCut,
+        ];
+        let fault = (self.draw.below(2) == 0).then(|| self.draw.of(&faults))?;
+        let when = match postcopy {
+            Postcopy::Allow | Postcopy::Always if self.draw.below(3) > 0 => When::Pull,
+            _ => When::Step(self.draw.below(STEPS)),
+        };
+        // Agents that die within a step die in the midst of system calls and exchanges.
+        let late = Duration::from_micros(self.draw.of(&[0, 0, 500, 3_000, 10_000]));
+        Some(Strike { fault, when, late })
     }
 
     /// One migration; the guest where it runs now, if its VMM was not killed.
@@ -122,22 +175,14 @@ impl Soak {
         let id = format!("turn-{turn}");
         let receiver = guest.destination().start().unwrap();
         let parameters = self.parameters();
-        let faults = [
-            Fault::SourceAgentKilled,
-            Fault::DestinationAgentKilled,
-            Fault::SourceVmmKilled,
-            Fault::DestinationVmmKilled,
-        ];
-        let strike = (self.draw.below(2) == 0).then(|| (self.draw.of(&faults), self.draw.below(STEPS)));
-        // Agents that die within a step die in the midst of system calls and exchanges.
-        let late = Duration::from_micros(self.draw.of(&[0, 0, 500, 3_000, 10_000]));
+        let strike = self.strike(parameters.postcopy());
         self.pair.create(&id, &guest, &receiver, parameters).await.unwrap();
-        let struck = self.carry_on(&id, strike, late, [&guest, &receiver]).await;
+        let struck = self.carry_on(&id, strike, [&guest, &receiver]).await;
 
         let at_source = self.pair.source.wait_end(&id).await;
         let at_destination = self.pair.destination.wait_end(&id).await;
         let moved = at_source.state() == Succeeded;
-        let what = format!("{id}: {struck:?} {late:?} {parameters:?} {at_source:?} {at_destination:?}");
+        let what = format!("{id}: {struck:?} of {strike:?} {parameters:?} {at_source:?} {at_destination:?}");
         assert_eq!(moved, at_destination.state() == Succeeded, "the agents disagree: {what}");
         let killed = match struck {
             Some(Fault::SourceVmmKilled) => !moved,
@@ -150,7 +195,9 @@ impl Soak {
         for (agent, idle) in [&self.pair.source, &self.pair.destination].into_iter().zip(&self.idle) {
             assert_holds_no_more(agent, idle);
             assert_no_sockets_left(agent);
+            assert_nothing_kept(agent);
         }
+        self.tally.postcopy += u64::from(at_source.progress.is_some_and(|progress| progress.postcopy));
         self.tally.struck += u64::from(struck.is_some());
         if killed {
             self.tally.lost_with_its_vmm += 1;
@@ -173,8 +220,7 @@ impl Soak {
     async fn carry_on(
         &mut self,
         id: &str,
-        strike: Option<(Fault, u64)>,
-        late: Duration,
+        strike: Option<Strike>,
         [guest, receiver]: [&Qemu; 2],
     ) -> Option<Fault> {
         let mut passed = 0;
@@ -191,12 +237,24 @@ impl Soak {
                 }
                 continue;
             };
+            let is_due = |step: &Step, when| match when {
+                When::Step(at) => at == passed,
+                When::Pull => struck.is_none() && step.step == "pull",
+            };
             match strike {
-                Some((fault, at)) if at == passed => {
+                Some(Strike { fault, when, late }) if is_due(&held.step, when) => {
                     struck = Some(fault);
+                    let all = owed_pages(&self.pair.destination, id);
                     let held = (late == Duration::ZERO).then_some(held);
                     tokio::time::sleep(late).await;
+                    if let (Some(all), Some(left)) = (all, owed_pages(&self.pair.destination, id)) {
+                        self.tally.struck_in_postcopy += 1;
+                        self.tally.struck_midway += u64::from(left > 0 && left < all);
+                    }
                     match fault {
+                        Fault::LinkCut => {
+                            cut_data(&self.pair.source, self.pair.destination.grpc);
+                        }
                         Fault::SourceVmmKilled => guest.kill().unwrap(),
                         Fault::DestinationVmmKilled => receiver.kill().unwrap(),
                         Fault::SourceAgentKilled => self.pair.source.restart(),
