@@ -468,9 +468,12 @@ impl Session {
     }
 
     /// Asks the destination for the outcome; its answer comes by the control stream.
-    async fn ask_outcome(&self) {
+    async fn ask_outcome(self: &Arc<Self>) {
         let asked = match self.peer.open().await {
-            Ok(()) => self.peer.send(Order::AskOutcome(v1::AskOutcome {})).await,
+            Ok(()) => {
+                self.lend_to_ask().await;
+                self.peer.send(Order::AskOutcome(v1::AskOutcome {})).await
+            }
             Err(error) => {
                 let (id, error) = (&self.entry.id, error.message());
                 tracing::warn!(id, error, "the destination cannot be asked for the outcome");

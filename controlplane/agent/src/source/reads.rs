@@ -64,6 +64,23 @@ impl Session {
         self.send(Order::AskOutcome(v1::AskOutcome {})).await
     }
 
+    /// Lets the destination read before it is asked: after a handover into post-copy its VMM may wait for memory, and so
+    /// not resume the guest, without which there is no answer.
+    pub(super) async fn lend_to_ask(self: &Arc<Self>) {
+        let kept = keepsake::path(&self.agent.config, &self.entry.id, MigrationRole::Source);
+        let Ok(_turn) = self.reconnecting.try_lock() else { return };
+        if !kept.exists() {
+            return;
+        }
+        let lent = async {
+            let (memory, terms) = self.memory()?;
+            self.serve_reads(memory, terms).await
+        };
+        if let Err(failure) = lent.await {
+            self.handle.send(event_of(failure));
+        }
+    }
+
     /// Tells the destination that what it is owed is lost.
     pub(super) async fn tell_memory_lost(self: &Arc<Self>, failure: &Failure) -> Result<(), Failure> {
         self.peer.open().await.map_err(|status| Failure::new(Reason::PeerLost, status.message()))?;

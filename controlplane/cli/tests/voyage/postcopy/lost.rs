@@ -7,6 +7,7 @@ use ramferry_lab::{Qemu, RamBlock};
 use ramferry_proto::v1::FabricKind::{self, Shm, Tcp};
 use ramferry_proto::v1::MigrationState::{Failed, Postcopy, Succeeded};
 
+use crate::faults::cut::cut_data;
 use crate::faults::leftovers::{assert_nothing_kept, assert_unharmed};
 use crate::faults::stage::{Course, Stage, held_agents, hot, runs};
 use crate::faults::steps::Held;
@@ -163,6 +164,53 @@ async fn guest_waits_while_neither_agent_runs_and_goes_on_when_both_are_back() {
     assert_eq!(stage.receiver.ticks().len(), ticks, "the guest ran on without its memory");
     stage.pair.source.restart();
     assert_completes(stage).await;
+}
+
+/// The VMM's main loop waits for memory, and so answers nobody: neither does a new agent need it to.
+#[tokio::test(flavor = "multi_thread")]
+async fn agents_that_come_back_need_no_answer_of_a_vmm_that_waits() {
+    let (mut stage, held) = owed(Shm).await;
+    stage.pair.source.kill();
+    drop(held);
+    stage.steps.open();
+    stage.pair.destination.kill();
+    let saved = stage.receiver.directory().join("saved");
+    let read_all = serde_json::json!({
+        "execute": "pmemsave",
+        "arguments": { "val": 0, "size": 64 * MIB, "filename": saved.display().to_string() },
+    });
+    std::thread::scope(|scope| {
+        let (receiver, pair) = (&stage.receiver, &mut stage.pair);
+        let reading = scope.spawn(move || receiver.qmp(&read_all));
+        std::thread::sleep(LONG);
+        assert!(!reading.is_finished(), "the VMM read memory that has not come");
+        pair.destination.restart();
+        std::thread::sleep(LONG);
+        assert!(!reading.is_finished(), "the VMM read memory that has not come");
+        pair.source.restart();
+        reading.join().unwrap().unwrap();
+    });
+    assert_completes(stage).await;
+}
+
+/// Each time the source offers its memory anew; what is offered is not thrown away for ever.
+#[tokio::test(flavor = "multi_thread")]
+async fn network_that_comes_and_goes_does_not_keep_a_guest_from_its_memory() {
+    for fabric in [Tcp, Shm] {
+        let (stage, held) = owed(fabric).await;
+        stage.proxy.cut().await;
+        cut_data(&stage.pair.source, stage.proxy.address);
+        drop(held);
+        stage.steps.open();
+        for pause in [0, 1, 5, 10, 20, 50, 100, 200] {
+            stage.proxy.heal();
+            tokio::time::sleep(Duration::from_millis(pause)).await;
+            stage.proxy.cut().await;
+            cut_data(&stage.pair.source, stage.proxy.address);
+        }
+        stage.proxy.heal();
+        assert_completes(stage).await;
+    }
 }
 
 /// An agent that is told to stop in post-copy leaves the VMM waiting, and the next one goes on.
