@@ -28,6 +28,8 @@ fn exercised() -> (Metrics, ActiveMigration) {
     metrics.refresh_rdma_ports(rdma_ports::tests::sysfs().path());
     let counts = ramferry_mover::OperationCounts { posted: 3, ..Default::default() };
     metrics.operations("tcp", ramferry_mover::Opcode::Write, &counts);
+    metrics.postcopy_faults("tcp", &counts);
+    metrics.pulled("tcp", 4096);
     let downtimes = MigrationGauges {
         expected_downtime: Some(SECOND),
         max_downtime: Some(SECOND),

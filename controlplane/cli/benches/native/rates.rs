@@ -99,8 +99,8 @@ fn measure(
         Qemu::builder().block(RamBlock::node(GUEST_BYTES)).accel(Accel::best()).proof(workload).start()?;
     here.wait_ready(PATIENCE)?;
     // QEMU's own has nobody to tell it to run.
-    let ours = matches!(contestant, Contestant::Precopy | Contestant::Postcopy);
-    let there = here.destination().incoming(true).paused(ours).start()?;
+    let is_ours = matches!(contestant, Contestant::Precopy | Contestant::Postcopy);
+    let there = here.destination().incoming(true).paused(is_ours).start()?;
     let moved = match contestant {
         Contestant::Precopy => ours(agents, &here, &there, v1::Postcopy::Never)?,
         Contestant::Postcopy => ours(agents, &here, &there, v1::Postcopy::Allow)?,
