@@ -20,7 +20,7 @@ use ramferry_ram::{BlockIndex, BlockRange, Digest, Memory, Owed, PageRun, PageSe
 use ramferry_tracking::postcopy::RemoteFaults;
 
 use crate::counters::Counters;
-use crate::pull::{Pull, PullReport, Readers};
+use crate::pull::{Pull, PullReport, Readers, ReadsSlot};
 use crate::served::{Place, Served, WindowsAnswer};
 use crate::{Counted, MoverError, RegistrationEvents, Step, wait_until_gone};
 
@@ -164,12 +164,40 @@ impl From<DestinationEvent> for DestinationInput {
 #[derive(Clone)]
 pub struct DestinationHandle {
     inputs: Sender<DestinationInput>,
+    reads: ReadsSlot,
 }
 
 impl DestinationHandle {
     /// Hands an input to the driver; one that has ended drops it.
     pub fn send(&self, input: impl Into<DestinationInput>) {
-        let _ = self.inputs.send(input.into());
+        if let Some(input) = self.settle(input.into()) {
+            let _ = self.inputs.send(input);
+        }
+    }
+
+    /// A guest may wait for what the source answers about windows; the driver may be writing to the journal.
+    fn settle(&self, input: DestinationInput) -> Option<DestinationInput> {
+        let (input, place) = match input {
+            DestinationInput::Placed(input, place) => (*input, Some(place)),
+            input => (input, None),
+        };
+        let reads = || self.reads.lock().expect("no panic while it is held").clone();
+        match (input, place) {
+            (DestinationInput::WindowsRegistered(windows), _) => {
+                if let Some(copy) = reads() {
+                    copy.remote_registered(windows);
+                }
+                None
+            }
+            (DestinationInput::WindowsReleased(ids), _) => {
+                if let Some(copy) = reads() {
+                    copy.remote_released(&ids);
+                }
+                None
+            }
+            (input, Some(place)) => Some(DestinationInput::Placed(Box::new(input), place)),
+            (input, None) => Some(input),
+        }
     }
 }
 
@@ -180,7 +208,7 @@ pub fn spawn_destination<O: DestinationOutside + 'static>(
     outside: impl FnOnce(DestinationHandle) -> O,
 ) -> (DestinationHandle, JoinHandle<()>) {
     let (sender, inputs) = channel();
-    let handle = DestinationHandle { inputs: sender };
+    let handle = DestinationHandle { inputs: sender, reads: ReadsSlot::default() };
     let outside: Box<dyn DestinationOutside> = Box::new(outside(handle.clone()));
     let driver = Driver {
         engine,
@@ -279,15 +307,8 @@ impl Driver {
             DestinationInput::Ready(parts) => self.set_up(*parts),
             DestinationInput::Readers(readers) => self.read_with(*readers),
             DestinationInput::Retaken(retaken) => self.go_on(*retaken),
-            DestinationInput::WindowsRegistered(windows) => {
-                if let Some(pull) = &self.pull {
-                    pull.remote_registered(windows);
-                }
-            }
-            DestinationInput::WindowsReleased(ids) => {
-                if let Some(pull) = &self.pull {
-                    pull.remote_released(&ids);
-                }
+            DestinationInput::WindowsRegistered(_) | DestinationInput::WindowsReleased(_) => {
+                unreachable!("the handle settles them")
             }
             DestinationInput::Pulling(report) => self.pulling(report),
             DestinationInput::RegisterWindows(windows) => self.register(windows, place.as_ref()),

@@ -18,8 +18,8 @@ use std::sync::{Arc, Mutex, MutexGuard, OnceLock};
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
-use ramferry_fabric::windows::{WindowConfig, WindowId, Windows};
-use ramferry_fabric::{Domain, Link, RegionKey};
+use ramferry_fabric::windows::{WindowConfig, Windows};
+use ramferry_fabric::{Domain, Link};
 use ramferry_ram::{BlockIndex, Memory, Owed, PageRun, PageSets};
 use ramferry_tracking::postcopy::{FaultsError, PageFault, RemoteFaults};
 
@@ -68,11 +68,16 @@ pub enum PullReport {
     Failed(MoverError),
 }
 
+/// The windows that are read through now, if any are.
+pub(crate) type ReadsSlot = Arc<Mutex<Option<Arc<Copy>>>>;
+
 pub(crate) struct Pull {
     shared: Arc<Shared>,
     fault_threads: Vec<JoinHandle<()>>,
     reading: Option<Reading>,
     attempts: u64,
+    /// What answers of the source are for, while there are links.
+    slot: ReadsSlot,
     /// The last look at who reaches the guest's RAM.
     last_look: Option<JoinHandle<Result<(), FaultsError>>>,
 }
@@ -108,6 +113,7 @@ impl Pull {
         faults: RemoteFaults,
         counters: Arc<Counters>,
         report: Box<dyn Fn(PullReport) + Send + Sync>,
+        slot: ReadsSlot,
     ) -> Result<Self, MoverError> {
         let shared = Arc::new(Shared {
             memory,
@@ -121,7 +127,7 @@ impl Pull {
             report,
         });
         let mut pull =
-            Self { shared, fault_threads: Vec::new(), reading: None, attempts: 0, last_look: None };
+            Self { shared, fault_threads: Vec::new(), reading: None, attempts: 0, last_look: None, slot };
         for index in 0..FAULT_LINKS {
             let shared = Arc::clone(&pull.shared);
             let builder = thread::Builder::new().name(format!("fault-{index}"));
@@ -181,6 +187,7 @@ impl Pull {
             .map(|link| Reader::new(link, Arc::clone(&copy), Arc::clone(&pass)))
             .collect();
         let stream_links = links.split_off(FAULT_LINKS.min(links.len().saturating_sub(1)));
+        *lock(&self.slot) = Some(Arc::clone(&copy));
         self.reading = Some(Reading { copy, pass, stream_links, stream_threads: Vec::new(), attempt });
         self.begin_pass();
         for (slot, reader) in self.shared.readers.iter().zip(links) {
@@ -267,18 +274,6 @@ impl Pull {
         }
     }
 
-    pub(crate) fn remote_registered(&self, windows: Vec<(WindowId, Result<RegionKey, String>)>) {
-        if let Some(reading) = &self.reading {
-            reading.copy.remote_registered(windows);
-        }
-    }
-
-    pub(crate) fn remote_released(&self, windows: &[WindowId]) {
-        if let Some(reading) = &self.reading {
-            reading.copy.remote_released(windows);
-        }
-    }
-
     fn begin_pass(&mut self) {
         let Some((reading, owed)) = self.reading.as_mut().zip(self.shared.owed.get()) else { return };
         match owed.to_page_sets() {
@@ -289,6 +284,7 @@ impl Pull {
 
     fn disconnect(&mut self) {
         let Some(reading) = self.reading.take() else { return };
+        *lock(&self.slot) = None;
         reading.pass.stop();
         for slot in &self.shared.readers {
             if let Some((_, reader)) = lock(slot).take() {

@@ -34,7 +34,13 @@ impl Driver {
     fn serve(&mut self, memory: Arc<Memory>, faults: RemoteFaults) -> Result<(), MoverError> {
         let handle = self.handle.clone();
         let report = Box::new(move |report| handle.send(DestinationInput::Pulling(report)));
-        self.pull = Some(Pull::begin(memory, faults, Arc::clone(&self.counters), report)?);
+        self.pull = Some(Pull::begin(
+            memory,
+            faults,
+            Arc::clone(&self.counters),
+            report,
+            Arc::clone(&self.handle.reads),
+        )?);
         Ok(())
     }
 
