@@ -32,6 +32,10 @@ impl Guest for Noting {
         unreachable!()
     }
 
+    fn vcpu_threads(&self) -> GuestFuture<'_, Result<Vec<u32>>> {
+        unreachable!()
+    }
+
     fn drain_io(&self) -> GuestFuture<'_, Result<()>> {
         unreachable!()
     }
