@@ -118,6 +118,7 @@ async fn after_a_panic_nothing_is_ordered_of_a_guest_that_was_resumed() {
         mode: "unknown",
     };
     let happened = Happened::default();
+    let throttle = Arc::new(Throttle::new(&agent.config, "a"));
     let session = Session {
         agent,
         entry: Entry::new(String::new(), MigrationRole::Source, v1::Migration::default()),
@@ -130,6 +131,7 @@ async fn after_a_panic_nothing_is_ordered_of_a_guest_that_was_resumed() {
         incoming: tokio::sync::Mutex::new(incoming),
         plan: Mutex::new(None),
         reads: Mutex::default(),
+        throttle,
         called: std::time::Instant::now(),
         started: std::time::Instant::now(),
     };
