@@ -134,6 +134,7 @@ impl Agent {
             runtime: Handle::current(),
             device_state_costs: Mutex::default(),
         });
+        crate::throttle::undo_all(&agent.config);
         for found in recovered {
             match found.created.role {
                 MigrationRole::Source => source::recover(&agent, found),

@@ -103,18 +103,8 @@ impl Keepsake {
 
     /// Writes it so that it is there whole or not at all.
     pub(crate) fn write(&self, path: &Path) -> Result<(), Failure> {
-        let written = || -> io::Result<()> {
-            if let Some(directory) = path.parent() {
-                fs::create_dir_all(directory)?;
-            }
-            let new = path.with_extension("new");
-            let text = serde_json::to_vec(self)?;
-            let mut file =
-                fs::OpenOptions::new().write(true).create(true).truncate(true).mode(0o600).open(&new)?;
-            file.write_all(&text)?;
-            fs::rename(&new, path)
-        };
-        written().map_err(|error| {
+        let text = serde_json::to_vec(self).map_err(io::Error::from);
+        text.and_then(|text| write_whole(path, &text)).map_err(|error| {
             let message = format!("cannot write {}: {error}; see the disk of state_dir", path.display());
             Failure::new(Reason::JournalFailed, message)
         })
@@ -180,6 +170,17 @@ impl KeptBlock {
 /// Why memory is lost, for an engine: it makes of that what becomes of the guest, and what to do.
 pub(crate) fn why_lost(failure: Failure) -> Failure {
     Failure::new(Reason::GuestFailed, failure.message)
+}
+
+/// Writes a file that only the agent's user may read, so that it is there whole or not at all.
+pub(crate) fn write_whole(path: &Path, text: &[u8]) -> io::Result<()> {
+    if let Some(directory) = path.parent() {
+        fs::create_dir_all(directory)?;
+    }
+    let new = path.with_extension("new");
+    let mut file = fs::OpenOptions::new().write(true).create(true).truncate(true).mode(0o600).open(&new)?;
+    file.write_all(text)?;
+    fs::rename(&new, path)
 }
 
 fn unusable(path: &Path, error: &dyn std::error::Error) -> Failure {

@@ -37,3 +37,4 @@ mod source;
 pub mod status;
 mod step_gate;
 mod summary;
+pub mod throttle;

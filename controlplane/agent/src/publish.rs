@@ -64,6 +64,7 @@ impl Publisher {
                 round: view.round,
                 expected_downtime: snapshot.progress.expected_downtime,
                 max_downtime: Some(snapshot.max_downtime),
+                throttle_percent: Some(snapshot.progress.throttle.0),
             });
             active.set_pinned(self.fabric, snapshot.regions, snapshot.pinned_bytes);
             let in_flight = snapshot.counted.operations.iter().map(OperationCounts::in_flight);

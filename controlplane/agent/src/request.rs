@@ -4,7 +4,7 @@
 use std::path::PathBuf;
 use std::time::Duration;
 
-use ramferry_engine::{BytesPerSecond, Parameters, Postcopy, TimeoutAction};
+use ramferry_engine::{BytesPerSecond, Parameters, Percent, Postcopy, TimeoutAction};
 use ramferry_fabric::FabricKind;
 use ramferry_fabric::windows::RegistrationMode;
 use ramferry_proto::v1;
@@ -66,13 +66,14 @@ impl TryFrom<Option<v1::MigrationSpec>> for Request {
 }
 
 /// The parameters that can be changed while a migration runs.
-pub(crate) const CHANGEABLE: [&str; 6] = [
+pub(crate) const CHANGEABLE: [&str; 7] = [
     "max_downtime",
     "bandwidth_limit_bits_per_second",
     "timeout",
     "timeout_action",
     "no_progress_timeout",
     "postcopy",
+    "throttle_max_percent",
 ];
 
 /// Takes the fields that `paths` names over from `change`.
@@ -95,6 +96,7 @@ pub(crate) fn apply(
             "timeout_action" => merged.timeout_action = change.timeout_action,
             "no_progress_timeout" => merged.no_progress_timeout = change.no_progress_timeout,
             "postcopy" => merged.postcopy = change.postcopy,
+            "throttle_max_percent" => merged.throttle_max_percent = change.throttle_max_percent,
             _ => {
                 let message = format!(
                     "{path:?} cannot be changed while a migration runs; these can: {}",
@@ -126,6 +128,9 @@ pub(crate) fn engine_parameters(given: &v1::MigrationParameters) -> Result<Param
             .unwrap_or(defaults.no_progress_timeout),
         verify: given.verify,
         postcopy: postcopy(given.postcopy)?,
+        // What does not fit is out of bounds all the same.
+        throttle: (given.throttle_max_percent > 0)
+            .then(|| Percent(u8::try_from(given.throttle_max_percent).unwrap_or(u8::MAX))),
     };
     parameters
         .check()

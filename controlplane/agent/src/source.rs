@@ -50,6 +50,7 @@ use crate::migrations::{Claim, Entry, Refusal};
 use crate::publish::Publisher;
 use crate::request::{Request, fabric_on_the_wire, registration_mode};
 use crate::status::{causes, invalid_argument, status};
+use crate::throttle::Throttle;
 
 /// Of a fence, until one was measured.
 const FENCE_ESTIMATE: Duration = Duration::from_millis(1);
@@ -74,6 +75,7 @@ pub(crate) struct Session {
     reads: Mutex<Reads>,
     /// Held while the destination is being connected to again.
     reconnecting: tokio::sync::Mutex<()>,
+    throttle: Arc<Throttle>,
     /// When the migration was asked for.
     called: Instant,
     /// When its driver started, from which that counts.
@@ -216,6 +218,7 @@ fn start(agent: &Arc<Agent>, entry: &Arc<Entry>, start: Start) {
             plan: Mutex::new(plan),
             reads: Mutex::default(),
             reconnecting: tokio::sync::Mutex::default(),
+            throttle: Arc::new(Throttle::new(&agent.config, &entry.id)),
             called,
             started: Instant::now(),
         });
@@ -467,6 +470,28 @@ impl Session {
         }
     }
 
+    /// Holds the guest back as was last ordered.
+    async fn follow_throttle(&self) -> Result<SourceEvent, Failure> {
+        let failed = |error: &dyn std::error::Error| Failure::new(Reason::ThrottleFailed, causes(error));
+        let (mut pid, mut threads) = (0, Vec::new());
+        if self.throttle.needs_threads() {
+            let guest = self.guest.get().await?;
+            pid = guest.pid();
+            threads = guest.vcpu_threads().await.map_err(|error| failed(&error))?;
+        }
+        let throttle = Arc::clone(&self.throttle);
+        blocking_step(move || throttle.follow(pid, &threads).map_err(|error| failed(&error)))
+            .await
+            .map(|percent| SourceEvent::Throttled { percent })
+    }
+
+    fn end_throttle(&self) {
+        if let Err(error) = self.throttle.end() {
+            let error = causes(&error);
+            tracing::error!(id = self.entry.id, error, "the guest may still be throttled; restart the agent");
+        }
+    }
+
     /// Asks the destination for the outcome; its answer comes by the control stream.
     async fn ask_outcome(self: &Arc<Self>) {
         let asked = match self.peer.open().await {
@@ -535,6 +560,7 @@ impl Session {
     fn driver_panicked(&self) {
         let id = &self.entry.id;
         if self.handed_over.load(Ordering::Acquire) {
+            self.end_throttle();
             tracing::error!(
                 id,
                 "the driver panicked after the handover; restart the agent: it asks for the outcome"
@@ -549,6 +575,7 @@ impl Session {
             self.close();
             self.resume().await
         });
+        self.end_throttle();
         tracing::error!(id, ?resumed, "the driver panicked");
         self.entry.update(|view| {
             view.set_state(v1::MigrationState::Failed);

@@ -83,6 +83,12 @@ pub(crate) enum Command {
     Bench(BenchArgs),
     /// Watch what registering memory costs on this host, in any process.
     Probe(ProbeArgs),
+    /// Free a throttled guest once the agent that made this process has ended.
+    #[command(hide = true, name = ramferry_agent::throttle::GUARD_COMMAND)]
+    ThrottleGuard {
+        /// What the agent kept of it.
+        record: PathBuf,
+    },
     /// Print the completions of a shell.
     #[command(after_help = "Example:\n  ramferry completions bash > /etc/bash_completion.d/ramferry")]
     Completions {
@@ -115,7 +121,9 @@ impl Command {
             Self::Bench(args) => return args.output(),
             Self::Probe(args) => return Some(args.output),
             Self::Doctor(args) => return Some(args.output),
-            Self::Agent(_) | Self::Completions { .. } | Self::Man(_) => return None,
+            Self::Agent(_) | Self::ThrottleGuard { .. } | Self::Completions { .. } | Self::Man(_) => {
+                return None;
+            }
         };
         Some(connection.output)
     }
@@ -141,7 +149,7 @@ mod tests {
         let command = parse(
             "ramferry migrate --agent a:1 --to b:2 --source-qmp /s --destination-qmp /d --id vm-1 --fabric shm \
              --registration pin-all --max-downtime 15ms --bandwidth-limit 10Gbit --pin-budget 4GiB --streams 4 \
-             --timeout 5m --on-timeout force --no-progress-timeout 3s --verify --output json --quiet --detach",
+             --timeout 5m --on-timeout force --no-progress-timeout 3s --throttle=80 --verify --output json --quiet --detach",
         );
         assert!(matches!(command, Ok(Command::Migrate(args)) if args.spec.parameters.verify && args.detach));
     }
@@ -156,6 +164,28 @@ mod tests {
     fn set_needs_something_to_set() {
         assert!(parse("ramferry set vm-1").is_err());
         assert!(parse("ramferry set vm-1 --timeout none").is_ok());
+    }
+
+    #[test]
+    fn throttle_is_a_share_or_as_far_as_it_goes() {
+        let asked = |option: &str| {
+            let line = format!("ramferry migrate --to b:2 --source-qmp /s --destination-qmp /d {option}");
+            match parse(&line) {
+                Ok(Command::Migrate(args)) => {
+                    args.spec.into_proto().parameters.map(|given| given.throttle_max_percent)
+                }
+                _ => None,
+            }
+        };
+        assert_eq!((asked(""), asked("--throttle"), asked("--throttle=80%")), (Some(0), Some(99), Some(80)));
+        assert_eq!(
+            (asked("--throttle=none"), asked("--throttle=0"), asked("--throttle=100")),
+            (Some(0), None, None)
+        );
+        assert!(
+            parse("ramferry set vm-1 --throttle 50").is_ok()
+                && parse("ramferry set vm-1 --throttle").is_err()
+        );
     }
 
     #[test]

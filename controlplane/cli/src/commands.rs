@@ -33,6 +33,7 @@ pub(crate) fn run(command: Command) -> Result<Exit, Failure> {
         Command::Bench(args) => bench::run(args),
         Command::Probe(args) => block_on(probe::run(args)),
         Command::Doctor(args) => block_on(doctor::run(args)),
+        Command::ThrottleGuard { record } => agent::guard(&record),
         Command::Completions { shell } => documents::completions(shell),
         Command::Man(args) => documents::man(&args),
     }

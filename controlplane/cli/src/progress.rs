@@ -160,10 +160,17 @@ fn measures(migration: &Migration) -> String {
         bytes(progress.dirty_rate_bytes_per_second),
         bit_rate(progress.throughput_bits_per_second),
     );
+    if progress.throttle_percent > 0 {
+        text.push_str(&format!(", guest throttled by {} %", progress.throttle_percent));
+    }
     let expected = expected_downtime(&progress);
     if !expected.is_empty() {
         text.push_str(", ");
         text.push_str(&expected);
+    }
+    if !migration.trouble.is_empty() {
+        text.push_str("; ");
+        text.push_str(&migration.trouble);
     }
     text
 }
@@ -199,6 +206,9 @@ mod tests {
             "vm-1: PRECOPY, round 2, 2.00 MiB remaining, dirty 3.00 MiB/s, 38.1 Gbit/s, ~12.0 ms downtime"
         );
         assert_eq!(line(&migration(MigrationState::Succeeded, 2, 0)), "vm-1: SUCCEEDED");
+        let mut throttled = migration(MigrationState::Precopy, 2, 0);
+        throttled.progress.get_or_insert_default().throttle_percent = 30;
+        assert!(line(&throttled).contains(", guest throttled by 30 %, ~12.0 ms"), "{}", line(&throttled));
     }
 
     #[test]

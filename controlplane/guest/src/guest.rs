@@ -147,6 +147,12 @@ pub trait Guest: Send + Sync {
     /// When it refuses.
     fn prepare_source(&self) -> GuestFuture<'_, Result<(), GuestError>>;
 
+    /// The VMM's threads that are the guest's vCPUs, each once.
+    ///
+    /// # Errors
+    /// When it does not say.
+    fn vcpu_threads(&self) -> GuestFuture<'_, Result<Vec<u32>, GuestError>>;
+
     /// Returns when every transfer into guest RAM that had begun before the call
     /// has ended, but for those of `undrainable_devices`. The guest runs on; it may
     /// be held up meanwhile.

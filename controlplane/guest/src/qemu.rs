@@ -146,6 +146,14 @@ impl Qemu {
         self.explained(async { Ok(self.status_by(&self.client()).await?.0) }).await
     }
 
+    /// QEMU's threads that are its vCPUs; with one thread for all of them, that.
+    ///
+    /// # Errors
+    /// When it does not answer.
+    pub async fn vcpu_threads(&self) -> Result<Vec<u32>, GuestError> {
+        self.explained(async { Ok(inspect::vcpu_threads(&self.client()).await?) }).await
+    }
+
     /// Resolves when the guest cannot be migrated any more: QEMU has ended, the
     /// connection was lost, or the balloon moves.
     pub async fn lost(&self) -> GuestError {
@@ -250,6 +258,10 @@ impl Guest for Qemu {
 
     fn prepare_source(&self) -> GuestFuture<'_, Result<(), GuestError>> {
         Box::pin(Qemu::prepare_source(self))
+    }
+
+    fn vcpu_threads(&self) -> GuestFuture<'_, Result<Vec<u32>, GuestError>> {
+        Box::pin(Qemu::vcpu_threads(self))
     }
 
     fn drain_io(&self) -> GuestFuture<'_, Result<(), GuestError>> {

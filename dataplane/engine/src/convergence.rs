@@ -166,6 +166,23 @@ impl Convergence {
         Verdict::NextRound
     }
 
+    /// Rounds in a row that brought no progress.
+    pub(crate) fn rounds_without_progress(&self) -> u32 {
+        self.best.map_or(0, |best| best.rounds_since)
+    }
+
+    /// Something was done about it: the time without progress begins anew.
+    pub(crate) fn begin_anew(&mut self, now: Duration) {
+        if let Some(best) = &mut self.best {
+            (best.since, best.rounds_since) = (now, 0);
+        }
+    }
+
+    /// Whether a switchover with nothing to be sent would be short enough.
+    pub(crate) fn copy_decides(&self, parameters: &Parameters) -> bool {
+        self.fixed() <= parameters.max_downtime
+    }
+
     /// Why a migration that owes `owed_bytes` does not converge, and what to do about it.
     pub(crate) fn not_converging(
         &self,
@@ -183,7 +200,7 @@ impl Convergence {
         };
         let message = format!(
             "rounds brought no progress for {:?}: {cause}the guest dirties {}, the copy reaches {}, expected \
-             downtime {}, max_downtime {:?}. Raise max_downtime{}, allow post-copy, force the switchover (timeout_action \
+             downtime {}, max_downtime {:?}. Raise max_downtime{}, allow post-copy{}, force the switchover (timeout_action \
              FORCE), or migrate while the guest writes less",
             parameters.no_progress_timeout,
             shown_rate(self.dirty_rate),
@@ -191,6 +208,7 @@ impl Convergence {
             downtime.map_or("unknown".to_owned(), |downtime| format!("{downtime:.1?}")),
             parameters.max_downtime,
             if parameters.bandwidth_limit.is_some() { " or bandwidth_limit" } else { "" },
+            if parameters.throttle.is_none() { " or throttling" } else { "" },
         );
         Failure::new(Reason::NotConverging, message)
     }

@@ -37,13 +37,15 @@ pub enum Reason {
     Internal,
     /// One step took longer than it may.
     StepTimeout,
+    /// The guest cannot be throttled. No migration ends by it: it is what holds one up.
+    ThrottleFailed,
     /// The guest ran at the destination, and memory that it needs there cannot be had from the source again.
     MemoryLost,
 }
 
 impl Reason {
     /// Every reason.
-    pub const ALL: [Self; 16] = [
+    pub const ALL: [Self; 17] = [
         Self::LinkLost,
         Self::PeerLost,
         Self::PeerRefused,
@@ -59,6 +61,7 @@ impl Reason {
         Self::AgentRestarted,
         Self::Internal,
         Self::StepTimeout,
+        Self::ThrottleFailed,
         Self::MemoryLost,
     ];
 
@@ -80,6 +83,7 @@ impl Reason {
             Self::AgentRestarted => "AGENT_RESTARTED",
             Self::Internal => "INTERNAL",
             Self::StepTimeout => "STEP_TIMEOUT",
+            Self::ThrottleFailed => "THROTTLE_FAILED",
             Self::MemoryLost => "MEMORY_LOST",
         }
     }

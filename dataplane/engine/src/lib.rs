@@ -61,6 +61,6 @@ mod trouble;
 
 pub use destination::{Destination, DestinationAction, DestinationEvent, DestinationOutcome};
 pub use failure::{Failure, Reason, UnknownReason};
-pub use parameters::{BytesPerSecond, ParameterError, Parameters, Postcopy, TimeoutAction};
+pub use parameters::{BytesPerSecond, ParameterError, Parameters, Percent, Postcopy, TimeoutAction};
 pub use progress::{DowntimeParts, FixedCosts, Progress, Round, State};
 pub use source::{LateWrites, Outcome, Source, SourceAction, SourceEvent};

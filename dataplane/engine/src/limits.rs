@@ -24,6 +24,10 @@ pub const DRAIN_GUEST: Duration = Duration::from_secs(60);
 pub const RECHECK: Duration = Duration::from_secs(600);
 /// For the guest's pause.
 pub const PAUSE: Duration = Duration::from_secs(30);
+/// Least time between two steps of the throttle.
+pub const THROTTLE_INTERVAL: Duration = Duration::from_secs(1);
+/// For a step of the throttle. Beyond it the guest is taken for one that cannot be throttled.
+pub const THROTTLE_ANSWER: Duration = Duration::from_secs(5);
 /// For the copy of the last round, unless [`LAST_COPY_FACTOR`] times what is expected of it is more.
 pub const LAST_COPY: Duration = Duration::from_secs(60);
 /// The last round may take this many times what is expected of it.

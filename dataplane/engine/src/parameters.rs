@@ -7,6 +7,10 @@ use thiserror::Error;
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct BytesPerSecond(pub u64);
 
+/// A share of processor time.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct Percent(pub u8);
+
 /// What is done when a migration takes longer than its timeout, or does not converge.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
 pub enum TimeoutAction {
@@ -44,6 +48,9 @@ pub struct Parameters {
     pub timeout_action: TimeoutAction,
     /// Whether the guest may run at the destination before all of its memory is there.
     pub postcopy: Postcopy,
+    /// The most processor time that may be taken from the guest where rounds do not converge; none without. Only with
+    /// [`Postcopy::Never`]: post-copy goes before it.
+    pub throttle: Option<Percent>,
     /// Rounds that bring no progress for this long do not converge.
     pub no_progress_timeout: Duration,
     /// Whether RAM is compared on both sides while both guests stand still. The time that takes is not
@@ -62,6 +69,9 @@ impl Parameters {
     pub const NO_PROGRESS_TIMEOUT: RangeInclusive<Duration> =
         Duration::from_millis(1)..=Duration::from_secs(86400);
 
+    /// Bounds of `throttle`: a guest that gets nothing cannot be told from one that hangs.
+    pub const THROTTLE: RangeInclusive<Percent> = Percent(1)..=Percent(99);
+
     /// Checks each parameter against its bounds.
     ///
     /// # Errors
@@ -78,6 +88,9 @@ impl Parameters {
         if let Some(timeout) = self.timeout {
             within("timeout", timeout, Self::TIMEOUT)?;
         }
+        if let Some(throttle) = self.throttle.filter(|throttle| !Self::THROTTLE.contains(throttle)) {
+            return Err(ParameterError::Throttle(throttle));
+        }
         match self.bandwidth_limit {
             Some(limit) if limit < Self::LEAST_BANDWIDTH => Err(ParameterError::Bandwidth(limit)),
             _ => Ok(()),
@@ -93,6 +106,7 @@ impl Default for Parameters {
             timeout: None,
             timeout_action: TimeoutAction::default(),
             postcopy: Postcopy::default(),
+            throttle: None,
             no_progress_timeout: Duration::from_secs(5),
             verify: false,
         }
@@ -122,6 +136,14 @@ pub enum ParameterError {
         Parameters::LEAST_BANDWIDTH.0
     )]
     Bandwidth(BytesPerSecond),
+    /// The guest would be left nothing, or lose nothing.
+    #[error(
+        "throttle is {} %; it must be from {} % to {} %, or not be given",
+        .0.0,
+        Parameters::THROTTLE.start().0,
+        Parameters::THROTTLE.end().0
+    )]
+    Throttle(Percent),
 }
 
 #[cfg(test)]
@@ -144,5 +166,9 @@ mod tests {
         assert!(named(parameters).starts_with("no_progress_timeout"));
         let parameters = Parameters { bandwidth_limit: Some(BytesPerSecond(0)), ..defaults() };
         assert!(named(parameters).starts_with("bandwidth_limit"));
+        for percent in [0, 100] {
+            let parameters = Parameters { throttle: Some(Percent(percent)), ..defaults() };
+            assert!(named(parameters).starts_with("throttle"));
+        }
     }
 }

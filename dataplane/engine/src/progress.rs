@@ -1,6 +1,6 @@
 use std::time::Duration;
 
-use crate::BytesPerSecond;
+use crate::{BytesPerSecond, Percent};
 
 /// How far a migration is, as the API shows it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -144,6 +144,10 @@ pub struct Progress {
     pub dirty_rate: Option<BytesPerSecond>,
     /// Of the copy, in recent rounds.
     pub throughput: Option<BytesPerSecond>,
+    /// Processor time that is taken from the guest.
+    pub throttle: Percent,
+    /// The most that ever was.
+    pub throttle_peak: Percent,
     /// If the switchover began now.
     pub expected_downtime: Option<Duration>,
     /// From the start to the first round.

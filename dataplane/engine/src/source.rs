@@ -62,6 +62,7 @@ mod phase;
 mod postcopy;
 mod rounds;
 mod switchover;
+mod throttle;
 
 use std::time::Duration;
 
@@ -78,6 +79,7 @@ use ending::{Ending, Guest, Plan};
 use late::Late;
 pub(crate) use late::RecheckDue;
 use phase::Phase;
+use throttle::Throttle;
 
 /// The source of one migration.
 #[derive(Clone, Debug)]
@@ -102,6 +104,7 @@ pub struct Source {
     /// The guest wrote these, and no round carries them yet.
     owed: Option<PageSets>,
     late: Late,
+    throttle: Throttle,
     ask: Retry,
     asked_at: Option<Duration>,
     /// Failures that did not end the migration, because the outcome is in doubt, or the guest runs at the destination.
@@ -136,6 +139,7 @@ impl Source {
 
     /// Takes an event in; appends what is to be done to `actions`.
     pub fn handle(&mut self, now: Duration, event: SourceEvent, actions: &mut Vec<SourceAction>) {
+        self.note_throttle(now, &event);
         match &mut self.phase {
             Phase::Ended(_) => {}
             Phase::Ending(ending) => {
@@ -193,7 +197,7 @@ impl Source {
     }
 
     /// What holds the migration up, where it can neither go on nor end: the outcome cannot be learnt, the guest does
-    /// not resume, or the destination cannot be served.
+    /// not resume, or the destination cannot be served. While rounds go on, what keeps the guest from being throttled.
     pub fn trouble(&self) -> Option<&Failure> {
         self.held_up().map(|trouble| &trouble.failure)
     }
@@ -207,6 +211,7 @@ impl Source {
         match &self.phase {
             Phase::Ending(ending) => ending.trouble(),
             Phase::Commit | Phase::Ask | Phase::Serve { .. } => self.doubt.as_ref(),
+            phase if phase.is_before_switchover() => self.throttle.trouble(),
             _ => None,
         }
     }
@@ -228,6 +233,7 @@ impl Source {
             at_once: false,
             owed: None,
             late: Late::default(),
+            throttle: Throttle::default(),
             ask: Retry::new(None),
             asked_at: None,
             doubt: None,
@@ -251,7 +257,7 @@ impl Source {
                 self.fail(now, Failure::new(Reason::PeerRefused, message), actions);
             }
             SourceEvent::ForceSwitchover => self.force(now, actions),
-            SourceEvent::SetParameters(parameters) => self.set_parameters(parameters, actions),
+            SourceEvent::SetParameters(parameters) => self.set_parameters(now, parameters, actions),
             SourceEvent::Tick => self.tick(now, actions),
             SourceEvent::LateWrites(late) => self.late.expect(late),
             answer => self.answered(now, answer, actions),
@@ -301,7 +307,7 @@ impl Source {
         }
     }
 
-    fn set_parameters(&mut self, parameters: Parameters, actions: &mut Vec<SourceAction>) {
+    fn set_parameters(&mut self, now: Duration, parameters: Parameters, actions: &mut Vec<SourceAction>) {
         if parameters.check().is_err() {
             return;
         }
@@ -310,7 +316,11 @@ impl Source {
         if paced && limit != self.parameters.bandwidth_limit {
             actions.push(SourceAction::SetBandwidthLimit(limit));
         }
+        if parameters.throttle != self.parameters.throttle {
+            self.throttle.try_again();
+        }
         self.parameters = parameters;
+        self.throttle_as_allowed(now, actions);
     }
 
     fn tick(&mut self, now: Duration, actions: &mut Vec<SourceAction>) {
@@ -410,7 +420,9 @@ impl Source {
     fn end(&mut self, now: Duration, plan: Plan, actions: &mut Vec<SourceAction>) {
         self.owed = None;
         self.late = Late::default();
-        let ending = Ending::begin(now, plan, actions);
+        let mut lift = Vec::new();
+        self.lift_throttle(now, &mut lift);
+        let ending = Ending::begin(now, plan, lift, actions);
         self.enter(now, Phase::Ending(ending));
     }
 

@@ -91,6 +91,7 @@ pub struct ParametersRecord {
     pub streams: u32,
     pub verify: bool,
     pub postcopy: i32,
+    pub throttle_max_percent: u32,
 }
 
 /// A duration of a spec that is no time span.
@@ -144,6 +145,7 @@ impl TryFrom<&v1::MigrationParameters> for ParametersRecord {
             streams: parameters.streams,
             verify: parameters.verify,
             postcopy: parameters.postcopy,
+            throttle_max_percent: parameters.throttle_max_percent,
         })
     }
 }
@@ -163,6 +165,7 @@ impl From<&ParametersRecord> for v1::MigrationParameters {
             streams: parameters.streams,
             verify: parameters.verify,
             postcopy: parameters.postcopy,
+            throttle_max_percent: parameters.throttle_max_percent,
         }
     }
 }

@@ -328,6 +328,7 @@ fn spec_survives_the_journal() {
             streams: 4,
             verify: true,
             postcopy: 2,
+            throttle_max_percent: 80,
         }),
     };
     let record = SpecRecord::try_from(&spec).unwrap();

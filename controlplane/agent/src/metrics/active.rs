@@ -48,6 +48,8 @@ pub struct MigrationGauges {
     pub expected_downtime: Option<Duration>,
     /// What is aimed at; `None` at a destination.
     pub max_downtime: Option<Duration>,
+    /// Processor time that is taken from the guest; `None` at a destination.
+    pub throttle_percent: Option<u8>,
 }
 
 /// A migration that is under way, to the metrics. Dropping it ends that.
@@ -166,7 +168,7 @@ impl Active {
                 text.sample(metric, &[id, role.as_str()], value(&entry.gauges));
             }
         }
-        render_downtimes(&entries, text);
+        render_of_sources(&entries, text);
     }
 }
 
@@ -186,20 +188,30 @@ fn render_counts(entries: &BTreeMap<Key, Entry>, text: &mut Exposition) {
     }
 }
 
-fn render_downtimes(entries: &BTreeMap<Key, Entry>, text: &mut Exposition) {
-    let downtimes: [Field<MigrationGauges, Option<Duration>>; 2] = [
-        (MetricName::MigrationExpectedDowntime, |gauges| gauges.expected_downtime),
-        (MetricName::MigrationMaxDowntime, |gauges| gauges.max_downtime),
+/// What only sources have.
+fn render_of_sources(entries: &BTreeMap<Key, Entry>, text: &mut Exposition) {
+    let of_sources: [Field<MigrationGauges, Option<f64>>; 3] = [
+        (MetricName::MigrationExpectedDowntime, |gauges| gauges.expected_downtime.map(seconds)),
+        (MetricName::MigrationMaxDowntime, |gauges| gauges.max_downtime.map(seconds)),
+        (MetricName::MigrationThrottleRatio, |gauges| gauges.throttle_percent.map(ratio)),
     ];
-    for (metric, value) in downtimes {
+    for (metric, value) in of_sources {
         let known = entries.iter().filter_map(|(key, entry)| Some((key, value(&entry.gauges)?)));
-        for (index, ((id, role), downtime)) in known.enumerate() {
+        for (index, ((id, role), value)) in known.enumerate() {
             if index == 0 {
                 text.family(metric);
             }
-            text.sample(metric, &[id, role.as_str()], downtime.as_secs_f64());
+            text.sample(metric, &[id, role.as_str()], value);
         }
     }
+}
+
+fn seconds(duration: Duration) -> f64 {
+    duration.as_secs_f64()
+}
+
+fn ratio(percent: u8) -> f64 {
+    f64::from(percent) / 100.0
 }
 
 fn render_sums(entries: &BTreeMap<Key, Entry>, text: &mut Exposition) {

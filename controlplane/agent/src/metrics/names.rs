@@ -132,6 +132,8 @@ metrics! {
         "The downtime if it switched over now; of sources, once it was measured.";
     MigrationMaxDowntime: MigrationGauge, "ramferry_migration_max_downtime_seconds", "seconds", ["migration", "role"],
         "The downtime that is aimed at; of sources.";
+    MigrationThrottleRatio: MigrationGauge, "ramferry_migration_throttle_ratio", "1", ["migration", "role"],
+        "Share of its processor time that is taken from the guest so that the migration converges, from 0 to 1; of sources.";
 
     PostcopyFaultDurationSeconds: Histogram(buckets::WORK_REQUEST), "ramferry_postcopy_fault_duration_seconds", "seconds",
         ["fabric"],

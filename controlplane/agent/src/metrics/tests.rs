@@ -28,14 +28,15 @@ fn exercised() -> (Metrics, ActiveMigration) {
     metrics.refresh_rdma_ports(rdma_ports::tests::sysfs().path());
     let counts = ramferry_mover::OperationCounts { posted: 3, ..Default::default() };
     metrics.operations("tcp", ramferry_mover::Opcode::Write, &counts);
-    metrics.postcopy_faults("tcp", &counts);
     metrics.pulled("tcp", 4096);
-    let downtimes = MigrationGauges {
+    metrics.postcopy_faults("tcp", &counts);
+    let of_a_source = MigrationGauges {
         expected_downtime: Some(SECOND),
         max_downtime: Some(SECOND),
+        throttle_percent: Some(20),
         ..MigrationGauges::default()
     };
-    active.set(downtimes);
+    active.set(of_a_source);
     metrics.grpc("other", "OK", SECOND);
     metrics.set_ebpf(&ebpf::tests::states(), ebpf::tests::snapshot());
     let verdict = Verdict { status: Status::Warn, evidence: "1".into(), remedy: "2".into() };

@@ -4,7 +4,7 @@
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
-use ramferry_engine::{Failure, Outcome, Reason, SourceAction, SourceEvent};
+use ramferry_engine::{Failure, Outcome, Percent, Reason, SourceAction, SourceEvent};
 use ramferry_mover::{SourceInput, SourceOutside, SourceSnapshot, Step};
 use ramferry_proto::v1;
 use ramferry_proto::v1::exchange_control_request::Order;
@@ -105,6 +105,19 @@ impl Outside {
         self.session.keep_ordering(draining);
     }
 
+    /// Nothing of a migration fails with it.
+    fn throttle(&mut self, percent: Percent) {
+        self.session.throttle.order(percent);
+        let session = Arc::clone(&self.session);
+        self.spawn(async move {
+            let followed = session.follow_throttle().await;
+            if let Err(failure) = &followed {
+                tracing::warn!(id = session.entry.id, %failure, ?percent, "the guest was not throttled as ordered");
+            }
+            Ok(followed.unwrap_or_else(SourceEvent::ThrottleFailed).into())
+        });
+    }
+
     fn resume(&mut self) {
         let (session, stopped) = (Arc::clone(&self.session), self.session.stop_ordering());
         self.spawn(async move {
@@ -136,6 +149,7 @@ impl Outside {
     }
 
     fn finish(&mut self, outcome: &Outcome) {
+        self.session.end_throttle();
         let (state, failure) = match outcome {
             Outcome::Succeeded => (v1::MigrationState::Succeeded, None),
             Outcome::Failed(failure) | Outcome::Lost(failure) => {
@@ -237,6 +251,7 @@ impl SourceOutside for Outside {
                     Ok(SourceEvent::PeerAborted.into())
                 });
             }
+            SourceAction::ThrottleGuest { percent } => self.throttle(percent),
             SourceAction::ResumeGuest => self.resume(),
             SourceAction::Finish(outcome) => self.finish(&outcome),
             SourceAction::Harvest

@@ -32,6 +32,10 @@ impl Guest for Noting {
         unreachable!()
     }
 
+    fn vcpu_threads(&self) -> GuestFuture<'_, Result<Vec<u32>>> {
+        unreachable!()
+    }
+
     fn drain_io(&self) -> GuestFuture<'_, Result<()>> {
         unreachable!()
     }
@@ -114,6 +118,7 @@ async fn after_a_panic_nothing_is_ordered_of_a_guest_that_was_resumed() {
         mode: "unknown",
     };
     let happened = Happened::default();
+    let throttle = Arc::new(Throttle::new(&agent.config, "a"));
     let session = Session {
         agent,
         entry: Entry::new(String::new(), MigrationRole::Source, v1::Migration::default()),
@@ -127,6 +132,7 @@ async fn after_a_panic_nothing_is_ordered_of_a_guest_that_was_resumed() {
         plan: Mutex::new(None),
         reads: Mutex::default(),
         reconnecting: tokio::sync::Mutex::default(),
+        throttle,
         called: std::time::Instant::now(),
         started: std::time::Instant::now(),
     };

@@ -65,6 +65,8 @@ fn progress(snapshot: &SourceSnapshot, called: Instant, started: Instant) -> v1:
         registered_bytes: counted.registered_bytes,
         pinned_bytes: snapshot.pinned_bytes,
         pinned_peak_bytes: snapshot.pinned_peak_bytes,
+        throttle_percent: engine.throttle.0.into(),
+        throttle_peak_percent: engine.throttle_peak.0.into(),
         expected_downtime: engine.expected_downtime.map(duration),
         setup_time: engine.setup_time.map(since_call),
         first_write_time: counted.first_write.map(|at| duration(at.duration_since(called))),

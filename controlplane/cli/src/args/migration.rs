@@ -8,7 +8,7 @@ use ramferry_proto::v1;
 use super::EXIT_CODES;
 use super::connection::ConnectionArgs;
 use super::names::{AgentAddress, MigrationId, RemotePath};
-use super::units::{BandwidthLimit, PinBudget, Timeout, duration};
+use super::units::{BandwidthLimit, PinBudget, Throttle, Timeout, duration};
 
 const MIGRATE_EXAMPLES: &str = "\
 Examples:
@@ -162,6 +162,9 @@ pub(crate) struct SetArgs {
     /// Whether the guest may be resumed before all of its memory is there; see `migrate --help`.
     #[arg(long, value_enum, value_name = "WHEN", group = "change")]
     pub(crate) postcopy: Option<Postcopy>,
+    /// Most processor time that may be taken from the guest, in percent, or none; see `migrate --help`.
+    #[arg(long, value_name = "PERCENT", group = "change")]
+    pub(crate) throttle: Option<Throttle>,
     #[command(flatten)]
     pub(crate) connection: ConnectionArgs,
 }
@@ -217,6 +220,11 @@ pub(crate) struct ParameterArgs {
     /// where the source's memory is lost meanwhile, so is the guest.
     #[arg(long, value_enum, value_name = "WHEN", default_value = "never")]
     pub(crate) postcopy: Postcopy,
+    /// Where rounds bring no progress, take processor time from the guest's vCPUs: 20 percent, then 10 more at a time, up to
+    /// this many, 1 to 99, or 99 where no number is given. It has all of it back at its pause and at any other end, also
+    /// where the agent is killed. Not used where --postcopy is not never. Or none [default: none].
+    #[arg(long, value_name = "PERCENT", num_args = 0..=1, default_missing_value = "99", require_equals = true)]
+    pub(crate) throttle: Option<Throttle>,
     /// Compare digests of all memory on both sides while both guests stand still; lengthens the downtime. Not after
     /// post-copy: the guest runs before its memory is whole.
     #[arg(long)]
@@ -318,6 +326,7 @@ impl ParameterArgs {
             streams: self.streams.unwrap_or(0),
             verify: self.verify,
             postcopy: self.postcopy.into_proto().into(),
+            throttle_max_percent: self.throttle.map_or(0, Throttle::max_percent),
         }
     }
 }
@@ -342,6 +351,7 @@ impl SetArgs {
             (self.on_timeout.is_some(), "timeout_action"),
             (self.no_progress_timeout.is_some(), "no_progress_timeout"),
             (self.postcopy.is_some(), "postcopy"),
+            (self.throttle.is_some(), "throttle_max_percent"),
         ];
         let paths = given.iter().filter(|(given, _)| *given).map(|(_, path)| (*path).to_owned()).collect();
         let parameters = v1::MigrationParameters {
@@ -351,6 +361,7 @@ impl SetArgs {
             timeout_action: timeout_action(self.on_timeout),
             no_progress_timeout: proto_duration(self.no_progress_timeout),
             postcopy: self.postcopy.map_or(0, |postcopy| postcopy.into_proto().into()),
+            throttle_max_percent: self.throttle.map_or(0, Throttle::max_percent),
             ..Default::default()
         };
         (parameters, prost_types::FieldMask { paths })

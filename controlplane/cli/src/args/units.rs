@@ -21,6 +21,10 @@ pub(crate) struct PinBudget(Option<u64>);
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct ByteCount(pub(crate) u64);
 
+/// The most processor time that may be taken from a guest; none is not to take any.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Throttle(Option<u8>);
+
 /// A duration, or `none`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct Timeout(pub(crate) Option<Duration>);
@@ -43,6 +47,8 @@ pub(crate) enum UnitError {
     Zero,
     #[error("nothing is measured with zero bytes; write for example {example}")]
     ZeroBytes { example: &'static str },
+    #[error("it is no whole number from 1 to 99, in percent; write for example 80, or `none`")]
+    NoPercent,
     #[error("{0}; write for example 15ms, 2s or 1m30s")]
     Duration(#[from] humantime::DurationError),
     #[error("a duration of zero cannot be kept; write for example 15ms")]
@@ -66,6 +72,29 @@ impl PinBudget {
     /// As the protocol has it: 0 is no limit.
     pub(crate) fn bytes(self) -> u64 {
         self.0.unwrap_or(0)
+    }
+}
+
+impl Throttle {
+    /// As the protocol has it: 0 takes none.
+    pub(crate) fn max_percent(self) -> u32 {
+        self.0.unwrap_or(0).into()
+    }
+}
+
+impl FromStr for Throttle {
+    type Err = UnitError;
+
+    fn from_str(value: &str) -> Result<Self, UnitError> {
+        if value == "none" {
+            return Ok(Self(None));
+        }
+        let percent = value.strip_suffix('%').unwrap_or(value).parse();
+        percent
+            .ok()
+            .filter(|percent| (1..=99).contains(percent))
+            .map(|percent| Self(Some(percent)))
+            .ok_or(UnitError::NoPercent)
     }
 }
 

@@ -14,6 +14,7 @@ pub(crate) fn ending(migration: &v1::Migration) -> String {
         ("  error", error(migration)),
         ("  total time", total_time(&progress)),
         ("  downtime", downtime(&progress)),
+        ("  throttled", throttled(&progress)),
         ("  throughput", throughput(migration, &progress)),
         ("  memory", memory(&progress)),
         ("  registration", registration(migration, &progress)),
@@ -55,6 +56,8 @@ pub(crate) fn details(migration: &v1::Migration) -> String {
         ("expected", expected_downtime(&progress)),
         ("total time", total_time(&progress)),
         ("downtime", downtime(&progress)),
+        ("throttled", throttled(&progress)),
+        ("trouble", migration.trouble.clone()),
         ("throughput", throughput(migration, &progress)),
         ("memory", memory(&progress)),
         ("registration", registration(migration, &progress)),
@@ -146,6 +149,14 @@ fn downtime(progress: &v1::MigrationProgress) -> String {
     with_reason(&duration(downtime), &parts.join(", "))
 }
 
+fn throttled(progress: &v1::MigrationProgress) -> String {
+    match (progress.throttle_percent, progress.throttle_peak_percent) {
+        (_, 0) => String::new(),
+        (0, peak) => format!("no longer, by {peak} % at most"),
+        (now, peak) => format!("by {now} %, {peak} % at most"),
+    }
+}
+
 fn throughput(migration: &v1::Migration, progress: &v1::MigrationProgress) -> String {
     let over = fabric_name(migration.fabric()).map_or_else(String::new, |fabric| format!(" over {fabric}"));
     format!("{}{over}", bit_rate(progress.throughput_bits_per_second))
@@ -206,6 +217,8 @@ fn parameter_list(parameters: &v1::MigrationParameters) -> String {
         Some(postcopy_name(parameters.postcopy()))
             .filter(|name| *name != "never")
             .map(|name| format!("post-copy {name}")),
+        (parameters.throttle_max_percent != 0)
+            .then(|| format!("throttle {} %", parameters.throttle_max_percent)),
     ];
     given.into_iter().flatten().collect::<Vec<_>>().join(", ")
 }

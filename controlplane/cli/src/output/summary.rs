@@ -27,6 +27,8 @@ pub(crate) struct Summary {
     postcopy_seconds: Option<f64>,
     downtime_seconds: Option<f64>,
     downtime_parts: Parts,
+    /// The most processor time that was taken from the guest.
+    throttle_peak_percent: u32,
     throughput_bits_per_second: u64,
     registration_seconds: f64,
     registered_bytes: u64,
@@ -55,6 +57,7 @@ pub(crate) struct Details {
     redirtied_bytes: u64,
     dirty_rate_bytes_per_second: u64,
     expected_downtime_seconds: Option<f64>,
+    throttle_percent: u32,
     first_write_seconds: Option<f64>,
     pinned_bytes: u64,
     parameters: Option<Parameters>,
@@ -86,6 +89,7 @@ struct Parameters {
     pin_budget_bytes: Option<u64>,
     streams: Option<u32>,
     verify: bool,
+    throttle_max_percent: Option<u32>,
 }
 
 #[derive(Debug, serde::Serialize)]
@@ -143,6 +147,7 @@ impl Summary {
             postcopy_seconds: seconds(progress.postcopy_time.as_ref()),
             downtime_seconds: seconds(progress.downtime.as_ref()),
             downtime_parts: Parts(parts.collect()),
+            throttle_peak_percent: progress.throttle_peak_percent,
             throughput_bits_per_second: progress.throughput_bits_per_second,
             registration_seconds: seconds(progress.registration_time.as_ref()).unwrap_or(0.0),
             registered_bytes: progress.registered_bytes,
@@ -176,6 +181,7 @@ impl Details {
             redirtied_bytes: progress.redirtied_bytes,
             dirty_rate_bytes_per_second: progress.dirty_rate_bytes_per_second,
             expected_downtime_seconds: seconds(progress.expected_downtime.as_ref()),
+            throttle_percent: progress.throttle_percent,
             first_write_seconds: seconds(progress.first_write_time.as_ref()),
             pinned_bytes: progress.pinned_bytes,
             parameters: spec.parameters.as_ref().map(Parameters::new),
@@ -206,6 +212,7 @@ impl Parameters {
             pin_budget_bytes: limit(parameters.pin_budget_bytes),
             streams: Some(parameters.streams).filter(|streams| *streams != 0),
             verify: parameters.verify,
+            throttle_max_percent: Some(parameters.throttle_max_percent).filter(|percent| *percent != 0),
         }
     }
 }
@@ -276,7 +283,7 @@ mod tests {
             text,
             "{\"id\":\"\",\"state\":\"UNSPECIFIED\",\"fabric\":null,\"registration\":null,\"postcopy\":\"never\",\
              \"ram_bytes\":0,\"present_bytes\":0,\"zero_bytes\":0,\"transferred_bytes\":0,\"rounds\":[],\
-             \"setup_seconds\":null,\"total_seconds\":null,\"postcopy_seconds\":null,\"downtime_seconds\":null,\"downtime_parts\":{},\
+             \"setup_seconds\":null,\"total_seconds\":null,\"postcopy_seconds\":null,\"downtime_seconds\":null,\"downtime_parts\":{},\"throttle_peak_percent\":0,\
              \"throughput_bits_per_second\":0,\"registration_seconds\":0.0,\"registered_bytes\":0,\
              \"pinned_peak_bytes\":0,\"verified\":null,\"error\":null}"
         );

@@ -108,8 +108,8 @@ fn migrate_prints_one_object_with_every_key_in_order() {
          \"postcopy\":\"never\",\"ram_bytes\":4294967296,\"present_bytes\":1073741824,\"zero_bytes\":4096,\
          \"transferred_bytes\":1073741824,\
          \"rounds\":[{\"bytes\":1073741824,\"seconds\":0.25,\"dirtied_bytes\":8192}],\
-         \"setup_seconds\":0.05,\"total_seconds\":0.4,\"downtime_seconds\":0.012,\
-         \"downtime_parts\":{\"pause\":0.001},\"throughput_bits_per_second\":34000000000,\
+         \"setup_seconds\":0.05,\"total_seconds\":0.4,\"postcopy_seconds\":null,\"downtime_seconds\":0.012,\
+         \"downtime_parts\":{\"pause\":0.001},\"throttle_peak_percent\":0,\"throughput_bits_per_second\":34000000000,\
          \"registration_seconds\":0.03,\"registered_bytes\":1073741824,\"pinned_peak_bytes\":536870912,\
          \"verified\":true,\"error\":null}\n"
     );
@@ -120,7 +120,8 @@ fn migrate_prints_one_object_with_every_key_in_order() {
 fn migrate_asks_for_what_was_given() {
     let agent = watched(vec![Step::Update(Box::new(succeeded()))]);
     let flags = "--request-id r-1 --fabric tcp --registration pin-all --max-downtime 15ms --bandwidth-limit 10Gbit \
-                 --pin-budget 4GiB --streams 4 --timeout 5m --on-timeout force --no-progress-timeout 3s --verify";
+                 --pin-budget 4GiB --streams 4 --timeout 5m --on-timeout force --no-progress-timeout 3s \
+                 --throttle=80 --verify";
     assert_eq!(run(agent.address(), &format!("{MIGRATE} {flags} --quiet")).code, 0);
     let parameters = v1::MigrationParameters {
         max_downtime: nanos(15_000_000),
@@ -133,7 +134,8 @@ fn migrate_asks_for_what_was_given() {
         fabric: v1::FabricKind::Tcp.into(),
         streams: 4,
         verify: true,
-        postcopy: 0,
+        postcopy: v1::Postcopy::Never.into(),
+        throttle_max_percent: 80,
     };
     let spec = migration(MigrationState::Pending)
         .spec

@@ -27,5 +27,6 @@ mod secrets;
 mod secured;
 mod soak;
 mod strangers;
+mod throttle;
 mod transcript;
 mod truncated;

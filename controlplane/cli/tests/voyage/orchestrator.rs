@@ -77,6 +77,7 @@ async fn migrate_prints_one_object_with_the_documented_keys() {
         "total_seconds",
         "downtime_seconds",
         "downtime_parts",
+        "throttle_peak_percent",
         "throughput_bits_per_second",
         "registration_seconds",
         "registered_bytes",
@@ -86,7 +87,7 @@ async fn migrate_prints_one_object_with_the_documented_keys() {
     ] {
         assert!(report.contains_key(key), "{key} is missing: {stdout}");
     }
-    assert_eq!(report.len(), 20, "{stdout}");
+    assert_eq!(report.len(), 22, "{stdout}");
     assert_eq!((&report["state"], &report["verified"]), (&"SUCCEEDED".into(), &true.into()));
     assert_eq!(report["fabric"], "shm");
     assert!(report["downtime_seconds"].as_f64().unwrap() > 0.0);

@@ -62,6 +62,7 @@ pub async fn survey(stream: UnixStream, limit: Duration) -> Result<(), GuestErro
     ramferry_ram::Layout::new(shared.iter().map(|shared| shared.block.clone()).collect())?;
     inspect::machine(&client).await?;
     inspect::vcpus(&client).await?;
+    inspect::vcpu_threads(&client).await?;
     devices::late_writers(&client, std::process::id()).await?;
     Ok(())
 }

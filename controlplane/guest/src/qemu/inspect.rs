@@ -1,5 +1,7 @@
 //! What a guest is, and whether it can be migrated. Nothing is changed here.
 
+use std::collections::BTreeSet;
+
 use ramferry_ram::{Access, Layout, RamFile};
 use serde_json::json;
 
@@ -9,7 +11,7 @@ use crate::{GuestError, Qemu};
 
 use super::blocks::{self, RamBlock};
 use super::devices::LateWriters;
-use super::replies::{MigrateInfo, NameInfo, Parameters};
+use super::replies::{CpuInfo, MigrateInfo, NameInfo, Parameters};
 use super::{devices, goes_on};
 
 /// From this version `query-migrate` tells what blocks a migration.
@@ -101,6 +103,12 @@ pub(super) async fn check_parameters(client: &QmpClient) -> Result<(), GuestErro
 pub(super) async fn machine(client: &QmpClient) -> Result<String, QmpError> {
     let kind: String = blocks::property(client, "/machine", "type").await?;
     Ok(kind.strip_suffix("-machine").unwrap_or(&kind).to_owned())
+}
+
+pub(super) async fn vcpu_threads(client: &QmpClient) -> Result<Vec<u32>, QmpError> {
+    let cpus: Vec<CpuInfo> = client.execute("query-cpus-fast", json!({})).await?;
+    let threads: BTreeSet<u32> = cpus.into_iter().map(|cpu| cpu.thread).collect();
+    Ok(threads.into_iter().collect())
 }
 
 pub(super) async fn vcpus(client: &QmpClient) -> Result<u32, QmpError> {

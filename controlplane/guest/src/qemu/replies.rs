@@ -64,6 +64,12 @@ pub(super) struct CacheInfo {
 }
 
 #[derive(Debug, Deserialize)]
+pub(super) struct CpuInfo {
+    #[serde(rename = "thread-id")]
+    pub(super) thread: u32,
+}
+
+#[derive(Debug, Deserialize)]
 pub(super) struct NameInfo {
     pub(super) name: Option<String>,
 }

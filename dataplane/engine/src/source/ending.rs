@@ -4,20 +4,22 @@
 //!            ResumeGuest       (only if the guest is to stay, and may be paused)
 //!  begin --> StopCopy          (only if a copy or recheck is under way) --> Release --> Finish
 //!            AbortPeer         (only if the destination may not know)
+//!            ThrottleGuest 0   (only if the guest may be throttled)
 //!                |                                                     ^         ^
 //!                +-- GuestResumed or GuestGone, and Copied, Rechecked or UNDO passed
 //!                +-- PeerAborted, or UNDO passed --------------------------------+
+//!                +-- Throttled 0, or UNDO passed --------------------------------+
 //! ```
 //!
-//! All three are ordered at once: the guest's resume waits for nothing. Nothing is let go before it runs.
+//! All four are ordered at once: the guest's resume waits for nothing. Nothing is let go before it runs.
 
 use std::time::Duration;
 
 use super::{Outcome, SourceAction, SourceEvent};
-use crate::limits::{RELEASE, RESUME, RESUME_ANSWER, UNDO};
+use crate::limits::{RELEASE, RESUME, RESUME_ANSWER, THROTTLE_ANSWER, UNDO};
 use crate::retry::Retry;
 use crate::trouble::Trouble;
-use crate::{Failure, Reason, State};
+use crate::{Failure, Percent, Reason, State};
 
 /// Whose the guest is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -60,22 +62,32 @@ pub(super) struct Ending {
     resume: Option<Resume>,
     copy_stops: bool,
     telling_peer: bool,
+    /// When the throttle's lift is ordered again.
+    lift: Option<Retry>,
     release: Release,
-    /// When the copy and the peer are no longer waited for.
+    /// When the copy, the peer and the throttle are no longer waited for.
     undo_limit: Option<Duration>,
     /// When the release no longer is.
     release_limit: Option<Duration>,
 }
 
 impl Ending {
-    /// Begins; appends what is to be done to `actions`. Never ends at once: there is always a release to wait for.
-    pub(super) fn begin(now: Duration, plan: Plan, actions: &mut Vec<SourceAction>) -> Self {
+    /// Begins; appends what is to be done to `actions`, and `lift` among it: what lifts the throttle, where there may be
+    /// one. Never ends at once: there is always a release to wait for.
+    pub(super) fn begin(
+        now: Duration,
+        plan: Plan,
+        lift: Vec<SourceAction>,
+        actions: &mut Vec<SourceAction>,
+    ) -> Self {
+        let lift_answer_by = Some(now.saturating_add(THROTTLE_ANSWER));
         let mut ending = Self {
             outcome: plan.outcome,
             guest: plan.guest,
             resume: None,
             copy_stops: plan.stop_copy,
             telling_peer: plan.abort_peer.is_some(),
+            lift: (!lift.is_empty()).then(|| Retry::new(lift_answer_by)),
             release: Release::Held,
             undo_limit: Some(now.saturating_add(UNDO)),
             release_limit: None,
@@ -83,6 +95,8 @@ impl Ending {
         if plan.guest == (Guest::Stays { resume: true }) {
             ending.order_resume(now, actions);
         }
+        // Behind the guest's resume, which waits for no answer to it.
+        actions.extend(lift);
         if plan.stop_copy {
             actions.push(SourceAction::StopCopy);
         }
@@ -103,6 +117,8 @@ impl Ending {
             SourceEvent::GuestGone(failure) if self.resume.is_some() => self.lost(&failure),
             SourceEvent::GuestPaused if self.guest_stays() => self.order_resume(now, actions),
             SourceEvent::Failed(failure) => self.failed(now, failure),
+            SourceEvent::Throttled { percent: Percent(0) } => self.lift = None,
+            SourceEvent::ThrottleFailed(_) => self.lift.iter_mut().for_each(|lift| lift.put_off(now)),
             SourceEvent::Copied { .. } | SourceEvent::Rechecked { .. } => self.copy_stops = false,
             SourceEvent::PeerAborted | SourceEvent::PeerLost => self.telling_peer = false,
             SourceEvent::Released if self.release == Release::Ordered => self.release = Release::Done,
@@ -110,13 +126,15 @@ impl Ending {
             _ => {}
         }
         self.advance(now, actions);
-        let done = self.resume.is_none() && self.release == Release::Done && !self.telling_peer;
+        let is_undone = self.resume.is_none() && self.lift.is_none() && !self.telling_peer;
+        let done = is_undone && self.release == Release::Done;
         done.then(|| self.outcome.clone())
     }
 
     pub(super) fn deadline(&self) -> Option<Duration> {
         let resume = self.resume.iter().flat_map(|resume| [resume.retry.at(), Some(resume.give_up_at)]);
-        resume.chain([self.undo_limit, self.release_limit]).flatten().min()
+        let lift = self.lift.as_ref().and_then(Retry::at);
+        resume.chain([lift, self.undo_limit, self.release_limit]).flatten().min()
     }
 
     pub(super) fn phase(&self) -> &'static str {
@@ -171,6 +189,11 @@ impl Ending {
             self.undo_limit = None;
             self.copy_stops = false;
             self.telling_peer = false;
+            self.lift = None;
+        }
+        if let Some(lift) = self.lift.as_mut().filter(|lift| lift.is_due(now)) {
+            lift.put_off(now);
+            actions.push(SourceAction::ThrottleGuest { percent: Percent(0) });
         }
         if self.release_limit.is_some_and(|limit| limit <= now) {
             self.release_limit = None;

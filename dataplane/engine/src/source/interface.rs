@@ -2,7 +2,7 @@ use std::time::Duration;
 
 use ramferry_ram::PageSets;
 
-use crate::{BytesPerSecond, Failure, FixedCosts, Parameters};
+use crate::{BytesPerSecond, Failure, FixedCosts, Parameters, Percent};
 
 /// What a source is told.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -108,6 +108,13 @@ pub enum SourceEvent {
     PeerAborted,
     /// Answer to `Release`.
     Released,
+    /// Answer to `ThrottleGuest`: so much is taken now, which may be what a later order said.
+    Throttled {
+        /// Of the guest's processor time.
+        percent: Percent,
+    },
+    /// Answer to `ThrottleGuest`: it was not done, or only in part.
+    ThrottleFailed(Failure),
     /// An action failed, or the link, the guest or the tracker did; at any time.
     Failed(Failure),
     /// Give up; the guest stays here.
@@ -186,6 +193,12 @@ pub enum SourceAction {
     ResumeGuest,
     /// Let go of links, regions and the tracker, and end whatever is still under way (`Released`).
     Release,
+    /// Take so much of the guest's processor time, none for 0: the latest order counts, whatever came of those before. What is
+    /// taken is given back by the driver's end too, whichever that is (`Throttled`, or else `ThrottleFailed`).
+    ThrottleGuest {
+        /// Of what its vCPUs can have.
+        percent: Percent,
+    },
     /// Pace the copy, from now on.
     SetBandwidthLimit(Option<BytesPerSecond>),
     /// The end; no action follows. The control stream is closed: a destination that was not told otherwise
@@ -229,6 +242,7 @@ impl SourceAction {
             Self::AbortPeer(_) => "abort_peer",
             Self::ResumeGuest => "resume_guest",
             Self::Release => "release",
+            Self::ThrottleGuest { .. } => "throttle_guest",
             Self::SetBandwidthLimit(_) => "set_bandwidth_limit",
             Self::Finish(_) => "finish",
         }

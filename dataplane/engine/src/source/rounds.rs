@@ -97,13 +97,14 @@ impl Source {
             self.owed = Some(pages);
             return self.pause(now, true, actions);
         }
+        let verdict = self.throttled(now, verdict, owed_bytes, actions);
         let or_fail = self.parameters.timeout_action == TimeoutAction::Cancel;
         match verdict {
             Verdict::NextRound if !self.forced => self.copy(now, Phase::Copy, pages, actions),
             Verdict::Settle if !self.forced => self.settle(now, pages, actions),
             Verdict::NotConverging if !self.forced && or_fail => {
                 let failure = self.convergence.not_converging(owed_bytes, recheck.bytes, &self.parameters);
-                self.fail(now, failure, actions);
+                self.fail(now, self.and_throttle(failure), actions);
             }
             _ if recheck.never_settled => self.settle(now, pages, actions),
             _ => {

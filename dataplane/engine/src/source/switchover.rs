@@ -30,6 +30,8 @@ impl Source {
                 self.paused_at = Some(now);
                 self.progress.downtime_parts.pause = took;
                 self.next(now, Phase::LastHarvest { postcopy }, SourceAction::Harvest, actions);
+                // Not before: what it then wrote until its pause would be more than was expected.
+                self.lift_throttle(now, actions);
             }
             (Phase::LastHarvest { postcopy }, SourceEvent::Harvested { written, elapsed }) => {
                 let postcopy = *postcopy;

@@ -10,3 +10,4 @@ mod source_harness;
 mod source_late_cases;
 mod source_postcopy_cases;
 mod source_table;
+mod source_throttle_cases;

@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use ramferry_engine::{
-    Failure, FixedCosts, LateWrites, Outcome, Parameters, Postcopy, Reason, Source, SourceAction,
+    Failure, FixedCosts, LateWrites, Outcome, Parameters, Percent, Postcopy, Reason, Source, SourceAction,
     SourceEvent, State,
 };
 use ramferry_ram::{Block, BlockIndex, Layout, PageRun, PageSets};
@@ -188,12 +188,15 @@ pub(crate) struct Checked {
     owed_accepted: bool,
     /// As the last parameters had it.
     postcopy: Postcopy,
+    throttle: Option<Percent>,
+    /// As it was last ordered.
+    throttled: Percent,
 }
 
 impl Checked {
     pub(crate) fn new(parameters: Parameters) -> Self {
-        let postcopy = parameters.postcopy;
-        Self { postcopy, ..Self::over(Source::new(parameters).unwrap()) }
+        let (postcopy, throttle) = (parameters.postcopy, parameters.throttle);
+        Self { postcopy, throttle, ..Self::over(Source::new(parameters).unwrap()) }
     }
 
     pub(crate) fn restarted_before_handover() -> Self {
@@ -253,6 +256,8 @@ impl Checked {
             peer_lost_memory: false,
             owed_accepted: false,
             postcopy: Postcopy::default(),
+            throttle: None,
+            throttled: Percent(0),
         }
     }
 
@@ -283,7 +288,7 @@ impl Checked {
                 self.owed_accepted |= matches!(self.actions.last(), Some(SourceAction::SendOwed { .. }));
             }
             SourceEvent::SetParameters(parameters) if parameters.check().is_ok() => {
-                self.postcopy = parameters.postcopy;
+                (self.postcopy, self.throttle) = (parameters.postcopy, parameters.throttle);
             }
             SourceEvent::DeviceStateMoved => {
                 self.device_state_moved = self.times(&SourceAction::MoveDeviceState) > 0;
@@ -376,7 +381,19 @@ impl Checked {
                 assert!(!is_served || self.peer_has_everything, "lets go of what is owed");
             }
             SourceAction::AbortPeer(_) => assert!(!self.commit_may_be_out, "aborts what may be committed"),
+            SourceAction::ThrottleGuest { percent } => {
+                if *percent > Percent(0) {
+                    assert!(!self.pause_ordered && self.times(&SourceAction::Release) == 0);
+                    assert!(self.postcopy == Postcopy::Never, "throttled where post-copy is allowed");
+                    assert!(
+                        self.throttle.is_some_and(|most| *percent <= most),
+                        "{percent:?} without consent"
+                    );
+                }
+                self.throttled = *percent;
+            }
             SourceAction::Finish(outcome) => {
+                assert_eq!(self.throttled, Percent(0), "left the guest throttled");
                 assert_eq!(index + 1, batch, "actions after the end");
                 self.check_outcome(outcome);
             }

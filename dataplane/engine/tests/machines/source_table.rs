@@ -1,4 +1,6 @@
-use ramferry_engine::{BytesPerSecond, LateWrites, Parameters, Postcopy, Reason, SourceAction, SourceEvent};
+use ramferry_engine::{
+    BytesPerSecond, LateWrites, Parameters, Percent, Postcopy, Reason, SourceAction, SourceEvent,
+};
 
 use crate::source_harness::{
     Checked, LATE_STEPS, PAGES, POSTCOPY_STEPS, copied, cut_short, failure, fenced, good_path, harvested,
@@ -32,6 +34,8 @@ fn events() -> Vec<SourceEvent> {
             timeout: Some(milliseconds(1)),
             ..Parameters::default()
         }),
+        SourceEvent::SetParameters(Parameters { throttle: Some(Percent(99)), ..Parameters::default() }),
+        SourceEvent::ThrottleFailed(failure(Reason::ThrottleFailed)),
         SourceEvent::Tick,
         SourceEvent::LateWrites(LateWrites::Undrainable),
     ]);
@@ -62,6 +66,8 @@ fn answers() -> Vec<SourceEvent> {
         SourceEvent::StillOwed { bytes: 1 },
         SourceEvent::GuestResumed,
         SourceEvent::PeerAborted,
+        SourceEvent::Throttled { percent: Percent(0) },
+        SourceEvent::Throttled { percent: Percent(20) },
         SourceEvent::Released,
     ]
 }
@@ -110,6 +116,20 @@ fn steps() -> Vec<Way> {
         checked.handle(SourceEvent::GuestResumed);
         checked
     }
+    fn throttled(phase: &str) -> Checked {
+        let mut checked = crate::source_throttle_cases::throttled();
+        match phase {
+            "harvest" => {
+                crate::source_cases::end_round(&mut checked);
+            }
+            "pause" => {
+                crate::source_cases::end_round(&mut checked);
+                checked.handle(harvested(0));
+            }
+            _ => {}
+        }
+        checked
+    }
     let mut steps: Vec<Way> = Vec::new();
     for phase in all_phases() {
         steps.push((phase.to_owned(), Checked::at));
@@ -122,6 +142,9 @@ fn steps() -> Vec<Way> {
     }
     for phase in ["copy", "pause", "last_harvest", "device_state", "handover", "commit", "release"] {
         steps.push((phase.to_owned(), |phase| Checked::on(postcopy_path(), phase)));
+    }
+    for phase in ["copy", "harvest", "pause"] {
+        steps.push((phase.to_owned(), throttled));
     }
     for phase in ["copy", "recheck"] {
         steps.push((phase.to_owned(), out_of_time));

@@ -28,6 +28,8 @@ pub(crate) enum Violation {
     Unfinished,
     /// A side reported an end that is not where the guest runs, or more than one.
     WrongOutcome,
+    /// The source guest was still held back when its migration ended.
+    LeftThrottled,
     /// A cancelled migration had its guest paused 100 ms later.
     SlowCancel,
 }

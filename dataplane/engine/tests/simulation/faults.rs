@@ -178,6 +178,8 @@ pub(crate) enum Sabotage {
     ForgetOwed,
     /// A page counts as in place just before it is.
     ClearBeforeBytes,
+    /// The throttle is said to be lifted, and is not.
+    ForgetThrottle,
     /// The VMM is given its device state while zero pages still wait to be applied.
     LoadBeforeZeroPages,
 }

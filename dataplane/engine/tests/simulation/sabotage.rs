@@ -40,6 +40,17 @@ fn a_page_that_counts_as_in_place_before_it_is_there_is_caught() {
     assert!(one_fault_in_postcopy_shows(Sabotage::ClearBeforeBytes, Violation::Differs));
 }
 
+#[test]
+fn a_throttle_that_is_not_lifted_is_caught() {
+    let shows = |seed: u64| {
+        let world = World::new(seed, false, vec![], Sabotage::ForgetThrottle);
+        let mut world = world.with_throttle(seed, false);
+        world.run();
+        world.checker.violations.first() == Some(&Violation::LeftThrottled)
+    };
+    assert!((0..200).any(shows));
+}
+
 /// Also by the search over random schedules.
 #[test]
 fn random_schedules_catch_a_destination_that_forgets_what_is_owed() {

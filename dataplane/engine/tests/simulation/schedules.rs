@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use ramferry_engine::{LateWrites, Outcome, Postcopy};
+use ramferry_engine::{LateWrites, Outcome, Percent, Postcopy};
 
 use crate::checker::Violation;
 use crate::faults::{Fault, Injection, Random, Sabotage};
@@ -40,11 +40,20 @@ fn postcopy(seed: u64) -> Postcopy {
     }
 }
 
+/// Of five seeds two never lead into post-copy, and may have their guest throttled.
+fn is_throttled(seed: u64) -> bool {
+    matches!(seed % 5, 1 | 2)
+}
+
 /// A migration as its seed has it.
 pub(crate) fn world(seed: u64, injections: Vec<Injection>, sabotage: Sabotage) -> World {
     let verify = seed.is_multiple_of(2);
     let world = World::new(seed, verify, injections, sabotage);
-    let mut world = world.with_postcopy(seed, verify, postcopy(seed));
+    let mut world = if is_throttled(seed) {
+        world.with_throttle(seed, verify)
+    } else {
+        world.with_postcopy(seed, verify, postcopy(seed))
+    };
     world.late = late_writes(seed);
     world
 }
@@ -79,7 +88,7 @@ fn steps(seed: u64) -> u32 {
 
 #[test]
 fn without_faults_the_guest_moves() {
-    let (mut long_ones, mut postcopies, mut waited) = (0, 0, 0);
+    let (mut long_ones, mut postcopies, mut waited, mut throttled) = (0, 0, 0, 0);
     for seed in 0..200 {
         let world = run(seed, vec![]);
         require_sound(&world, seed, THIS_TEST);
@@ -88,8 +97,11 @@ fn without_faults_the_guest_moves() {
         long_ones += u32::from(world.steps > 30);
         postcopies += u32::from(world.source.progress().postcopy);
         waited += world.owed.waited;
+        throttled += u32::from(world.source.progress().throttle_peak > Percent(0));
     }
     assert!(long_ones > 50, "{long_ones} of several rounds");
+    eprintln!("{throttled} with their guest throttled");
+    assert!(throttled > 20, "{throttled} with their guest throttled");
     eprintln!("{postcopies} into post-copy, in which guests waited {waited} times");
     assert!(postcopies > 60 && waited > postcopies, "{postcopies} into post-copy, waited {waited} times");
 }

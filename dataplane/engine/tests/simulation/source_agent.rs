@@ -3,8 +3,8 @@
 use std::time::Duration;
 
 use ramferry_engine::{
-    Failure, FixedCosts, LateWrites, Outcome, Parameters, Postcopy, Progress, Reason, Source, SourceAction,
-    SourceEvent,
+    Failure, FixedCosts, LateWrites, Outcome, Parameters, Percent, Postcopy, Progress, Reason, Source,
+    SourceAction, SourceEvent,
 };
 use ramferry_ram::{BlockIndex, PageSets};
 
@@ -43,6 +43,8 @@ pub(crate) struct SourceAgent {
     seed: u64,
     verify: bool,
     postcopy: Postcopy,
+    throttle: Option<Percent>,
+    pub(crate) throttle_ordered: Percent,
     copy: u32,
     copying: Option<Copying>,
     /// What each page held when it was last sent.
@@ -52,9 +54,9 @@ pub(crate) struct SourceAgent {
 }
 
 impl SourceAgent {
-    pub(crate) fn new(seed: u64, verify: bool, postcopy: Postcopy) -> Self {
+    pub(crate) fn new(seed: u64, verify: bool, postcopy: Postcopy, throttle: Option<Percent>) -> Self {
         Self {
-            machine: Source::new(parameters(seed, verify, postcopy)).unwrap(),
+            machine: Source::new(parameters(seed, verify, postcopy, throttle)).unwrap(),
             is_up: true,
             life: 0,
             wake: 0,
@@ -64,6 +66,8 @@ impl SourceAgent {
             seed,
             verify,
             postcopy,
+            throttle,
+            throttle_ordered: Percent(0),
             copy: 0,
             copying: None,
             sent: [None; PAGES],
@@ -74,7 +78,7 @@ impl SourceAgent {
 
     /// A fresh one, for the next migration of the same guest.
     pub(crate) fn again(&self, verify: bool) -> Self {
-        Self::new(self.seed, verify, self.postcopy)
+        Self::new(self.seed, verify, self.postcopy, self.throttle)
     }
 
     pub(crate) fn says_lost(&self) -> bool {
@@ -96,10 +100,10 @@ impl SourceAgent {
 }
 
 /// Where post-copy is allowed, the timeout comes somewhere in the first rounds.
-fn parameters(seed: u64, verify: bool, postcopy: Postcopy) -> Parameters {
+fn parameters(seed: u64, verify: bool, postcopy: Postcopy, throttle: Option<Percent>) -> Parameters {
     let timeout = (postcopy == Postcopy::Allow).then(|| Duration::from_millis(1 + seed % 37));
     let max_downtime = Duration::from_millis(15);
-    Parameters { max_downtime, verify, postcopy, timeout, ..Parameters::default() }
+    Parameters { max_downtime, verify, postcopy, throttle, timeout, ..Parameters::default() }
 }
 
 /// What the journal leaves to be done after a restart.
@@ -110,7 +114,9 @@ pub(crate) fn restart(world: &mut World) {
     (agent.copying, agent.pausing, agent.verifying) = (None, None, None);
     // What a dead agent held is gone with it, where nobody else does.
     world.owed.is_lost |= world.source_vmm.dead;
-    let parameters = parameters(agent.seed, agent.verify, agent.postcopy);
+    // By what it kept of it, whatever the journal says.
+    world.source_vmm.throttle = Percent(0);
+    let parameters = parameters(agent.seed, agent.verify, agent.postcopy, agent.throttle);
     match agent.journal.records.last() {
         Some(Record::Ended) => return,
         Some(Record::HandedOver) => agent.machine = Source::recover_handed_over(parameters),
@@ -218,6 +224,7 @@ fn perform(world: &mut World, action: SourceAction, fate: Fate) {
                 fate,
             );
         }
+        SourceAction::ThrottleGuest { percent } => throttle(world, percent, fate),
         SourceAction::SetBandwidthLimit(_) => {}
         SourceAction::Reconnect => reconnect(world, fate),
         SourceAction::TellMemoryLost(failure) => {
@@ -226,6 +233,7 @@ fn perform(world: &mut World, action: SourceAction, fate: Fate) {
         SourceAction::Finish(outcome) => {
             let first = world.source.outcome.is_none();
             world.checker.require(first, Violation::WrongOutcome);
+            world.checker.require(world.source_vmm.throttle == Percent(0), Violation::LeftThrottled);
             world.source.outcome = Some(outcome);
             let journal = &mut world.source.journal;
             // Behind what was synced, without a sync of its own.
@@ -234,6 +242,20 @@ fn perform(world: &mut World, action: SourceAction, fate: Fate) {
             world.cut_stream(true);
         }
     }
+}
+
+fn throttle(world: &mut World, percent: Percent, fate: Fate) {
+    let forgets = world.sabotage == Sabotage::ForgetThrottle && percent == Percent(0);
+    if fate.has_effect() && !forgets {
+        world.source.throttle_ordered = percent;
+    }
+    let answer = match fate {
+        Fate::Fail { .. } => SourceEvent::ThrottleFailed(Failure::new(Reason::ThrottleFailed, "injected")),
+        _ => SourceEvent::Throttled { percent },
+    };
+    // What it answers with has failed, not the order as others do.
+    let fate = if matches!(fate, Fate::Fail { .. }) { Fate::Normal } else { fate };
+    world.act(Side::Source, microseconds(300), Effect::ThrottleSource, Reply::Source(answer), fate);
 }
 
 fn reconnect(world: &mut World, fate: Fate) {

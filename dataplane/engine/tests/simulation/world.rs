@@ -10,7 +10,7 @@ mod verdict;
 use std::collections::BTreeMap;
 use std::time::Duration;
 
-use ramferry_engine::{DestinationEvent, LateWrites, Postcopy, Reason, SourceEvent};
+use ramferry_engine::{DestinationEvent, LateWrites, Percent, Postcopy, Reason, SourceEvent};
 use ramferry_ram::{Block, BlockIndex, Layout, PageRun, PageSets};
 
 use crate::checker::{Checker, Violation};
@@ -104,7 +104,7 @@ impl World {
             steps: 0,
             checker: Checker::default(),
             network: Network::new(0),
-            source: SourceAgent::new(seed, verify, Postcopy::Never),
+            source: SourceAgent::new(seed, verify, Postcopy::Never, None),
             destination: DestinationAgent::new(),
             source_vmm: Vmm::new(source_ram, true),
             destination_vmm: Vmm::new(destination_ram, false),
@@ -126,7 +126,13 @@ impl World {
 
     /// A world whose migration may, or is to, lead into post-copy.
     pub(crate) fn with_postcopy(mut self, seed: u64, verify: bool, postcopy: Postcopy) -> Self {
-        self.source = SourceAgent::new(seed, verify, postcopy);
+        self.source = SourceAgent::new(seed, verify, postcopy, None);
+        self
+    }
+
+    /// A world whose guest may be throttled.
+    pub(crate) fn with_throttle(mut self, seed: u64, verify: bool) -> Self {
+        self.source = SourceAgent::new(seed, verify, Postcopy::Never, Some(Percent(99)));
         self
     }
 
@@ -371,6 +377,7 @@ impl World {
             }
             Effect::PauseSource { .. } => {}
             Effect::ResumeSource => self.resume_source(),
+            Effect::ThrottleSource => self.source_vmm.throttle = self.source.throttle_ordered,
             Effect::EndTransfers => self.end_transfers(None),
             Effect::WaitForDeviceState { postcopy } => {
                 self.destination_vmm.waits = true;

@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use ramferry_engine::LateWrites;
+use ramferry_engine::{LateWrites, Percent};
 
 use super::{HOT_PAGES, Happening, PAGES, Page, World, ZERO, insert, microseconds};
 use crate::checker::Violation;
@@ -21,11 +21,21 @@ pub(crate) struct Vmm {
     pub(crate) pause_order: u32,
     /// At the destination: for device state.
     pub(crate) waits: bool,
+    /// At the source: processor time that is taken from its guest.
+    pub(crate) throttle: Percent,
 }
 
 impl Vmm {
     pub(super) fn new(ram: [Page; PAGES], running: bool) -> Self {
-        Self { ram, running, dead: false, device_state: None, pause_order: 0, waits: false }
+        Self {
+            ram,
+            running,
+            dead: false,
+            device_state: None,
+            pause_order: 0,
+            waits: false,
+            throttle: Percent(0),
+        }
     }
 }
 

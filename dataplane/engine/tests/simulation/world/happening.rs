@@ -21,6 +21,8 @@ pub(crate) enum Effect {
         order: u32,
     },
     ResumeSource,
+    /// The source guest is held back as the latest order of all has it.
+    ThrottleSource,
     /// The source VMM waits for its transfers into RAM.
     EndTransfers,
     /// With `postcopy` its accesses to guest RAM are caught.
