@@ -325,7 +325,12 @@ impl Driver {
         }
         while let Some((now, event)) = self.events.pop_front() {
             let mut actions = Vec::new();
+            let before = self.engine.state();
             self.engine.handle(now, event, &mut actions);
+            // The pause is over, and what follows may take long.
+            if self.engine.state() == State::Postcopy && before != State::Postcopy {
+                self.publish();
+            }
             self.marked.follow(self.engine.progress());
             for action in actions {
                 self.carry_out(action);

@@ -374,7 +374,7 @@ mod tests {
         let (now, before) = (snapshot(10), Snapshot::default());
         let text = view(&probes, &now, &before).text();
         assert!(text.contains("120 us  -          -\n"), "{text}");
-        assert!(text.ends_with("or /sys is not mounted here\n"), "{text}");
+        assert!(text.contains("or /sys is not mounted here\n        -> mount /sys here"), "{text}");
         assert_eq!(text.matches("absent: ib_uverbs_reg_mr, ib_umem_get: ").count(), 1, "{text}");
     }
 
