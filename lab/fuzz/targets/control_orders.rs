@@ -13,7 +13,7 @@ use ramferry_fabric::MappedDomain;
 use ramferry_fuzz::{PAGE, memory, messages, range};
 use ramferry_mover::{
     DestinationHandle, DestinationInput, DestinationOutside, DestinationParts, DestinationSnapshot,
-    PeerAnswer, spawn_destination,
+    PeerAnswer, PostcopyParts, spawn_destination,
 };
 use ramferry_ram::Memory;
 
@@ -105,6 +105,13 @@ fn parts(memory: &Arc<Memory>) -> DestinationParts {
         domain: Arc::new(MappedDomain::new(Arc::clone(memory)).expect("presence is known")),
         memory: Arc::clone(memory),
         registration_workers: 1,
+        // An order into post-copy fails: there is no VMM.
+        postcopy: PostcopyParts {
+            vmm: 0,
+            partners: Vec::new(),
+            owed_path: std::path::PathBuf::new(),
+            migration: String::new(),
+        },
         answer: Arc::new(|_: PeerAnswer| true),
     }
 }
