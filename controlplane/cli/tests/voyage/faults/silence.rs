@@ -210,7 +210,7 @@ fn silence_while_the_guest_runs_ends_the_migration_and_the_guest_never_stands_st
 #[test]
 fn silence_while_the_guest_is_paused_resumes_it_at_the_source_in_bounded_time() {
     let Some(hosts) = hosts("paused") else { return };
-    let stood = fall_silent(&hosts, "source end_round last 3");
+    let stood = fall_silent(&hosts, "source end_round 3");
     assert!(stood < NOTICED_WITHIN, "{stood:?}");
     move_again(hosts);
 }
