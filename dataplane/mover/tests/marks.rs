@@ -14,7 +14,7 @@ use std::time::Duration;
 use ramferry_engine::{DowntimeParts, Round};
 use ramferry_mover::marks;
 
-const PARTS: u64 = 10;
+const PARTS: u64 = 11;
 
 /// What a note says, as addresses in the file's own numbering.
 #[derive(Debug)]
