@@ -47,7 +47,7 @@ pub trait DestinationOutside: Send {
 pub struct DestinationSnapshot {
     /// The engine's state.
     pub state: State,
-    /// What the threads counted: registrations only.
+    /// What the threads counted: registrations, and in post-copy what was read and waited for.
     pub counted: Counted,
     /// Length of all blocks.
     pub ram_bytes: u64,

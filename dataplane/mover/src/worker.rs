@@ -17,15 +17,15 @@ use crate::counters::{CompletionStatus, Opcode, Stall};
 use crate::recheck::Recheck;
 
 /// Longest operation that is posted at once.
-const TRANSFER_BYTES: u64 = 1 << 20;
+pub(crate) const TRANSFER_BYTES: u64 = 1 << 20;
 /// How long a thread that has nothing to do spins before it sleeps. Waking a
 /// sleeper costs some 50 us, so that spinning longer can at most halve the wait.
-const SPIN: Duration = Duration::from_micros(50);
+pub(crate) const SPIN: Duration = Duration::from_micros(50);
 /// Longest sleep, so that a stop is seen soon. A link wakes its thread when something completes; each look without
 /// that takes processor time that others may need, by as many threads as there are links.
-const NAP: Duration = Duration::from_millis(10);
+pub(crate) const NAP: Duration = Duration::from_millis(10);
 /// A link that completes nothing for so long is dead.
-const STALL_LIMIT: Duration = Duration::from_secs(30);
+pub(crate) const STALL_LIMIT: Duration = Duration::from_secs(30);
 /// Bytes written between two fences within a pass, so that windows can be
 /// released while it is under way.
 const PROVE_BYTES: u64 = 8 << 20;

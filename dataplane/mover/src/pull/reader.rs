@@ -2,22 +2,14 @@
 
 use std::collections::HashMap;
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use ramferry_fabric::{Completion, Link, OpId, Place, PostError, Transfer};
 
 use crate::MoverError;
 use crate::copy::{Chunk, Copy, Pass};
 use crate::counters::{CompletionStatus, Opcode};
-
-/// Longest operation that is posted at once.
-const TRANSFER_BYTES: u64 = 1 << 20;
-/// How long a thread spins before it sleeps.
-const SPIN: Duration = Duration::from_micros(50);
-/// Longest sleep.
-const NAP: Duration = Duration::from_millis(10);
-/// A link that completes nothing for so long is dead.
-const STALL_LIMIT: Duration = Duration::from_secs(30);
+use crate::worker::{NAP, SPIN, STALL_LIMIT, TRANSFER_BYTES};
 
 pub(super) struct Reader {
     link: Box<dyn Link>,
