@@ -21,7 +21,7 @@ use std::time::{Duration, Instant};
 use ramferry_fabric::windows::{WindowConfig, Windows};
 use ramferry_fabric::{Domain, Link};
 use ramferry_ram::{BlockIndex, Memory, Owed, PageRun, PageSets};
-use ramferry_tracking::postcopy::{FaultsError, PageFault, RemoteFaults};
+use ramferry_tracking::postcopy::{PageFault, RemoteFaults};
 
 use self::reader::Reader;
 use crate::copy::{Chunk, Copy, Next, Pass, SendOrder};
@@ -78,8 +78,6 @@ pub(crate) struct Pull {
     attempts: u64,
     /// What answers of the source are for, while there are links.
     slot: ReadsSlot,
-    /// The last look at who reaches the guest's RAM.
-    last_look: Option<JoinHandle<Result<(), FaultsError>>>,
 }
 
 /// One attempt to read: until its links break.
@@ -127,7 +125,7 @@ impl Pull {
             report,
         });
         let mut pull =
-            Self { shared, fault_threads: Vec::new(), reading: None, attempts: 0, last_look: None, slot };
+            Self { shared, fault_threads: Vec::new(), reading: None, attempts: 0, slot };
         for index in 0..FAULT_LINKS {
             let shared = Arc::clone(&pull.shared);
             let builder = thread::Builder::new().name(format!("fault-{index}"));
@@ -147,21 +145,9 @@ impl Pull {
         self.begin_pass();
     }
 
-    /// Looks once more whether all that reaches the guest's RAM waits, beside what happens meanwhile.
-    pub(crate) fn look_again(&mut self) -> Result<(), MoverError> {
-        let shared = Arc::clone(&self.shared);
-        let look = thread::Builder::new().name("look-again".into());
-        self.last_look = Some(look.spawn(move || shared.faults.recheck()).map_err(MoverError::Thread)?);
-        Ok(())
-    }
-
-    /// What that look found.
-    pub(crate) fn await_look(&mut self) -> Result<(), MoverError> {
-        match self.last_look.take().map(JoinHandle::join) {
-            Some(Ok(found)) => Ok(found?),
-            Some(Err(_)) => Err(MoverError::ThreadEnded),
-            None => Ok(()),
-        }
+    /// Makes sure that all that reaches the guest's RAM still waits.
+    pub(crate) fn confirm(&self) -> Result<(), MoverError> {
+        Ok(self.shared.faults.confirm()?)
     }
 
     /// Takes links to the source, in the place of those before.
@@ -256,8 +242,6 @@ impl Pull {
     /// stay for whoever decides what becomes of a guest that lacks memory.
     pub(crate) fn end(mut self) -> Result<(), MoverError> {
         self.shared.stop.store(true, Ordering::Release);
-        // Nobody asks any more.
-        drop(self.await_look());
         self.disconnect();
         for thread in self.fault_threads.drain(..) {
             if thread.join().is_err() {

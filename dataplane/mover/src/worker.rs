@@ -134,6 +134,10 @@ impl Worker {
             }
         }
         self.flush_zero();
+        if pass.guest_paused {
+            // The guest waits: what is placed is not asked for apart.
+            return self.fence();
+        }
         self.drain()
     }
 
@@ -146,9 +150,19 @@ impl Worker {
         recheck.run(&copy.memory, notes, hasher).map_err(MoverError::Ram)
     }
 
+    /// Waits until all that this thread ever wrote is in the peer's memory, which where nothing was written since the last
+    /// fence it is.
     fn fence(&mut self) -> Result<(), MoverError> {
+        if self.unproven.is_empty() && self.in_flight.is_empty() {
+            return Ok(());
+        }
         self.post_fence()?;
-        self.drain()
+        self.drain()?;
+        // What was under way when the fence was posted was posted before it.
+        for window in self.unproven.drain(..) {
+            self.copy.give_back(window);
+        }
+        Ok(())
     }
 
     /// Posts a fence behind what has completed, if anything has.

@@ -17,10 +17,24 @@ const FULL_LOOK_INTERVAL: Duration = Duration::from_secs(1);
 /// A child that has its parent's descriptors until its `execve` is given so long.
 const FORK_PATIENCE: Duration = Duration::from_millis(200);
 const FORK_POLL: Duration = Duration::from_millis(5);
-/// Of a link in `/proc/PID/fd`: the descriptor may be written to.
-const OWNER_WRITE: u32 = 0o200;
+/// What a descriptor allows, as the link in `/proc/PID/fd` has it among its permissions.
+#[derive(Clone, Copy, Debug)]
+pub(crate) enum Use {
+    Write,
+    ReadOrWrite,
+}
 
-/// A process that has a file open for writing.
+impl Use {
+    fn is_allowed_by(self, mode: u32) -> bool {
+        let wanted = match self {
+            Use::Write => 0o200,
+            Use::ReadOrWrite => 0o600,
+        };
+        mode & wanted != 0
+    }
+}
+
+/// A process that has a file open.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Holder {
     pub(crate) pid: u32,
@@ -59,7 +73,7 @@ impl HolderSearch {
         }
         processes.retain(|pid| !known.contains(pid));
         self.seen = now;
-        match processes.into_iter().find_map(|pid| lasting_holder(pid, files)) {
+        match processes.into_iter().find_map(|pid| lasting_holder(pid, files, Use::Write)) {
             Some(holder @ Holder { pid, .. }) => {
                 Err(TrackError::Writer { pid, comm: process::comm_of(pid), source: holder.obstacle() })
             }
@@ -68,13 +82,13 @@ impl HolderSearch {
     }
 }
 
-/// Processes, other than this one and those in `known`, that have one of `files` open for writing.
-pub(crate) fn find_holders(files: &[TrackedFile], known: &[u32]) -> io::Result<Vec<Holder>> {
+/// Processes, other than this one and those in `known`, that have one of `files` open for `purpose`.
+pub(crate) fn find_holders(files: &[TrackedFile], known: &[u32], purpose: Use) -> io::Result<Vec<Holder>> {
     let others = process::other_processes()?;
     Ok(others
         .into_iter()
         .filter(|pid| !known.contains(pid))
-        .filter_map(|pid| lasting_holder(pid, files))
+        .filter_map(|pid| lasting_holder(pid, files, purpose))
         .collect())
 }
 
@@ -89,10 +103,10 @@ pub(crate) fn is_userfaultfd_open() -> bool {
     processes.into_iter().any(is_open)
 }
 
-fn lasting_holder(pid: u32, files: &[TrackedFile]) -> Option<Holder> {
+fn lasting_holder(pid: u32, files: &[TrackedFile], purpose: Use) -> Option<Holder> {
     let deadline = Instant::now() + FORK_PATIENCE;
     loop {
-        let holder = holder(pid, files)?;
+        let holder = holder(pid, files, purpose)?;
         if Instant::now() >= deadline {
             return Some(holder);
         }
@@ -101,13 +115,13 @@ fn lasting_holder(pid: u32, files: &[TrackedFile]) -> Option<Holder> {
 }
 
 /// A process whose descriptors may not be seen is one whose mappings may not: those are asked for first.
-fn holder(pid: u32, files: &[TrackedFile]) -> Option<Holder> {
+fn holder(pid: u32, files: &[TrackedFile], purpose: Use) -> Option<Holder> {
     for entry in fs::read_dir(format!("/proc/{pid}/fd")).ok()?.flatten() {
         // A descriptor may be closed under us.
         let Ok(file) = fs::metadata(entry.path()) else { continue };
         let identity = FileIdentity { device: file.dev(), inode: file.ino() };
         let is_ours = files.iter().any(|file| file.identity == identity);
-        if is_ours && entry.metadata().is_ok_and(|link| link.mode() & OWNER_WRITE != 0) {
+        if is_ours && entry.metadata().is_ok_and(|link| purpose.is_allowed_by(link.mode())) {
             let descriptor = entry.file_name().to_str().and_then(|name| name.parse().ok())?;
             return Some(Holder { pid, descriptor });
         }

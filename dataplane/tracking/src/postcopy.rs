@@ -30,7 +30,7 @@ mod userfaultfd;
 
 use std::io;
 use std::os::fd::{AsFd as _, OwnedFd};
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use ramferry_ram::{Access, BlockIndex, Memory};
@@ -46,6 +46,7 @@ pub(crate) use userfaultfd::FEATURES;
 use crate::TrackedFile;
 use crate::remote_call::{Faults, RemoteCallError, lasting_userfaultfd, remote_forget};
 use crate::segments::Segment;
+use crate::watch::FileWatch;
 use crate::writers::check_files;
 use places::Places;
 use userfaultfd::{MESSAGE_BYTES, Message, Told, Userfaultfd};
@@ -88,6 +89,8 @@ pub struct RemoteFaults {
     memory: Arc<Memory>,
     partners: Vec<u32>,
     places: Places,
+    /// Tells of who opens a RAM file after the last look at every process.
+    watch: Mutex<FileWatch>,
     userfaultfd: Userfaultfd,
     /// Its number in the VMM.
     descriptor: u32,
@@ -101,6 +104,7 @@ impl RemoteFaults {
     /// When that cannot be done; `vmm` is then as before, as far as it can be reached.
     pub fn arm(vmm: u32, memory: Arc<Memory>, partners: &[u32]) -> Result<Self, FaultsError> {
         let files = files_of(&memory)?;
+        let watch = watch(vmm, &files)?;
         obstacles::refuse_others(vmm, &files, partners)?;
         let pidfd = open_pidfd(vmm)?;
         let (fd, descriptor) =
@@ -111,6 +115,7 @@ impl RemoteFaults {
             memory,
             partners: partners.to_vec(),
             places: Places::of(files),
+            watch,
             userfaultfd: Userfaultfd::new(fd),
             descriptor: descriptor as u32,
         };
@@ -133,6 +138,7 @@ impl RemoteFaults {
     /// owed, unless nothing is owed any more (see [`release`]).
     pub fn retake(vmm: u32, memory: Arc<Memory>, partners: &[u32]) -> Result<Self, FaultsError> {
         let files = files_of(&memory)?;
+        let watch = watch(vmm, &files)?;
         let pidfd = open_pidfd(vmm)?;
         let places = Places::of(files).look_again(vmm)?;
         if !left::is_registered(vmm, places.segments())? {
@@ -147,7 +153,7 @@ impl RemoteFaults {
                 Err(error) => return Err(error),
             }
             let partners = partners.to_vec();
-            let faults = Self { vmm, pidfd, memory, partners, places, userfaultfd, descriptor };
+            let faults = Self { vmm, pidfd, memory, partners, places, watch, userfaultfd, descriptor };
             faults.wake_all()?;
             faults.recheck()?;
             return Ok(faults);
@@ -165,11 +171,20 @@ impl RemoteFaults {
     /// # Errors
     /// When one does not: which one.
     pub fn recheck(&self) -> Result<(), FaultsError> {
-        let now = self.places.look_again(self.vmm)?;
-        if let Some(start) = self.places.difference(&now) {
-            return Err(FaultsError::MappingChanged { vmm: self.vmm, start });
-        }
+        self.look_for_changes()?;
         obstacles::refuse_others(self.vmm, self.places.files(), &self.partners)
+    }
+
+    /// [`recheck`](Self::recheck) for a moment at which the guest stands still: every process is looked at only if somebody
+    /// opened a RAM file since the last time.
+    ///
+    /// # Errors
+    /// When a mapping does not wait: which one.
+    pub fn confirm(&self) -> Result<(), FaultsError> {
+        let mut watch = self.watch.lock().unwrap_or_else(PoisonError::into_inner);
+        let seen = watch.look().map_err(FaultsError::Files)?;
+        drop(watch);
+        if seen.iter().any(|activity| activity.opened) { self.recheck() } else { self.look_for_changes() }
     }
 
     /// Waits for accesses, for `timeout` at most, and adds up to [`FAULT_BATCH`] of them to `faults`; how many.
@@ -225,16 +240,22 @@ impl RemoteFaults {
         let vmm = self.vmm;
         for pieces in pieces(self.places.segments().iter().map(|segment| (segment.start, segment.end))) {
             // Looked at just before: what is not a shared mapping of a file would lose its contents.
-            let now = self.places.look_again(vmm)?;
-            if let Some(start) = self.places.difference(&now) {
-                return Err(FaultsError::MappingChanged { vmm, start });
-            }
+            self.look_for_changes()?;
             remote_forget(vmm, &pieces).map_err(|source| match source {
                 RemoteCallError::Ended { .. } => FaultsError::Ended { vmm },
                 source => FaultsError::RemoteCall { vmm, source },
             })?;
         }
         Ok(())
+    }
+
+    /// Whether the VMM has its RAM mapped as when it was armed.
+    fn look_for_changes(&self) -> Result<(), FaultsError> {
+        let now = self.places.look_again(self.vmm)?;
+        match self.places.difference(&now) {
+            Some(start) => Err(FaultsError::MappingChanged { vmm: self.vmm, start }),
+            None => Ok(()),
+        }
     }
 
     fn wake_all(&self) -> Result<(), FaultsError> {
@@ -346,6 +367,10 @@ fn files_of(memory: &Memory) -> Result<Vec<TrackedFile>, FaultsError> {
     }
     check_files(&files).map_err(FaultsError::Files)?;
     Ok(files)
+}
+
+fn watch(vmm: u32, files: &[TrackedFile]) -> Result<Mutex<FileWatch>, FaultsError> {
+    FileWatch::new(vmm, files).map(Mutex::new).map_err(FaultsError::Files)
 }
 
 fn open_pidfd(vmm: u32) -> Result<OwnedFd, FaultsError> {

@@ -12,7 +12,7 @@ use std::io::{self, Read};
 use ramferry_ram::BlockIndex;
 
 use crate::error::{TrackError, WriterError};
-use crate::holders::{self, find_holders};
+use crate::holders::{self, Use, find_holders};
 use crate::maps::{self, MapsError, Vma};
 use crate::process;
 use crate::remote_call::RemoteCallError;
@@ -54,7 +54,7 @@ pub fn check(guest: u32, files: &[TrackedFile]) -> Result<Vec<Writer>, TrackErro
     let may_be_registered = holders::is_userfaultfd_open();
     let mappers = find_mappers(files, &[])?;
     let known: Vec<u32> = mappers.iter().map(|mapper| mapper.pid).chain([guest]).collect();
-    let holders = find_holders(files, &known).map_err(TrackError::Proc)?;
+    let holders = find_holders(files, &known, Use::Write).map_err(TrackError::Proc)?;
     let holders = holders.into_iter().map(|holder| Writer {
         pid: holder.pid,
         comm: process::comm_of(holder.pid),

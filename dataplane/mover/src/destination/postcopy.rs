@@ -63,9 +63,6 @@ impl Driver {
         match Owed::create(&postcopy.owed_path, &postcopy.migration, layout, pages) {
             Ok(owed) => {
                 pull.hold(owed);
-                if let Err(error) = pull.look_again() {
-                    return self.fail(Reason::Internal, error.to_string());
-                }
                 self.feed(DestinationEvent::OwedHeld);
             }
             Err(error) => self.fail(Reason::JournalFailed, error.to_string()),
@@ -73,8 +70,8 @@ impl Driver {
     }
 
     /// Whether the guest may be let run: a process that came to its RAM meanwhile would not wait.
-    pub(super) fn confirm(&mut self) -> Result<(), MoverError> {
-        self.pull.as_mut().map_or(Ok(()), Pull::await_look)
+    pub(super) fn confirm(&self) -> Result<(), MoverError> {
+        self.pull.as_ref().map_or(Ok(()), Pull::confirm)
     }
 
     /// The guest is about to run: what it waits for is read already. It is ordered again where the links are lost.

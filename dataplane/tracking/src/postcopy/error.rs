@@ -12,7 +12,7 @@ use crate::remote_call::RemoteCallError;
 pub enum Reach {
     /// It has it mapped.
     Maps,
-    /// It has it open for writing, and may map it at any time.
+    /// It has it open, and may read or map it at any time.
     Holds {
         /// The descriptor.
         descriptor: u32,
@@ -23,7 +23,7 @@ impl fmt::Display for Reach {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::Maps => f.write_str("has it mapped"),
-            Self::Holds { descriptor } => write!(f, "has it open for writing as descriptor {descriptor}"),
+            Self::Holds { descriptor } => write!(f, "has it open as descriptor {descriptor}"),
         }
     }
 }

@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 use super::error::{FaultsError, Reach};
 use super::places::Places;
 use crate::error::{TrackError, WriterError};
-use crate::holders::{self, find_holders};
+use crate::holders::{self, Use, find_holders};
 use crate::remote_call::RemoteCallError;
 use crate::writers::{Mapper, check_files, find_reachers, obstacle};
 use crate::{TrackedFile, features, process};
@@ -62,8 +62,8 @@ pub(super) fn refuse_others(vmm: u32, files: &[TrackedFile], partners: &[u32]) -
         }
         std::thread::sleep(FORK_POLL);
     }
-    let holders =
-        find_holders(files, &known).map_err(|source| FaultsError::Files(TrackError::Proc(source)))?;
+    let holders = find_holders(files, &known, Use::ReadOrWrite)
+        .map_err(|source| FaultsError::Files(TrackError::Proc(source)))?;
     match holders.into_iter().find(|holder| is_other(&holder.pid)) {
         Some(holder) => Err(other_process(holder.pid, Reach::Holds { descriptor: holder.descriptor })),
         None => Ok(()),

@@ -202,6 +202,9 @@ impl Server {
                 let file = OpenOptions::new().read(true).write(true).open(words[2]).unwrap();
                 self.opened.insert(words[1].to_owned(), file);
             }
+            "open_to_read" => {
+                self.opened.insert(words[1].to_owned(), File::open(words[2]).unwrap());
+            }
             "close" => drop(self.opened.remove(words[1]).unwrap()),
             "write_file" => {
                 use std::os::unix::fs::FileExt;

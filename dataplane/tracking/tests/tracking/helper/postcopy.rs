@@ -118,9 +118,11 @@ pub(super) fn serve(
     let layout = destination::layout(&[(pages, page_bytes)]);
     let memory = destination::memory(&layout, &[Path::new(path)]);
     let owed = open(Path::new(owed), &layout);
+    // The test reads the file when all is done.
+    let test = std::os::unix::process::parent_id();
     let faults = match how {
-        "arm" => RemoteFaults::arm(pid, Arc::clone(&memory), &[]),
-        _ => RemoteFaults::retake(pid, Arc::clone(&memory), &[]),
+        "arm" => RemoteFaults::arm(pid, Arc::clone(&memory), &[test]),
+        _ => RemoteFaults::retake(pid, Arc::clone(&memory), &[test]),
     };
     let faults = faults.unwrap();
     std::thread::spawn(move || {

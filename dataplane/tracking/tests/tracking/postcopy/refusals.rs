@@ -56,11 +56,13 @@ fn a_process_that_reaches_the_ram_in_whatever_way_is_refused_by_name() {
         is_accepted(&scene, &[]);
     }
     let mut other = Helper::spawn();
-    other.order(&format!("open f {}", scene.file.path()));
-    let error = refusal(&scene, &[]);
-    assert!(matches!(error, FaultsError::OtherProcess { reach: Reach::Holds { .. }, .. }), "{error}");
-    other.order("close f");
-    is_accepted(&scene, &[]);
+    for open in ["open", "open_to_read"] {
+        other.order(&format!("{open} f {}", scene.file.path()));
+        let error = refusal(&scene, &[]);
+        assert!(matches!(error, FaultsError::OtherProcess { reach: Reach::Holds { .. }, .. }), "{error}");
+        other.order("close f");
+        is_accepted(&scene, &[]);
+    }
 }
 
 #[test]
@@ -69,12 +71,16 @@ fn what_is_mapped_while_it_is_served_is_found_by_the_next_look() {
     let faults = scene.arm();
     faults.recheck().unwrap();
     let mut other = Helper::spawn();
+    faults.confirm().unwrap();
     other.map_as("read", "b", &scene.file, 8, 4);
     assert!(matches!(faults.recheck(), Err(FaultsError::OtherProcess { .. })));
+    assert!(matches!(faults.confirm(), Err(FaultsError::OtherProcess { .. })));
     other.order("unmap b");
     faults.recheck().unwrap();
+    faults.confirm().unwrap();
     scene.vmm.map_as("rw", "late", &scene.file, 0, 4);
     assert!(matches!(faults.recheck(), Err(FaultsError::MappingChanged { .. })));
+    assert!(matches!(faults.confirm(), Err(FaultsError::MappingChanged { .. })));
     scene.vmm.order("unmap late");
     scene.vmm.map_as("private", "late", &scene.file, 0, 4);
     assert!(matches!(faults.recheck(), Err(FaultsError::Private { .. })));
