@@ -393,6 +393,12 @@ impl DestinationSession {
         }
     }
 
+    /// Does what an answer about windows asks for, which may be to wait for room in the control stream.
+    pub(crate) async fn settle_windows(&self, settle: impl FnOnce(&DestinationHandle) + Send + 'static) {
+        let handle = self.handle.clone();
+        let _ = tokio::task::spawn_blocking(move || settle(&handle)).await;
+    }
+
     /// Resolves when every order that was handed over is carried out, or nobody carries orders out any more.
     pub(crate) async fn orders_carried_out(&self) {
         let all = u32::try_from(ORDERS).expect("ORDERS fits");

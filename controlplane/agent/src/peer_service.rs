@@ -263,6 +263,13 @@ async fn take(session: &Arc<DestinationSession>, order: Order) {
             let _ = session.device_state.send(state).await;
         }
         Order::ServeReads(offer) => session.take_offer(offer),
+        Order::WindowsRegistered(answer) => {
+            session.settle_windows(|driver| driver.windows_registered(settled(answer.windows))).await;
+        }
+        Order::WindowsReleased(answer) => {
+            let ids: Vec<WindowId> = answer.ids.into_iter().map(WindowId).collect();
+            session.settle_windows(move |driver| driver.windows_released(&ids)).await;
+        }
         Order::PrepareIncoming(v1::PrepareIncoming { postcopy: true }) => {
             let event = match session.prepare_reads().await {
                 Ok(()) => DestinationEvent::PrepareIncoming { postcopy: true },
@@ -287,13 +294,12 @@ async fn take(session: &Arc<DestinationSession>, order: Order) {
 pub(crate) fn input(order: Order) -> Result<Option<DestinationInput>, &'static str> {
     Ok(Some(match order {
         // A second one says nothing new.
-        Order::Open(_) | Order::DeviceState(_) | Order::ServeReads(_) | Order::OwedPages(_) => {
-            return Ok(None);
-        }
-        Order::WindowsRegistered(answer) => DestinationInput::WindowsRegistered(settled(answer.windows)),
-        Order::WindowsReleased(answer) => {
-            DestinationInput::WindowsReleased(answer.ids.into_iter().map(WindowId).collect())
-        }
+        Order::Open(_)
+        | Order::DeviceState(_)
+        | Order::ServeReads(_)
+        | Order::OwedPages(_)
+        | Order::WindowsRegistered(_)
+        | Order::WindowsReleased(_) => return Ok(None),
         Order::MemoryLost(order) => {
             let failure = Failure::new(Reason::MemoryLost, shortened(order.message));
             DestinationEvent::MemoryLost(failure).into()

@@ -133,10 +133,6 @@ pub enum DestinationInput {
     Readers(Box<Readers>),
     /// `Pull` after a restart succeeded.
     Retaken(Box<Retaken>),
-    /// The source answered `RegisterWindows`.
-    WindowsRegistered(Vec<(WindowId, Result<RegionKey, String>)>),
-    /// The source answered `ReleaseWindows`.
-    WindowsReleased(Vec<WindowId>),
     /// The source's order.
     RegisterWindows(Vec<Window>),
     /// The source's order.
@@ -170,34 +166,26 @@ pub struct DestinationHandle {
 impl DestinationHandle {
     /// Hands an input to the driver; one that has ended drops it.
     pub fn send(&self, input: impl Into<DestinationInput>) {
-        if let Some(input) = self.settle(input.into()) {
-            let _ = self.inputs.send(input);
+        let _ = self.inputs.send(input.into());
+    }
+
+    /// The source answered `RegisterWindows`. The driver is passed by: it may be writing to the journal, and a guest may
+    /// wait for this. Blocks while there is no room for what is ordered next.
+    pub fn windows_registered(&self, windows: Vec<(WindowId, Result<RegionKey, String>)>) {
+        if let Some(copy) = self.reading() {
+            copy.remote_registered(windows);
         }
     }
 
-    /// A guest may wait for what the source answers about windows; the driver may be writing to the journal.
-    fn settle(&self, input: DestinationInput) -> Option<DestinationInput> {
-        let (input, place) = match input {
-            DestinationInput::Placed(input, place) => (*input, Some(place)),
-            input => (input, None),
-        };
-        let reads = || self.reads.lock().expect("no panic while it is held").clone();
-        match (input, place) {
-            (DestinationInput::WindowsRegistered(windows), _) => {
-                if let Some(copy) = reads() {
-                    copy.remote_registered(windows);
-                }
-                None
-            }
-            (DestinationInput::WindowsReleased(ids), _) => {
-                if let Some(copy) = reads() {
-                    copy.remote_released(&ids);
-                }
-                None
-            }
-            (input, Some(place)) => Some(DestinationInput::Placed(Box::new(input), place)),
-            (input, None) => Some(input),
+    /// The source answered `ReleaseWindows`. As [`windows_registered`](Self::windows_registered).
+    pub fn windows_released(&self, ids: &[WindowId]) {
+        if let Some(copy) = self.reading() {
+            copy.remote_released(ids);
         }
+    }
+
+    fn reading(&self) -> Option<Arc<crate::copy::Copy>> {
+        self.reads.lock().expect("no panic while it is held").clone()
     }
 }
 
@@ -264,15 +252,15 @@ impl Driver {
         let span = tracing::info_span!("destination_driver");
         let _entered = span.enter();
         self.feed(DestinationEvent::Start);
-        let mut published = Instant::now();
+        let mut published = (self.engine.state(), Instant::now());
         while !self.finished {
             match inputs.recv_timeout(self.patience()) {
                 Ok(input) => self.take(input),
                 Err(RecvTimeoutError::Timeout) => self.tick(),
                 Err(RecvTimeoutError::Disconnected) => unreachable!("the driver holds a sender"),
             }
-            if published.elapsed() >= PUBLISH_INTERVAL {
-                published = Instant::now();
+            if self.engine.state() != published.0 || published.1.elapsed() >= PUBLISH_INTERVAL {
+                published = (self.engine.state(), Instant::now());
                 self.look_at_links();
                 self.tell_still_owed();
                 self.publish();
@@ -307,9 +295,6 @@ impl Driver {
             DestinationInput::Ready(parts) => self.set_up(*parts),
             DestinationInput::Readers(readers) => self.read_with(*readers),
             DestinationInput::Retaken(retaken) => self.go_on(*retaken),
-            DestinationInput::WindowsRegistered(_) | DestinationInput::WindowsReleased(_) => {
-                unreachable!("the handle settles them")
-            }
             DestinationInput::Pulling(report) => self.pulling(report),
             DestinationInput::RegisterWindows(windows) => self.register(windows, place.as_ref()),
             DestinationInput::ReleaseWindows(ids) => {

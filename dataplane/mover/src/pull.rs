@@ -68,6 +68,9 @@ pub enum PullReport {
     Failed(MoverError),
 }
 
+/// Tells the driver.
+type Report = Arc<dyn Fn(PullReport) + Send + Sync>;
+
 /// The windows that are read through now, if any are.
 pub(crate) type ReadsSlot = Arc<Mutex<Option<Arc<Copy>>>>;
 
@@ -101,7 +104,7 @@ struct Shared {
     /// The guest runs, or is about to: what is owed is asked for, and its end is news.
     streaming: AtomicBool,
     told: AtomicBool,
-    report: Box<dyn Fn(PullReport) + Send + Sync>,
+    report: Report,
 }
 
 impl Pull {
@@ -110,7 +113,7 @@ impl Pull {
         memory: Arc<Memory>,
         faults: RemoteFaults,
         counters: Arc<Counters>,
-        report: Box<dyn Fn(PullReport) + Send + Sync>,
+        report: Report,
         slot: ReadsSlot,
     ) -> Result<Self, MoverError> {
         let shared = Arc::new(Shared {
@@ -124,8 +127,7 @@ impl Pull {
             told: AtomicBool::new(false),
             report,
         });
-        let mut pull =
-            Self { shared, fault_threads: Vec::new(), reading: None, attempts: 0, slot };
+        let mut pull = Self { shared, fault_threads: Vec::new(), reading: None, attempts: 0, slot };
         for index in 0..FAULT_LINKS {
             let shared = Arc::clone(&pull.shared);
             let builder = thread::Builder::new().name(format!("fault-{index}"));
@@ -155,7 +157,8 @@ impl Pull {
         self.disconnect();
         self.attempts += 1;
         let attempt = self.attempts;
-        let shared = Arc::clone(&self.shared);
+        // Whoever settles windows may hold the copy a moment longer than this lives.
+        let report = Arc::clone(&self.shared.report);
         let layout = self.shared.memory.layout();
         let copy = Copy::new(
             Arc::clone(&self.shared.memory),
@@ -164,7 +167,7 @@ impl Pull {
             PageSets::new(layout),
             readers.order,
             readers.registration_workers,
-            Box::new(move |error| (shared.report)(PullReport::LinkLost(attempt, error))),
+            Box::new(move |error| report(PullReport::LinkLost(attempt, error))),
         );
         let pass = copy.begin(PageSets::new(layout), true);
         let mut links: Vec<_> = readers

@@ -33,7 +33,7 @@ impl Driver {
 
     fn serve(&mut self, memory: Arc<Memory>, faults: RemoteFaults) -> Result<(), MoverError> {
         let handle = self.handle.clone();
-        let report = Box::new(move |report| handle.send(DestinationInput::Pulling(report)));
+        let report = Arc::new(move |report| handle.send(DestinationInput::Pulling(report)));
         self.pull = Some(Pull::begin(
             memory,
             faults,
