@@ -78,8 +78,8 @@ def postcopy(sheet: Sheet) -> None:
     lost = f'increase(ramferry_migrations_total{{{CHOSEN},role="destination",reason="MEMORY_LOST"}}[$__range])'
     sheet.add(
         number("none", at_once(f"round(sum({lost}))", "lost"), steps=[(None, "green"), (1, "red")]),
-        "Guests whose memory was lost",
-        "In the time shown: stopped at their destinations, because what they were owed could not be had again. They have to be "
+        "Memory lost",
+        "Guests in the time shown that were stopped at their destinations, because what they were owed could not be had again. They have to be "
         "started anew.",
         "RamferryMemoryLost",
         width=4,
