@@ -4,7 +4,7 @@ mod prometheus;
 
 use std::collections::BTreeSet;
 use std::path::Path;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use ramferry_lab::{Qemu, Workload, skipped};
 use ramferry_proto::v1;
@@ -15,7 +15,9 @@ use crate::authority::Authority;
 use crate::faults::cut::cut_data;
 use crate::faults::stage::{Course, Stage};
 use crate::faults::steps::Held;
-use crate::harness::{Agent, MIB, Pair, Site, assert_proves_itself, boot, parameters, proof, quiet};
+use crate::harness::{
+    Agent, MIB, PATIENCE, Pair, Site, assert_proves_itself, boot, parameters, proof, quiet,
+};
 use crate::postcopy::lost;
 use crate::throttle;
 pub(crate) use prometheus::Prometheus;
@@ -51,8 +53,7 @@ async fn every_panel_and_rule_has_data_of_real_migrations_and_alerts_fire() {
     // It can track no guest, and says so of its host.
     let enter = ["setpriv", "--bounding-set=-sys_ptrace", "--"].map(str::to_owned).into();
     let (pair, mut gone) = (Pair::start(), Agent::start_at(Site { enter, ..Site::here() }, &[]));
-    let (waits, loses) =
-        (Stage::set_course(Course::Postcopy).await, Stage::set_course(Course::Postcopy).await);
+    let (waits, loses) = (stage("waits").await, stage("loses-memory").await);
     let held = [&waits, &loses].map(|stage| [&stage.pair.source, &stage.pair.destination]);
     let agents = [&[&pair.source, &pair.destination, &secured, &gone][..], held.as_flattened()].concat();
     let Some(prometheus) = Prometheus::over(&agents) else {
@@ -151,6 +152,13 @@ async fn stalls(pair: &Pair, prometheus: &Prometheus) {
     prometheus.wait("sum(ramferry_migrations_active{role=\"source\"}) == 0").await;
 }
 
+/// Two agents that are held, and a guest for a migration of this name.
+async fn stage(id: &str) -> Stage {
+    let mut stage = Stage::set_course(Course::Postcopy).await;
+    stage.id = id.into();
+    stage
+}
+
 /// In post-copy, owed memory that it does not need now. What it may read was scraped before, at 0.
 async fn in_postcopy(stage: &Stage, prometheus: &Prometheus) -> Held {
     stage.begin_course(Course::Postcopy, Tcp).await;
@@ -167,7 +175,7 @@ async fn waits_in_postcopy(stage: &Stage, prometheus: &Prometheus) {
     assert!(cut_data(&stage.pair.source, stage.proxy.address) > 0);
     drop(held);
     let held = stage.hold(Course::Postcopy, |step| step.to_string() == "source reconnect 1").await;
-    prometheus.wait_firing("RamferryPostcopyStalled").await;
+    fires_at_destination(stage, prometheus);
     let others = "ALERTS{alertname=~\"RamferryMigration.*\",alertstate=\"firing\"} \
                   and on (instance, migration) ramferry_migration_postcopy_seconds";
     let others = prometheus.now(others);
@@ -179,6 +187,16 @@ async fn waits_in_postcopy(stage: &Stage, prometheus: &Prometheus) {
     let expected = "ramferry_migration_expected_downtime_seconds and ramferry_migration_postcopy_seconds";
     let expected = prometheus.all_along(expected);
     assert!(expected.is_empty(), "it has switched over: {expected:#?}");
+}
+
+/// The destination is held before each new try to read, and would tell nothing: those go by.
+fn fires_at_destination(stage: &Stage, prometheus: &Prometheus) {
+    let firing = "ALERTS{alertname=\"RamferryPostcopyStalled\",alertstate=\"firing\",role=\"destination\"}";
+    let deadline = Instant::now() + PATIENCE;
+    while prometheus.now(firing).is_empty() {
+        assert!(Instant::now() < deadline, "never: {firing}");
+        drop(stage.steps.next_within(Duration::from_millis(100)));
+    }
 }
 
 async fn loses_memory_in_postcopy(stage: &Stage, prometheus: &Prometheus) {
