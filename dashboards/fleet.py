@@ -13,6 +13,7 @@ def sheet() -> Sheet:
         "Are the agents there, do migrations succeed, and what do guests notice of them?",
     )
     now(sheet)
+    postcopy(sheet)
     outcomes(sheet)
     downtime(sheet)
     service(sheet)
@@ -61,6 +62,43 @@ def now(sheet: Sheet) -> None:
         "How many series each alert fires for.",
         "README",
         width=6,
+    )
+
+
+def postcopy(sheet: Sheet) -> None:
+    sheet.row("Post-copy: guests that run, and are still owed memory by another host")
+    guests = f'sum by (role) (ramferry_migrations_active{{{CHOSEN},state="postcopy"}})'
+    sheet.add(
+        number("none", at_once(f"max({guests})", "now"), steps=[(None, "blue")]),
+        "Guests in post-copy",
+        "Each needs both of its hosts, and its VMM at the source, until this is over. As seen by sources or destinations, whichever see more.",
+        "RamferryPostcopyStalled",
+        width=4,
+    )
+    lost = f'increase(ramferry_migrations_total{{{CHOSEN},role="destination",reason="MEMORY_LOST"}}[$__range])'
+    sheet.add(
+        number("none", at_once(f"round(sum({lost}))", "lost"), steps=[(None, "green"), (1, "red")]),
+        "Memory lost",
+        "Guests in the time shown that were stopped at their destinations, because what they were owed could not be had again. They have to be "
+        "started anew.",
+        "RamferryMemoryLost",
+        width=4,
+    )
+    under_way = f"ramferry_migration_postcopy_seconds{{{CHOSEN}}}"
+    owed = f'ramferry_migration_remaining_bytes{{{CHOSEN},role="destination"}} and {under_way}'
+    sheet.add(
+        lines("bytes", query(f"sum by (instance) ({owed})", "at {{instance}}"), stacked=True),
+        "Memory still owed to guests",
+        "By the host that they run at. It falls within seconds; a flat line is a guest that waits.",
+        "RamferryPostcopyStalled",
+        width=8,
+    )
+    sheet.add(
+        lines("s", query(f"max by (instance, role) ({under_way})", "{{instance}}, {{role}}")),
+        "Longest in post-copy",
+        "Of the guests in post-copy now, the one that has run longest on memory that has not all arrived.",
+        "RamferryPostcopyStalled",
+        width=8,
     )
 
 

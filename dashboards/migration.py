@@ -1,12 +1,18 @@
 """One migration while it is under way: how far is it, will it converge, what holds it up?"""
 
-from panels import CHOSEN, Sheet, at_once, lines, number, query, steps_of
+from panels import CHOSEN, Sheet, at_once, bars, buckets, lines, number, query, steps_of, where_any
 
 ONE = CHOSEN + ',migration=~"$migration"'
 SOURCE = ONE + ',role="source"'
 # Gauges of the migration name the agents that have it; what only agents count is held to those.
 AGENTS = "(group by (job, instance) (ramferry_migration_memory_bytes{" + ONE + "}))"
 HERE = "and on (job, instance) " + AGENTS
+HERE_LATELY = (
+    "and on (job, instance) (group by (job, instance) (last_over_time(ramferry_migration_memory_bytes{"
+    + ONE
+    + "}[$__rate_interval])))"
+)
+SHARES = [(0.5, "p50"), (0.99, "p99")]
 
 
 def sheet() -> Sheet:
@@ -19,6 +25,7 @@ def sheet() -> Sheet:
     )
     progress(sheet)
     convergence(sheet)
+    postcopy(sheet)
     holdups(sheet)
     return sheet
 
@@ -64,7 +71,7 @@ def progress(sheet: Sheet) -> None:
         lines("bytes", query(gauge("remaining_bytes"), "{{migration}}")),
         "Remaining in the round",
         "A saw-tooth: each round begins with what the guest wrote in the one before. Teeth that do not shrink do not "
-        "converge; a flat line is a stall.",
+        "converge; a flat line is a stall. In post-copy it is what the guest is still owed.",
         "RamferryMigrationStalled",
     )
     sheet.add(
@@ -95,7 +102,8 @@ def convergence(sheet: Sheet) -> None:
             query(gauge("max_downtime_seconds"), "aimed at, {{migration}}"),
         ),
         "Expected downtime",
-        "If it switched over now. The switchover comes when this falls below what is aimed at.",
+        "If it switched over now. The switchover comes when this falls below what is aimed at. In post-copy there is none to "
+        "come, and no line.",
         "RamferryMigrationNotConverging",
     )
     dirty = f"sum by (tracker) (rate(ramferry_tracking_dirty_pages_total{{{CHOSEN}}}[$__rate_interval]) {HERE})"
@@ -104,6 +112,15 @@ def convergence(sheet: Sheet) -> None:
         "Pages found written, a second",
         "What harvests found, at the agents that have the migration.",
         "RamferryMigrationNotConverging",
+        width=8,
+    )
+    sheet.add(
+        steps_of(lines("percentunit", query(gauge("throttle_ratio"), "{{migration}}"), most=1)),
+        "Processor time taken from the guest",
+        "Throttling, where it was asked for (--throttle): the share of their time that its vCPUs do not get, so that it writes "
+        "less. All of it is given back at the pause.",
+        "RamferryMigrationNotConverging",
+        width=8,
     )
     harvest = (
         "histogram_quantile(0.99, sum by (le, tracker) (rate(ramferry_tracking_harvest_duration_seconds_bucket{"
@@ -117,7 +134,75 @@ def convergence(sheet: Sheet) -> None:
         "Harvest",
         "99 of 100 harvests took no longer. The last one is part of the downtime.",
         "RamferryDowntimeOverBudget",
+        width=8,
     )
+
+
+def postcopy(sheet: Sheet) -> None:
+    sheet.row("Post-copy: the guest runs at the destination, and is still owed memory")
+    under_way = f"ramferry_migration_postcopy_seconds{{{ONE}}}"
+    owed = f"max by (migration, role) (ramferry_migration_remaining_bytes{{{ONE}}} and {under_way})"
+    sheet.add(
+        lines("bytes", query(owed, "{{migration}}, told by its {{role}}")),
+        "Memory still owed",
+        "Falls to 0 at the pace of the links: the destination reads what nobody waits for, too. Where it is flat, a link or an agent "
+        "is lost, and the guest waits wherever it touches what has not come. The destination's figure is the true one.",
+        "RamferryPostcopyStalled",
+        width=8,
+    )
+    sheet.add(
+        lines("s", query(f"max by (migration, role) ({under_way})", "{{migration}}, told by its {{role}}")),
+        "Running on memory that has not all arrived",
+        "For so long both hosts have been needed: leave them, both agents and the source's VMM alone.",
+        "RamferryPostcopyStalled",
+        width=8,
+    )
+    sheet.add(
+        lines("Bps", query(here("fabric", "ramferry_postcopy_bytes_total"), "{{fabric}}"), stacked=True),
+        "Memory brought",
+        "Bytes that the destination read from the source: pages that the guest waited for, those around them, and the rest in order.",
+        "RamferryPostcopyStalled",
+        width=8,
+    )
+    faults = "ramferry_postcopy_fault_duration_seconds"
+    sheet.add(
+        lines("none", query(here("fabric", faults + "_count"), "{{fabric}}")),
+        "Accesses that waited, a second",
+        "Times that the guest touched memory which was still at the source, and had it brought.",
+        "RamferryPostcopyStalled",
+        width=6,
+    )
+    sheet.add(
+        buckets("s", here("le", faults + "_bucket")),
+        "How long each waited",
+        "From the access to the page. A band near the link's own latency is what can be had; a second one far above it are accesses that "
+        "waited for a lost link. What took longer than 16 ms is in the topmost.",
+        "RamferryPostcopyStalled",
+        width=6,
+    )
+    sheet.add(
+        lines("s", *(query(f"histogram_quantile({share}, {here('le', faults + '_bucket')})", name) for share, name in SHARES)),
+        "Wait for a page, p50 and p99",
+        "Half of the accesses, and 99 of 100, waited no longer; a vCPU stood still for that. Buckets double, so that a figure is exact to a factor of two. Above "
+        "16 ms this shows 16 ms.",
+        "RamferryPostcopyStalled",
+        width=6,
+    )
+    failed = f'increase(ramferry_completions_total{{{CHOSEN},opcode="read",status!="success"}}[$__rate_interval])'
+    reads = f"{failed} {HERE_LATELY}"
+    sheet.add(
+        bars("none", query(where_any(reads, "fabric, status", "status"), "{{fabric}} {{status}}")),
+        "Reads that failed",
+        "What a dying link did not carry out, by what killed the link. It is read again over another one: none is lost.",
+        "RamferryRetryExceeded",
+        width=6,
+    )
+
+
+def here(by: str, counter: str) -> str:
+    """The rate of what only agents count, at those that have the migration, or had it in that time: post-copy can be over
+    before the next scrape."""
+    return f"sum by ({by}) (rate({counter}{{{CHOSEN}}}[$__rate_interval]) {HERE_LATELY})"
 
 
 def holdups(sheet: Sheet) -> None:

@@ -110,7 +110,7 @@ impl MigrationMode {
 pub enum MigrationResult {
     /// The guest runs at the destination.
     Succeeded,
-    /// The guest runs at the source.
+    /// The guest runs at the source; where memory was lost in post-copy, nowhere.
     Failed,
     /// The guest runs at the source, because that was asked for.
     Cancelled,
@@ -269,6 +269,9 @@ impl Metrics {
                 let labels = [role.as_str(), "precopy", MigrationResult::Failed.as_str(), reason.as_str()];
                 self.counter(MetricName::MigrationsTotal, &labels, 0);
             }
+            let (mode, lost) = (MigrationMode::Postcopy.as_str(), Reason::MemoryLost.as_str());
+            let labels = [role.as_str(), mode, MigrationResult::Failed.as_str(), lost];
+            self.counter(MetricName::MigrationsTotal, &labels, 0);
             for result in [MigrationResult::Succeeded, MigrationResult::Failed, MigrationResult::Cancelled] {
                 let key = key(MetricName::MigrationDurationSeconds, &[role.as_str(), result.as_str()]);
                 let _ = self.0.recorder.register_histogram(&key, &METADATA);

@@ -1,5 +1,8 @@
 //! From what the data plane counts to the metrics: the one place that does so.
 
+use std::time::Duration;
+
+use ramferry_engine::State;
 use ramferry_mover::{
     Counted, DestinationSnapshot, Opcode, OperationCounts, RegistrationEvents, SourceSnapshot, Stall,
 };
@@ -31,6 +34,9 @@ impl Publisher {
         mode: &'static str,
         fabric: &'static str,
     ) -> Self {
+        if role == MigrationRole::Destination {
+            metrics.reads_begin(fabric);
+        }
         Self {
             active: Some(metrics.migration_started(role, id)),
             metrics: metrics.clone(),
@@ -53,19 +59,20 @@ impl Publisher {
             self.metrics.harvest(tracker.as_str(), elapsed, pages);
         }
         if let Some(active) = &mut self.active {
-            if !snapshot.state.is_final() {
-                active.state(crate::source::state_on_the_wire(snapshot.state));
-            }
+            // Before the state: what there is none of in it is gone when it begins.
             active.set(MigrationGauges {
                 memory_bytes: view.ram_bytes,
                 remaining_bytes: view.remaining_bytes,
                 dirty_rate_bytes_per_second: view.dirty_rate_bytes_per_second,
                 throughput_bytes_per_second: view.throughput_bits_per_second / 8,
                 round: view.round,
-                expected_downtime: snapshot.progress.expected_downtime,
+                expected_downtime: expected_downtime(snapshot),
                 max_downtime: Some(snapshot.max_downtime),
                 throttle_percent: Some(snapshot.progress.throttle.0),
             });
+            if !snapshot.state.is_final() {
+                active.state(crate::source::state_on_the_wire(snapshot.state));
+            }
             active.set_pinned(self.fabric, snapshot.regions, snapshot.pinned_bytes);
             let in_flight = snapshot.counted.operations.iter().map(OperationCounts::in_flight);
             active.set_send_queue_depth(in_flight.sum());
@@ -79,7 +86,7 @@ impl Publisher {
                 active.state(crate::source::state_on_the_wire(snapshot.state));
             }
             let remaining_bytes = snapshot.owed_bytes.unwrap_or_default();
-            self.postcopy |= snapshot.owed_bytes.is_some();
+            self.postcopy |= snapshot.owed_bytes.is_some() || snapshot.state == State::Postcopy;
             let memory_bytes = snapshot.ram_bytes;
             active.set(MigrationGauges { memory_bytes, remaining_bytes, ..Default::default() });
             active.set_pinned(self.fabric, snapshot.regions, snapshot.pinned_bytes);
@@ -176,4 +183,9 @@ impl Publisher {
             );
         }
     }
+}
+
+/// Once the guest has switched over there is none to come: what was measured last would look as if it did not converge.
+fn expected_downtime(snapshot: &SourceSnapshot) -> Option<Duration> {
+    snapshot.progress.expected_downtime.filter(|_| snapshot.state != State::Postcopy)
 }

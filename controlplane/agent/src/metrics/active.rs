@@ -24,6 +24,7 @@ pub(super) struct Active(Mutex<BTreeMap<Key, Entry>>);
 struct Entry {
     owner: Arc<()>,
     state: MigrationState,
+    state_entered: Instant,
     gauges: MigrationGauges,
     regions: u64,
     /// Of its fabric.
@@ -44,7 +45,7 @@ pub struct MigrationGauges {
     pub throughput_bytes_per_second: u64,
     /// From 1; 0 before the first.
     pub round: u32,
-    /// If it switched over now; `None` before it was measured, and at a destination.
+    /// If it switched over now; `None` before it was measured, in post-copy, and at a destination.
     pub expected_downtime: Option<Duration>,
     /// What is aimed at; `None` at a destination.
     pub max_downtime: Option<Duration>,
@@ -73,6 +74,7 @@ impl Metrics {
         let entry = Entry {
             owner: Arc::clone(&owner),
             state,
+            state_entered: now,
             gauges: MigrationGauges::default(),
             regions: 0,
             pinned_bytes: ("unknown", 0),
@@ -98,7 +100,7 @@ impl ActiveMigration {
         self.metrics.phase(self.key.1, self.state, now - self.state_entered);
         self.state_entered = now;
         self.state = state;
-        self.update(|entry| entry.state = state);
+        self.update(|entry| (entry.state, entry.state_entered) = (state, now));
     }
 
     /// Sets its gauges.
@@ -169,6 +171,7 @@ impl Active {
             }
         }
         render_of_sources(&entries, text);
+        render_postcopy(&entries, text);
     }
 }
 
@@ -203,6 +206,18 @@ fn render_of_sources(entries: &BTreeMap<Key, Entry>, text: &mut Exposition) {
             }
             text.sample(metric, &[id, role.as_str()], value);
         }
+    }
+}
+
+/// As of now, not of when it was last set: an agent that waits sets nothing.
+fn render_postcopy(entries: &BTreeMap<Key, Entry>, text: &mut Exposition) {
+    let metric = MetricName::MigrationPostcopySeconds;
+    let in_postcopy = entries.iter().filter(|(_, entry)| entry.state == MigrationState::Postcopy);
+    for (index, ((id, role), entry)) in in_postcopy.enumerate() {
+        if index == 0 {
+            text.family(metric);
+        }
+        text.sample(metric, &[id, role.as_str()], seconds(entry.state_entered.elapsed()));
     }
 }
 

@@ -129,11 +129,13 @@ metrics! {
         "The round under way, from 1.";
     MigrationExpectedDowntime: MigrationGauge, "ramferry_migration_expected_downtime_seconds", "seconds",
         ["migration", "role"],
-        "The downtime if it switched over now; of sources, once it was measured.";
+        "The downtime if it switched over now; of sources, once it was measured, and until post-copy.";
     MigrationMaxDowntime: MigrationGauge, "ramferry_migration_max_downtime_seconds", "seconds", ["migration", "role"],
         "The downtime that is aimed at; of sources.";
     MigrationThrottleRatio: MigrationGauge, "ramferry_migration_throttle_ratio", "1", ["migration", "role"],
         "Share of its processor time that is taken from the guest so that the migration converges, from 0 to 1; of sources.";
+    MigrationPostcopySeconds: MigrationGauge, "ramferry_migration_postcopy_seconds", "seconds", ["migration", "role"],
+        "How long the guest has run at the destination on memory that has not all arrived: in post-copy only. An agent that was restarted counts anew.";
 
     PostcopyFaultDurationSeconds: Histogram(buckets::WORK_REQUEST), "ramferry_postcopy_fault_duration_seconds", "seconds",
         ["fabric"],

@@ -2,7 +2,7 @@
 //! would take each of them one by one.
 
 use std::collections::BTreeMap;
-use std::sync::{Mutex, PoisonError};
+use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use ramferry_mover::{CompletionStatus, Opcode, OperationCounts};
 
@@ -18,6 +18,14 @@ pub(super) struct OperationTotals {
 }
 
 impl Metrics {
+    /// A destination begins. What it may have to read in post-copy is there before there is any: post-copy can be over
+    /// before the second scrape, and the first would be no increase.
+    pub(crate) fn reads_begin(&self, fabric: &'static str) {
+        self.operations(fabric, Opcode::Read, &OperationCounts::default());
+        self.0.operations.lock_faults().entry(fabric).or_default();
+        self.counter(MetricName::PostcopyBytesTotal, &[fabric], 0);
+    }
+
     /// Operations since the last call.
     pub(crate) fn operations(&self, fabric: &'static str, opcode: Opcode, counts: &OperationCounts) {
         let mut totals = self.0.operations.operations.lock().unwrap_or_else(PoisonError::into_inner);
@@ -27,16 +35,19 @@ impl Metrics {
     /// Accesses of guests in post-copy that waited for the source, since the last call.
     pub(crate) fn postcopy_faults(&self, fabric: &'static str, counts: &OperationCounts) {
         if counts.posted > 0 {
-            let mut totals = self.0.operations.faults.lock().unwrap_or_else(PoisonError::into_inner);
-            totals.entry(fabric).or_default().add(counts);
+            self.0.operations.lock_faults().entry(fabric).or_default().add(counts);
         }
     }
 }
 
 impl OperationTotals {
+    fn lock_faults(&self) -> MutexGuard<'_, BTreeMap<&'static str, OperationCounts>> {
+        self.faults.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
     pub(super) fn render(&self, text: &mut Exposition) {
         self.render_operations(text);
-        let totals = self.faults.lock().unwrap_or_else(PoisonError::into_inner).clone();
+        let totals = self.lock_faults().clone();
         if totals.is_empty() {
             return;
         }

@@ -37,6 +37,7 @@ fn exercised() -> (Metrics, ActiveMigration) {
         ..MigrationGauges::default()
     };
     active.set(of_a_source);
+    active.state(MigrationState::Postcopy);
     metrics.grpc("other", "OK", SECOND);
     metrics.set_ebpf(&ebpf::tests::states(), ebpf::tests::snapshot());
     let verdict = Verdict { status: Status::Warn, evidence: "1".into(), remedy: "2".into() };
@@ -141,6 +142,39 @@ fn states_are_counted_and_their_time_recorded() {
     assert_eq!((active_in("precopy"), active_in("preparing")), (Some(1.0), Some(0.0)));
     let series = r#"ramferry_migration_phase_duration_seconds_count{role="source",phase="preparing"}"#;
     assert_eq!(value(&text, series), Some(1.0));
+}
+
+#[test]
+fn time_in_postcopy_is_told_only_there() {
+    let metrics = Metrics::new();
+    let mut active = metrics.migration_started(MigrationRole::Destination, "m");
+    let series = "ramferry_migration_postcopy_seconds{migration=\"m\",role=\"destination\"}";
+    active.state(MigrationState::SwitchingOver);
+    assert_eq!(value(&metrics.render(), series), None);
+    active.state(MigrationState::Postcopy);
+    let first = value(&metrics.render(), series).unwrap();
+    // Nothing is set in between, as while a guest waits.
+    assert!(value(&metrics.render(), series).unwrap() > first);
+    active.ended(MigrationMode::Postcopy, MigrationResult::Succeeded, None);
+    assert!(!metrics.render().contains("ramferry_migration_postcopy_seconds"));
+}
+
+/// Or an alert on their increase would miss the first.
+#[test]
+fn lost_memory_and_reads_of_a_destination_are_counted_from_zero() {
+    let metrics = Metrics::new();
+    metrics.reads_begin("tcp");
+    let text = metrics.render();
+    for mode in ["precopy", "postcopy"] {
+        let series = format!(
+            r#"ramferry_migrations_total{{role="destination",mode="{mode}",result="failed",reason="MEMORY_LOST"}}"#
+        );
+        assert_eq!(value(&text, &series), Some(0.0));
+    }
+    let read = r#"ramferry_completions_total{fabric="tcp",opcode="read",status="success"}"#;
+    let faults = r#"ramferry_postcopy_fault_duration_seconds_count{fabric="tcp"}"#;
+    let bytes = r#"ramferry_postcopy_bytes_total{fabric="tcp"}"#;
+    assert_eq!([read, faults, bytes].map(|series| value(&text, series)), [Some(0.0); 3]);
 }
 
 #[test]

@@ -4,7 +4,7 @@ mod prometheus;
 
 use std::collections::BTreeSet;
 use std::path::Path;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use ramferry_lab::{Qemu, Workload, skipped};
 use ramferry_proto::v1;
@@ -12,7 +12,14 @@ use ramferry_proto::v1::FabricKind::Tcp;
 use serde_json::Value;
 
 use crate::authority::Authority;
-use crate::harness::{Agent, MIB, Pair, Site, boot, parameters, proof, quiet};
+use crate::faults::cut::cut_data;
+use crate::faults::stage::{Course, Stage};
+use crate::faults::steps::Held;
+use crate::harness::{
+    Agent, MIB, PATIENCE, Pair, Site, assert_proves_itself, boot, parameters, proof, quiet,
+};
+use crate::postcopy::lost;
+use crate::throttle;
 pub(crate) use prometheus::Prometheus;
 use prometheus::{check_metrics, repository};
 
@@ -22,7 +29,7 @@ const NOT_HERE: [(&str, &str); 2] = [
     ("ramferry_ebpf_", "no eBPF probe is attached by these agents"),
 ];
 /// Alerts that this voyage makes fire, each waited for.
-const FIRED: [&str; 7] = [
+const FIRED: [&str; 9] = [
     "RamferryHostUnfit",
     "RamferryTargetDown",
     "RamferrySlowRegistration",
@@ -30,6 +37,8 @@ const FIRED: [&str; 7] = [
     "RamferryMigrationFailures",
     "RamferryDowntimeOverBudget",
     "RamferryMigrationStalled",
+    "RamferryPostcopyStalled",
+    "RamferryMemoryLost",
 ];
 
 fn why_not_here(query: &str) -> Option<&'static str> {
@@ -44,17 +53,25 @@ async fn every_panel_and_rule_has_data_of_real_migrations_and_alerts_fire() {
     // It can track no guest, and says so of its host.
     let enter = ["setpriv", "--bounding-set=-sys_ptrace", "--"].map(str::to_owned).into();
     let (pair, mut gone) = (Pair::start(), Agent::start_at(Site { enter, ..Site::here() }, &[]));
-    let Some(prometheus) = Prometheus::over(&[&pair.source, &pair.destination, &secured, &gone]) else {
+    let (waits, loses) = (stage("waits").await, stage("loses-memory").await);
+    let held = [&waits, &loses].map(|stage| [&stage.pair.source, &stage.pair.destination]);
+    let agents = [&[&pair.source, &pair.destination, &secured, &gone][..], held.as_flattened()].concat();
+    let Some(prometheus) = Prometheus::over(&agents) else {
         return skipped("there is no Prometheus (see scripts/setup)");
     };
-    prometheus.wait("sum(up) == 4").await;
+    prometheus.wait("sum(up) == 8").await;
 
     registers_slowly(&pair, &prometheus).await;
     prometheus.wait_firing("RamferryHostUnfit").await;
     gone.kill();
     prometheus.wait_firing("RamferryTargetDown").await;
     does_not_converge_and_is_forced(&pair, &prometheus).await;
+    if throttle::has_controller() {
+        is_throttled(&pair, &prometheus).await;
+    }
     stalls(&pair, &prometheus).await;
+    waits_in_postcopy(&waits, &prometheus).await;
+    loses_memory_in_postcopy(&loses, &prometheus).await;
     if let Some(file) = std::env::var_os("RAMFERRY_PICTURES") {
         keep_answers(&prometheus, Path::new(&file));
     }
@@ -102,6 +119,20 @@ async fn does_not_converge_and_is_forced(pair: &Pair, prometheus: &Prometheus) {
     prometheus.wait_firing("RamferryDowntimeOverBudget").await;
 }
 
+async fn is_throttled(pair: &Pair, prometheus: &Prometheus) {
+    let guest = boot(proof(throttle::hot()));
+    let destination = guest.destination().start().unwrap();
+    pair.create("throttled", &guest, &destination, throttle::slow(50)).await.unwrap();
+    prometheus.wait("ramferry_migration_throttle_ratio{migration=\"throttled\"} >= 0.3").await;
+    cancel(pair, "throttled").await;
+}
+
+async fn cancel(pair: &Pair, id: &str) {
+    let request = v1::CancelMigrationRequest { id: id.into() };
+    pair.source.client().await.cancel_migration(request).await.unwrap();
+    pair.source.wait_end(id).await;
+}
+
 /// The destination's agent stands still while a migration copies.
 async fn stalls(pair: &Pair, prometheus: &Prometheus) {
     let guest: Qemu = boot(proof(quiet()));
@@ -116,11 +147,65 @@ async fn stalls(pair: &Pair, prometheus: &Prometheus) {
     signal(rustix::process::Signal::STOP);
     prometheus.wait_firing("RamferryMigrationStalled").await;
     signal(rustix::process::Signal::CONT);
-    let request = v1::CancelMigrationRequest { id: "stalled".into() };
-    pair.source.client().await.cancel_migration(request).await.unwrap();
-    pair.source.wait_end("stalled").await;
+    cancel(pair, "stalled").await;
     // Its end was scraped.
     prometheus.wait("sum(ramferry_migrations_active{role=\"source\"}) == 0").await;
+}
+
+/// Two agents that are held, and a guest for a migration of this name.
+async fn stage(id: &str) -> Stage {
+    let mut stage = Stage::set_course(Course::Postcopy).await;
+    stage.id = id.into();
+    stage
+}
+
+/// In post-copy, owed memory that it does not need now. What it may read was scraped before, at 0.
+async fn in_postcopy(stage: &Stage, prometheus: &Prometheus) -> Held {
+    stage.begin_course(Course::Postcopy, Tcp).await;
+    let held = stage.hold(Course::Postcopy, |step| step.to_string() == "source pause_guest 1").await;
+    let instance = stage.pair.destination.metrics;
+    let nothing = format!("ramferry_postcopy_fault_duration_seconds_count{{instance=\"{instance}\"}} == 0");
+    prometheus.wait(&nothing).await;
+    lost::owe_what_is_not_needed(stage, held).await
+}
+
+/// The links of a guest in post-copy are lost, and for a while there are no others.
+async fn waits_in_postcopy(stage: &Stage, prometheus: &Prometheus) {
+    let held = in_postcopy(stage, prometheus).await;
+    assert!(cut_data(&stage.pair.source, stage.proxy.address) > 0);
+    drop(held);
+    let held = stage.hold(Course::Postcopy, |step| step.to_string() == "source reconnect 1").await;
+    fires_at_destination(stage, prometheus);
+    let others = "ALERTS{alertname=~\"RamferryMigration.*\",alertstate=\"firing\"} \
+                  and on (instance, migration) ramferry_migration_postcopy_seconds";
+    let others = prometheus.now(others);
+    assert!(others.is_empty(), "its alert is another: {others:#?}");
+    drop(held);
+    stage.steps.open();
+    assert_eq!(stage.pair.source.wait_end(&stage.id).await.state(), v1::MigrationState::Succeeded);
+    assert_proves_itself(&stage.receiver);
+    let expected = "ramferry_migration_expected_downtime_seconds and ramferry_migration_postcopy_seconds";
+    let expected = prometheus.all_along(expected);
+    assert!(expected.is_empty(), "it has switched over: {expected:#?}");
+}
+
+/// The destination is held before each new try to read, and would tell nothing: those go by.
+fn fires_at_destination(stage: &Stage, prometheus: &Prometheus) {
+    let firing = "ALERTS{alertname=\"RamferryPostcopyStalled\",alertstate=\"firing\",role=\"destination\"}";
+    let deadline = Instant::now() + PATIENCE;
+    while prometheus.now(firing).is_empty() {
+        assert!(Instant::now() < deadline, "never: {firing}");
+        drop(stage.steps.next_within(Duration::from_millis(100)));
+    }
+}
+
+async fn loses_memory_in_postcopy(stage: &Stage, prometheus: &Prometheus) {
+    let held = in_postcopy(stage, prometheus).await;
+    lost::truncate(&stage.guest);
+    drop(held);
+    stage.steps.open();
+    prometheus.wait_firing("RamferryMemoryLost").await;
+    prometheus.wait("sum(ramferry_migrations_active) == 0").await;
 }
 
 /// What panels and annotations show nothing though they could.

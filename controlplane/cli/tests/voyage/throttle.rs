@@ -15,11 +15,11 @@ use crate::harness::{
 };
 
 /// Rewritten without pause, and on a busy machine, too, faster than [`slow`] lets it be copied.
-fn hot() -> Workload {
+pub(crate) fn hot() -> Workload {
     Workload { mib: 16, touch_mib: 0, rate_mib: 0, fill: Fill::Stamp, ..Workload::default() }
 }
 
-fn slow(throttle_max_percent: u32) -> v1::MigrationParameters {
+pub(crate) fn slow(throttle_max_percent: u32) -> v1::MigrationParameters {
     v1::MigrationParameters {
         bandwidth_limit_bits_per_second: 8 * 15 * MIB,
         timeout_action: v1::TimeoutAction::Cancel.into(),
@@ -63,7 +63,7 @@ fn is_throttled(guest: &Qemu, id: &str) -> bool {
 }
 
 /// Whether this host has the cpu controller at all.
-fn has_controller() -> bool {
+pub(crate) fn has_controller() -> bool {
     let v1 = std::fs::read_to_string("/proc/self/cgroup").unwrap().contains("cpu:");
     let v2 = std::fs::read_to_string("/sys/fs/cgroup/cgroup.controllers").unwrap_or_default();
     v1 || v2.split_whitespace().any(|name| name == "cpu")

@@ -174,6 +174,7 @@ fn quick(rules: &str) -> String {
         ("[2m]", "[1s]"),
         ("[1m]", "[5s]"),
         ("offset 2m", "offset 1s"),
+        ("offset 1m", "offset 5s"),
     ];
     let quick = times.iter().fold(rules.to_owned(), |text, (slow, quick)| text.replace(slow, quick));
     let lines = quick.lines().filter(|line| !line.trim_start().starts_with("for: "));

@@ -9,7 +9,7 @@ use ramferry_proto::v1::MigrationState::{Failed, Postcopy, Succeeded};
 
 use crate::faults::cut::cut_data;
 use crate::faults::leftovers::{assert_nothing_kept, assert_unharmed};
-use crate::faults::stage::{Course, Stage, held_agents, hot, runs};
+use crate::faults::stage::{Course, Stage, hot, runs};
 use crate::faults::steps::Held;
 use crate::harness::{Agent, MIB, PATIENCE, Pair, assert_proves_itself, boot};
 
@@ -29,22 +29,27 @@ async fn owed_of(stage: Stage, fabric: FabricKind) -> (Stage, Held) {
 
 /// The same, of a guest that stopped writing: it was let at what it touches, and waits for nothing.
 async fn owed_and_unneeded(fabric: FabricKind) -> (Stage, Held) {
-    let guest = boot(Qemu::builder().block(RamBlock::node(64 * MIB)).proof(hot()));
-    let stage = Stage::set_for(guest, held_agents).await;
+    let stage = Stage::set_course(Course::Postcopy).await;
     stage.begin_course(Course::Postcopy, fabric).await;
     let held = stage.hold(Course::Postcopy, |step| step.to_string() == "source pause_guest 1").await;
+    let held = owe_what_is_not_needed(&stage, held).await;
+    (stage, held)
+}
+
+/// Goes on from where the guest is about to be paused. It has been let at what it touches, and is owed the rest.
+pub(crate) async fn owe_what_is_not_needed(stage: &Stage, about_to_pause: Held) -> Held {
     stage.guest.next_tick(PATIENCE).unwrap();
     stage.guest.pause_writing(PATIENCE).unwrap();
-    drop(held);
+    drop(about_to_pause);
     let held = stage.hold(Course::Postcopy, |step| step.to_string() == "destination pull").await;
     for _ in 0..3 {
         stage.receiver.next_tick(PATIENCE).unwrap();
     }
-    (stage, held)
+    held
 }
 
 /// The guest's RAM file loses all but its first page.
-fn truncate(guest: &Qemu) {
+pub(crate) fn truncate(guest: &Qemu) {
     let path = guest.ram_files()[0].as_ref().unwrap();
     OpenOptions::new().write(true).open(path).unwrap().set_len(4096).unwrap();
 }
