@@ -147,20 +147,22 @@ impl Copy {
     /// Begins a pass over `pages`. No other may be under way.
     pub(crate) fn begin(self: &Arc<Self>, pages: PageSets, guest_paused: bool) -> Arc<Pass> {
         self.set_todo(pages);
-        let mut follow = Follow::default();
-        self.plan().advance(&mut follow);
-        self.carry_out(follow);
         Arc::new(Pass { guest_paused, stop: AtomicBool::new(false) })
     }
 
-    /// From now on the pass under way is over `pages`; the first chunk that is asked for begins the registering. No chunk
-    /// may have been handed out.
-    pub(crate) fn set_todo(&self, pages: PageSets) {
-        let mut plan = self.plan();
-        plan.windows.begin_round(&pages);
-        plan.todo = pages;
-        plan.cursor = (BlockIndex(0), 0);
-        plan.awaited = None;
+    /// From now on the pass under way is over `pages`, for the first of which windows are registered. No chunk may have been
+    /// handed out.
+    pub(crate) fn set_todo(self: &Arc<Self>, pages: PageSets) {
+        let mut follow = Follow::default();
+        {
+            let mut plan = self.plan();
+            plan.windows.begin_round(&pages);
+            plan.todo = pages;
+            plan.cursor = (BlockIndex(0), 0);
+            plan.awaited = None;
+            plan.advance(&mut follow);
+        }
+        self.carry_out(follow);
     }
 
     /// Pages of the last pass that no thread took.

@@ -13,7 +13,7 @@
 
 mod reader;
 
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock};
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
@@ -35,7 +35,12 @@ const AROUND_BYTES: u64 = 64 << 10;
 /// What is not owed is let in together, as far as it lies in one such piece.
 const LET_IN_BYTES: u64 = 2 << 20;
 /// Chunks that a stream thread has under way.
-const DEPTH: usize = 4;
+const DEPTH: usize = 2;
+/// So long after a fault nothing is asked for that nobody waits for: one fault follows another, and what is under
+/// way when it comes takes processors and the link from it.
+const QUIET: Duration = Duration::from_micros(300);
+/// A stream thread asks for a chunk so often however many faults there are.
+const LONGEST_QUIET: Duration = Duration::from_millis(10);
 /// Between two looks whether to stop.
 const PATIENCE: Duration = Duration::from_millis(100);
 /// Between two looks at faults that cannot be served yet.
@@ -104,6 +109,9 @@ struct Shared {
     /// The guest runs, or is about to: what is owed is asked for, and its end is news.
     streaming: AtomicBool,
     told: AtomicBool,
+    began: Instant,
+    /// When the last fault came or was served, in microseconds since `began`.
+    faulted_us: AtomicU64,
     report: Report,
 }
 
@@ -125,6 +133,8 @@ impl Pull {
             stop: AtomicBool::new(false),
             streaming: AtomicBool::new(false),
             told: AtomicBool::new(false),
+            began: Instant::now(),
+            faulted_us: AtomicU64::new(0),
             report,
         });
         let mut pull = Self { shared, fault_threads: Vec::new(), reading: None, attempts: 0, slot };
@@ -302,9 +312,24 @@ impl Shared {
             }
             let now = Instant::now();
             waiting.extend(batch.drain(..).map(|fault| (fault, now)));
-            self.serve(index, &mut waiting)?;
+            if !waiting.is_empty() {
+                self.note_fault();
+                self.serve(index, &mut waiting)?;
+                self.note_fault();
+            }
         }
         Ok(())
+    }
+
+    fn note_fault(&self) {
+        self.faulted_us.store(self.began.elapsed().as_micros() as u64, Ordering::Relaxed);
+    }
+
+    /// How long a stream thread keeps out of the way of faults, having asked for its last chunk at `asked`.
+    fn quiet(&self, asked: Instant) -> Duration {
+        let faulted = Duration::from_micros(self.faulted_us.load(Ordering::Relaxed));
+        let since = self.began.elapsed().saturating_sub(faulted);
+        if asked.elapsed() >= LONGEST_QUIET { Duration::ZERO } else { QUIET.saturating_sub(since) }
     }
 
     /// Lets in what is here, and reads what is not; leaves in `waiting` what cannot be had yet.
@@ -385,6 +410,7 @@ impl Shared {
 
     fn stream(&self, mut reader: Reader) -> Result<(), MoverError> {
         let mut arrived = Vec::new();
+        let mut asked = Instant::now();
         let streamed = loop {
             // What is under way stays owed; closing the link ends it.
             if reader.pass().is_stopped() {
@@ -398,12 +424,20 @@ impl Shared {
             if let Err(error) = settled {
                 break Err(error);
             }
+            let quiet = self.quiet(asked);
+            if !quiet.is_zero() && reader.in_flight() == 0 {
+                thread::sleep(quiet);
+                continue;
+            }
             let mut next = Next::Wait;
-            if reader.in_flight() < DEPTH {
+            if quiet.is_zero() && reader.in_flight() < DEPTH {
                 next = reader.copy().next(reader.pass());
             }
             let went_on = match next {
-                Next::Chunk(chunk) => reader.read(chunk, &mut arrived),
+                Next::Chunk(chunk) => {
+                    asked = Instant::now();
+                    reader.read(chunk, &mut arrived)
+                }
                 Next::Done if reader.in_flight() == 0 => break Ok(()),
                 _ if came => Ok(()),
                 Next::Wait if reader.in_flight() == 0 => {

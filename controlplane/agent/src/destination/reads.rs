@@ -21,8 +21,8 @@ use crate::request::MAX_STREAMS;
 use crate::source::{add_runs, blocking_step, is_shm_socket, orders};
 use crate::status::causes;
 
-/// Windows are shorter than in pre-copy: a fault waits for the whole of its window.
-const WINDOW_BYTES: u64 = 8 << 20;
+/// Windows of memory that is pinned are shorter than in pre-copy: a fault waits for the whole of its window.
+const PINNED_WINDOW_BYTES: u64 = 8 << 20;
 
 /// What a destination reads, from where.
 #[derive(Default)]
@@ -149,11 +149,7 @@ impl DestinationSession {
         let Connected { domain, links } =
             blocking_step(move || agent.fabrics.connect(&agreed, &memory, &to)).await?;
         let ordering = Arc::clone(self);
-        let windows = WindowConfig {
-            pin_budget_bytes: terms.pin_budget_bytes,
-            window_bytes: WINDOW_BYTES,
-            ..WindowConfig::new(RegistrationMode::Dynamic)
-        };
+        let windows = windows_to_read(fabric, terms.pin_budget_bytes);
         self.handle.send(DestinationInput::Readers(Box::new(Readers {
             links,
             domain,
@@ -234,6 +230,18 @@ impl DestinationSession {
 
     fn reads(&self) -> std::sync::MutexGuard<'_, Reads> {
         self.reads.lock().expect("no panic while it is held")
+    }
+}
+
+/// Where nothing is pinned everything is registered while the guest still runs at the source: no fault waits for a window.
+fn windows_to_read(fabric: FabricKind, pin_budget_bytes: Option<u64>) -> WindowConfig {
+    if fabric != FabricKind::Verbs && pin_budget_bytes.is_none() {
+        return WindowConfig::new(RegistrationMode::PinAll);
+    }
+    WindowConfig {
+        pin_budget_bytes,
+        window_bytes: PINNED_WINDOW_BYTES,
+        ..WindowConfig::new(RegistrationMode::Dynamic)
     }
 }
 
