@@ -178,15 +178,11 @@ pub(crate) fn plan(
     let hold = |((version, home), (mount, threads)): ((Version, PathBuf), (PathBuf, Vec<u32>))| {
         let mut enables_cpu = false;
         if version == Version::V2 {
-            let has_cpu = |name: &str| {
-                let listed = files.read(&home.join(name)).unwrap_or_default();
-                listed.split_whitespace().any(|controller| controller == "cpu")
-            };
-            if !has_cpu("cgroup.controllers") {
+            if !has_cpu(files, &home.join("cgroup.controllers")) {
                 return Err(CgroupError::NoController { path: home });
             }
             let is_for_us = others.iter().any(|other| other.home == home && other.enables_cpu);
-            enables_cpu = is_for_us || !has_cpu("cgroup.subtree_control");
+            enables_cpu = is_for_us || !has_cpu(files, &home.join("cgroup.subtree_control"));
         }
         let most = (threads.len() as u64).min(online).saturating_mul(1000);
         let capacity_millis = most.min(quota_above(files, version, &home, &mount)).max(1);
@@ -252,7 +248,8 @@ impl Hold {
         // It frees the threads at once; they are moved all the same where it fails.
         let _ = self.set(files, Percent(0));
         for left in (0..REMOVALS).rev() {
-            let is_empty = self.move_home(files)?;
+            // One that was never made, where cgroups are read-only, could not be removed either.
+            let Some(is_empty) = self.move_home(files)? else { break };
             match files.remove(&self.child) {
                 Ok(()) => break,
                 Err(error) if error.kind() == io::ErrorKind::NotFound => break,
@@ -260,8 +257,8 @@ impl Hold {
                 Err(_) => std::thread::sleep(REMOVAL_INTERVAL),
             }
         }
-        if self.enables_cpu && !has_ours(files, &self.home) {
-            let path = self.home.join("cgroup.subtree_control");
+        let path = self.home.join("cgroup.subtree_control");
+        if self.enables_cpu && has_cpu(files, &path) && !has_ours(files, &self.home) {
             match files.write(&path, "-cpu") {
                 // The cgroup is gone; or others have come to need the controller below it.
                 Err(error)
@@ -272,12 +269,12 @@ impl Hold {
         Ok(())
     }
 
-    /// Moves the child's threads home; whether there was none.
-    fn move_home(&self, files: &dyn Files) -> Result<bool, CgroupError> {
+    /// Moves the child's threads home; whether there was none, if there is a child.
+    fn move_home(&self, files: &dyn Files) -> Result<Option<bool>, CgroupError> {
         let list = self.child.join(self.version.threads());
         let threads = match files.read(&list) {
             Ok(threads) => threads,
-            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(true),
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
             Err(error) => return Err(file("read", &list, error)),
         };
         let home = self.home.join(self.version.threads());
@@ -287,7 +284,7 @@ impl Hold {
                 _ => {}
             }
         }
-        Ok(threads.trim().is_empty())
+        Ok(Some(threads.trim().is_empty()))
     }
 }
 
@@ -357,6 +354,12 @@ fn quota_above(files: &dyn Files, version: Version, home: &Path, mount: &Path) -
     };
     let above = home.ancestors().take_while(|cgroup| cgroup.starts_with(mount));
     above.filter_map(quota_of).min().unwrap_or(u64::MAX)
+}
+
+/// Whether a list of controllers has this one.
+fn has_cpu(files: &dyn Files, list: &Path) -> bool {
+    let listed = files.read(list).unwrap_or_default();
+    listed.split_whitespace().any(|controller| controller == "cpu")
 }
 
 /// Whether `home` has a child that some agent made to throttle a guest.

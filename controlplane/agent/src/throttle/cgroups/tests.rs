@@ -13,6 +13,7 @@ struct Fake {
     files: RefCell<BTreeMap<PathBuf, String>>,
     directories: RefCell<BTreeSet<PathBuf>>,
     refuses: Option<(&'static str, i32)>,
+    is_read_only: bool,
 }
 
 impl Fake {
@@ -32,6 +33,10 @@ impl Fake {
         self.files.borrow().get(Path::new(path)).cloned()
     }
 
+    fn changes(&self) -> io::Result<()> {
+        if self.is_read_only { Err(io::ErrorKind::ReadOnlyFilesystem.into()) } else { Ok(()) }
+    }
+
     fn missing() -> io::Error {
         io::ErrorKind::NotFound.into()
     }
@@ -43,6 +48,7 @@ impl Files for Fake {
     }
 
     fn write(&self, path: &Path, text: &str) -> io::Result<()> {
+        self.changes()?;
         if let Some((name, errno)) = self.refuses
             && path.ends_with(name)
         {
@@ -71,6 +77,7 @@ impl Files for Fake {
     }
 
     fn make(&self, directory: &Path) -> io::Result<()> {
+        self.changes()?;
         if !self.directories.borrow_mut().insert(directory.to_owned()) {
             return Err(io::ErrorKind::AlreadyExists.into());
         }
@@ -83,6 +90,7 @@ impl Files for Fake {
     }
 
     fn remove(&self, directory: &Path) -> io::Result<()> {
+        self.changes()?;
         for list in ["tasks", "cgroup.threads"] {
             if self.read(&directory.join(list)).is_ok_and(|threads| !threads.is_empty()) {
                 return Err(io::ErrorKind::ResourceBusy.into());
@@ -189,6 +197,17 @@ fn on_v2_a_controller_that_children_had_before_is_left_to_them() {
     fake.refuses = Some(("cgroup.subtree_control", rustix::io::Errno::BUSY.raw_os_error()));
     hold.undo(&fake).expect("others have it for their children now");
     assert_eq!(fake.text("/cg/vm/ramferry-m/cpu.max"), None);
+}
+
+#[test]
+fn of_cgroups_that_are_read_only_nothing_has_to_be_undone() {
+    for fake in [v1(), v2()] {
+        let fake = Fake { is_read_only: true, ..fake };
+        let [hold] = &plan(&fake, 7, &[8], "m", &[]).unwrap()[..] else { panic!("one cgroup") };
+        let said = crate::status::causes(&hold.begin(&fake, Percent(20)).unwrap_err());
+        assert!(said.contains("ProtectControlGroups=no"), "{said}");
+        hold.undo(&fake).expect("nothing was made");
+    }
 }
 
 #[test]
