@@ -1,39 +1,40 @@
 //! Migrations whose destination is this host.
 
+mod answers;
 mod negotiate;
 mod outside;
 mod reads;
+mod recovery;
 
 use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::Duration;
 
 use ramferry_engine::{Destination, DestinationEvent, Failure, Reason};
-use ramferry_fabric::windows::WindowId;
 use ramferry_fabric::{FabricKind, SessionToken};
 use ramferry_guest::GuestError;
 use ramferry_mover::{
-    DestinationHandle, DestinationInput, DestinationParts, PeerAnswer, PostcopyParts, RegisteredWindow,
-    WindowsAnswer, spawn_destination,
+    DestinationHandle, DestinationInput, DestinationParts, PostcopyParts, spawn_destination,
 };
 use ramferry_proto::v1;
 use ramferry_proto::v1::exchange_control_response::Answer;
-use ramferry_ram::{Access, Layout, Memory, PageSets, RamFile};
+use ramferry_ram::{Access, Layout, Memory, RamFile};
 use tokio::net::UnixStream;
 use tokio::sync::{Semaphore, mpsc};
 use tokio::task::AbortHandle;
-use tonic::Status;
 
+use self::answers::Answers;
+pub(crate) use self::answers::{windows_registered, windows_released};
 #[cfg(feature = "fuzzing")]
 pub(crate) use self::negotiate::layout;
 pub(crate) use self::negotiate::negotiate;
 use self::outside::Outside;
 use self::reads::Reads;
-use crate::MigrationRole;
+pub(crate) use self::recovery::{abort_unknown, outcome, recover, undecided};
 use crate::core::Agent;
 use crate::device_stream::{self, Incoming};
 use crate::fabrics::Admitted;
 use crate::guest_cell::GuestCell;
-use crate::journal::{Durability, MigrationLog, Record, Recovered};
+use crate::journal::MigrationLog;
 use crate::keepsake::{self, Terms};
 use crate::migrations::{Claim, Entry};
 use crate::publish::Publisher;
@@ -42,19 +43,9 @@ use crate::status::causes;
 
 /// Time in which a session's source must open the control stream.
 const OPEN_TIMEOUT: Duration = Duration::from_secs(30);
-/// Answers that wait for the network.
-const ANSWERS: usize = 1024;
 /// Orders of the source, by what they are about (windows, runs of pages), that
 /// wait or are being carried out. More wait at the source.
 const ORDERS: usize = 1 << 20;
-/// Runs that one message of presence carries.
-const PRESENCE_RUNS: usize = 16 * 1024;
-/// In the journal, the VMM's process of a migration that never ran here.
-const NO_GUEST: u32 = 0;
-
-/// What a control stream's caller receives.
-pub(crate) type AnswerStream = mpsc::Receiver<Result<v1::ExchangeControlResponse, Status>>;
-type AnswerSender = mpsc::Sender<Result<v1::ExchangeControlResponse, Status>>;
 
 /// One migration to this host, as long as its driver runs.
 pub(crate) struct DestinationSession {
@@ -79,16 +70,6 @@ pub(crate) struct DestinationSession {
     opening: tokio::sync::Mutex<()>,
     /// A digest of the token, after a restart: by it the source is known again.
     pub(crate) token_digest: Option<String>,
-}
-
-#[derive(Default)]
-struct Answers {
-    stream: Option<AnswerSender>,
-    /// The stream on which the final answer went out.
-    final_on: Option<u64>,
-    /// Counts the streams that were opened.
-    opened: u64,
-    waiting: Vec<Answer>,
 }
 
 /// What [`DestinationSession::prepare`] works from.
@@ -182,148 +163,6 @@ async fn give_up_unopened(session: Arc<DestinationSession>) {
     }
 }
 
-/// Takes up a migration that the journal holds.
-pub(crate) fn recover(agent: &Arc<Agent>, found: Recovered) {
-    let mut view = crate::summary::restored(&found);
-    let ended = found.records.iter().any(|record| matches!(record, Record::Ended { .. }));
-    let entry = |view| match found.created.guest_pid {
-        NO_GUEST => Entry::never_ran(view),
-        _ => Entry::new(found.created.request_id.clone(), MigrationRole::Destination, view),
-    };
-    if ended {
-        // Recorded, and killed before it was all tidied up.
-        keepsake::remove(&agent.config, &found.created.id, MigrationRole::Destination);
-        return agent.registry.insert(&entry(view));
-    }
-    let is_owed = keepsake::owed_path(&agent.config, &found.created.id).exists();
-    // The last of the two counts: docs/architecture.md, "Who may run the guest".
-    let decided = found.records.iter().rev().find_map(|record| match record {
-        Record::Committed if is_owed => Some(Destination::recover_postcopy()),
-        Record::Committed => Some(Destination::recover_committed()),
-        Record::Aborted { reason, message } => {
-            Some(Destination::recover_aborted(crate::source::failure_of(reason, message.clone())))
-        }
-        _ => None,
-    });
-    view.set_state(v1::MigrationState::SwitchingOver);
-    let entry = entry(view);
-    agent.registry.insert(&entry);
-    let (id, created) = (&found.created.id, &found.created);
-    let socket = created.spec.destination_qmp_path.as_ref();
-    let claim = agent.registry.reclaim(MigrationRole::Destination, id, created.guest_pid, socket);
-    drop(agent.device_state_room(&found.created.id));
-    tracing::warn!(
-        id = found.created.id,
-        decided = decided.is_some(),
-        "taking up a migration that a restart interrupted"
-    );
-    let engine = decided.unwrap_or_else(Destination::recover_prepared);
-    let (qmp, dirs) = (&created.spec.destination_qmp_path, &agent.config.guest_dirs);
-    let guest = GuestCell::lost(qmp.clone(), dirs.clone(), created);
-    let publisher =
-        Publisher::new(&agent.metrics, MigrationRole::Destination, &entry.id, "unknown", "unknown");
-    let run_guest = found.created.guest_was_running;
-    let parts = Start {
-        engine,
-        token: None,
-        token_digest: found.created.session,
-        guest,
-        run_guest,
-        plan: None,
-        publisher,
-        log: found.log,
-        claim,
-    };
-    start(agent, entry, parts);
-}
-
-/// The final answer about a migration that has no driver, if it is known.
-pub(crate) fn outcome(entry: &Entry) -> Option<Answer> {
-    let view = entry.view();
-    match view.state() {
-        v1::MigrationState::Succeeded => Some(Answer::Running(v1::DestinationRunning::default())),
-        v1::MigrationState::Failed
-            if view.error.as_ref().is_some_and(|error| error.reason == Reason::MemoryLost.as_str()) =>
-        {
-            Some(Answer::Lost(v1::MemoryLost { message: view.error.unwrap_or_default().message }))
-        }
-        v1::MigrationState::Failed | v1::MigrationState::Cancelled => {
-            let error = view.error.unwrap_or_default();
-            Some(Answer::Aborted(v1::DestinationAborted { reason: error.reason, message: error.message }))
-        }
-        _ => None,
-    }
-}
-
-/// Answers for a migration that was never heard of: durably that it never will run here.
-pub(crate) async fn abort_unknown(agent: &Arc<Agent>, id: &str) -> Result<Answer, Status> {
-    // One at a time: whoever makes ids up takes one thread, and no more records than are his.
-    let _turn = agent.recording_never_ran.lock().await;
-    if let Some(entry) = agent.registry.get(MigrationRole::Destination, id) {
-        return outcome(&entry).ok_or_else(undecided);
-    }
-    agent.registry.has_room_for_never_ran().map_err(|refusal| crate::source::refused(&refusal))?;
-    let (agent, id) = (Arc::clone(agent), id.to_owned());
-    crate::source::blocking(move || record_never_ran(&agent, &id)).await?
-}
-
-/// The driver of a migration is about to start or has just ended.
-pub(crate) fn undecided() -> Status {
-    Status::unavailable("the outcome is not decided yet; ask again")
-}
-
-fn record_never_ran(agent: &Agent, id: &str) -> Result<Answer, Status> {
-    let failure = Failure::new(
-        Reason::DestinationAborted,
-        "this agent's journal knows no such migration: it never ran here",
-    );
-    let created = crate::journal::Created {
-        id: id.to_owned(),
-        request_id: String::new(),
-        role: MigrationRole::Destination,
-        spec: crate::journal::SpecRecord::default(),
-        guest_pid: NO_GUEST,
-        created_unix_ms: crate::source::unix_milliseconds(),
-        guest_was_running: false,
-        session: None,
-    };
-    let unrecorded = |error: crate::journal::JournalError| {
-        crate::status::status(tonic::Code::Unavailable, error.reason(), causes(&error), [])
-    };
-    let mut log = agent.journal.create(MigrationRole::Destination, id, &created).map_err(unrecorded)?;
-    let record = Record::Aborted { reason: failure.reason.as_str().into(), message: failure.message.clone() };
-    log.append(&record, Durability::Synced).map_err(unrecorded)?;
-    let mut view = v1::Migration {
-        id: id.to_owned(),
-        error: Some(v1::MigrationError {
-            reason: failure.reason.as_str().into(),
-            message: failure.message.clone(),
-        }),
-        ..Default::default()
-    };
-    view.set_state(v1::MigrationState::Failed);
-    log.append(&crate::summary::ended_record(&view), Durability::Buffered).map_err(unrecorded)?;
-    agent.registry.insert(&Entry::never_ran(view));
-    Ok(Answer::Aborted(aborted(&failure)))
-}
-
-pub(crate) fn aborted(failure: &Failure) -> v1::DestinationAborted {
-    v1::DestinationAborted { reason: failure.reason.as_str().into(), message: failure.message.clone() }
-}
-
-impl Answers {
-    fn note_final(&mut self, answer: &Answer) {
-        let is_final = match answer {
-            Answer::Running(running) => !running.memory_owed,
-            Answer::Aborted(_) | Answer::Lost(_) => true,
-            _ => false,
-        };
-        if self.stream.is_some() && is_final {
-            self.final_on = Some(self.opened);
-        }
-    }
-}
-
 impl DestinationSession {
     /// Ends `task` with the migration.
     pub(crate) fn keep(&self, task: AbortHandle) {
@@ -345,42 +184,6 @@ impl DestinationSession {
         for task in self.tasks.lock().expect("no panic while it is held").drain(..) {
             task.abort();
         }
-    }
-
-    /// A defect of ours: the source learns from the end of the stream that nobody answers any more.
-    fn hang_up(&self) {
-        self.close();
-        self.answers().stream = None;
-    }
-
-    /// Whether the final answer went out on control stream `number`.
-    pub(crate) fn has_told(&self, number: u64) -> bool {
-        self.answers().final_on == Some(number)
-    }
-
-    /// Whether a control stream is open on which the final answer did not go out.
-    pub(crate) fn is_untold(&self) -> bool {
-        let answers = self.answers();
-        answers.stream.is_some() && answers.final_on != Some(answers.opened)
-    }
-
-    /// Whether a control stream is open.
-    pub(crate) fn is_connected(&self) -> bool {
-        self.answers().stream.as_ref().is_some_and(|stream| !stream.is_closed())
-    }
-
-    /// A control stream was opened: what waits goes out on it first. An older
-    /// stream ends. Returns the answers and the stream's number.
-    pub(crate) fn attach(&self) -> (AnswerStream, u64) {
-        let mut answers = self.answers();
-        let waiting = std::mem::take(&mut answers.waiting);
-        let (sender, stream) = mpsc::channel(ANSWERS + waiting.len() + 1);
-        for answer in waiting {
-            sender.try_send(Ok(response(answer))).expect("there is room for what waited");
-        }
-        answers.stream = Some(sender);
-        answers.opened += 1;
-        (stream, answers.opened)
     }
 
     /// Hands an order about `items` things to the driver, when there is room for it.
@@ -405,67 +208,8 @@ impl DestinationSession {
         let _ = self.places.acquire_many(all).await;
     }
 
-    /// Resolves when nobody hears control stream `number` any more.
-    pub(crate) async fn unheard(&self, number: u64) {
-        let stream = {
-            let answers = self.answers();
-            answers.stream.clone().filter(|_| answers.opened == number)
-        };
-        if let Some(stream) = stream {
-            stream.closed().await;
-        }
-    }
-
-    /// Control stream `number` ended.
-    pub(crate) fn detach(&self, number: u64) {
-        let mut answers = self.answers();
-        if answers.opened == number {
-            answers.stream = None;
-            drop(answers);
-            self.handle.send(DestinationEvent::PeerLost);
-        }
-    }
-
-    /// Answers from a thread that may block. Before the first stream is opened
-    /// answers wait for it; later they are lost with a lost stream.
-    pub(crate) fn answer_blocking(&self, answer: Answer) -> bool {
-        let sender = {
-            let mut answers = self.answers();
-            if answers.opened == 0 {
-                answers.waiting.push(answer);
-                return true;
-            }
-            answers.note_final(&answer);
-            answers.stream.clone()
-        };
-        sender.is_some_and(|sender| sender.blocking_send(Ok(response(answer))).is_ok())
-    }
-
-    /// Answers from where nothing may block; the queue of a new stream has room.
-    pub(crate) fn answer_soon(&self, answer: Answer) {
-        if let Some(sender) = &self.answers().stream {
-            let _ = sender.try_send(Ok(response(answer)));
-        }
-    }
-
-    pub(crate) async fn answer(&self, answer: Answer) -> bool {
-        let sender = {
-            let mut answers = self.answers();
-            answers.note_final(&answer);
-            answers.stream.clone()
-        };
-        match sender {
-            Some(sender) => sender.send(Ok(response(answer))).await.is_ok(),
-            None => false,
-        }
-    }
-
     fn incoming(&self) -> MutexGuard<'_, Option<mpsc::Receiver<v1::DeviceState>>> {
         self.incoming.lock().expect("no panic while it is held")
-    }
-
-    fn answers(&self) -> MutexGuard<'_, Answers> {
-        self.answers.lock().expect("no panic while it is held")
     }
 
     async fn prepare(self: &Arc<Self>) -> Result<DestinationParts, Failure> {
@@ -507,43 +251,6 @@ impl DestinationSession {
             },
             answer: Arc::new(move |answer| answering.answer_of_the_data_plane(answer)),
         })
-    }
-
-    fn answer_of_the_data_plane(&self, answer: PeerAnswer) -> bool {
-        match answer {
-            PeerAnswer::Presence(pages) => self.tell_presence(&pages),
-            PeerAnswer::Windows(WindowsAnswer::Registered(windows)) => {
-                self.answer_blocking(Answer::WindowsRegistered(windows_registered(windows)))
-            }
-            PeerAnswer::Windows(WindowsAnswer::Released(ids)) => {
-                self.answer_blocking(Answer::WindowsReleased(windows_released(&ids)))
-            }
-            PeerAnswer::StillOwed(bytes) => self.answer_blocking(Answer::StillOwed(v1::StillOwed { bytes })),
-            // Others are on their way.
-            PeerAnswer::ReadersLost if self.is_opening() => true,
-            PeerAnswer::ReadersLost => {
-                let message = "others are needed".into();
-                self.answer_blocking(Answer::ReadsLost(v1::ReadsLost { message }))
-            }
-            PeerAnswer::Digests(digests) => {
-                let blocks = digests.iter().map(|digest| digest.as_bytes().to_vec()).collect();
-                self.answer_blocking(Answer::Digests(v1::Digests { blocks }))
-            }
-        }
-    }
-
-    fn tell_presence(&self, pages: &PageSets) -> bool {
-        for (block, set) in pages.iter() {
-            let runs: Vec<_> = set.runs().collect();
-            for runs in runs.chunks(PRESENCE_RUNS) {
-                let runs = runs.iter().flat_map(|run| [run.first, run.count]).collect();
-                let pages = vec![v1::PageRuns { block: block.0, runs }];
-                if !self.answer_blocking(Answer::Presence(v1::DestinationPresence { pages, last: false })) {
-                    return false;
-                }
-            }
-        }
-        self.answer_blocking(Answer::Presence(v1::DestinationPresence { pages: Vec::new(), last: true }))
     }
 
     /// Lets the VMM listen for device state, and connects to it.
@@ -650,24 +357,4 @@ fn guest_failure(error: &GuestError) -> Failure {
 /// What the journal keeps of a session's token.
 pub(crate) fn token_digest(token: &SessionToken) -> String {
     blake3::hash(token.as_bytes()).to_hex().to_string()
-}
-
-/// What became of windows, as it goes over the wire.
-pub(crate) fn windows_registered(windows: Vec<RegisteredWindow>) -> v1::WindowsRegistered {
-    let windows = windows.into_iter().map(|window| v1::RegisteredWindow {
-        id: window.id.0,
-        remote_key: window.key.as_ref().map_or(0, |key| key.0),
-        nanoseconds: u64::try_from(window.elapsed.as_nanos()).unwrap_or(u64::MAX),
-        error: window.key.err().unwrap_or_default(),
-    });
-    v1::WindowsRegistered { windows: windows.collect() }
-}
-
-/// Windows that were released, as they go over the wire.
-pub(crate) fn windows_released(ids: &[WindowId]) -> v1::WindowsReleased {
-    v1::WindowsReleased { ids: ids.iter().map(|id| id.0).collect() }
-}
-
-fn response(answer: Answer) -> v1::ExchangeControlResponse {
-    v1::ExchangeControlResponse { answer: Some(answer) }
 }

@@ -111,7 +111,7 @@ impl Throttle {
         if threads.is_empty() {
             return Err(ThrottleError::NoThreads);
         }
-        let holds = cgroups::plan(&Kernel, pid, threads, &self.id)?;
+        let holds = cgroups::plan(&Kernel, pid, threads, &self.id, &self.others())?;
         keep(&self.record, &holds)?;
         held.holds = holds;
         let begun = guard(&self.record).and_then(|guard| {
@@ -149,6 +149,13 @@ impl Throttle {
         undone
     }
 
+    /// What this agent's other migrations hold. A record that cannot be read tells of nothing.
+    fn others(&self) -> Vec<Hold> {
+        let records = self.record.parent().map(records).unwrap_or_default();
+        let others = records.into_iter().filter(|record| *record != self.record);
+        others.filter_map(|record| read(&record).ok().flatten()).flatten().collect()
+    }
+
     fn held(&self) -> MutexGuard<'_, Held> {
         self.held.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -156,10 +163,7 @@ impl Throttle {
 
 /// At the agent's start: frees the guests that another agent's end left throttled.
 pub(crate) fn undo_all(config: &Config) {
-    let records = fs::read_dir(directory(config)).into_iter().flatten().flatten();
-    for record in
-        records.map(|entry| entry.path()).filter(|path| path.extension().is_some_and(|end| end == "json"))
-    {
+    for record in records(&directory(config)) {
         match undo_record(&record) {
             Ok(()) => tracing::warn!(record = %record.display(), "a guest was freed that was left throttled"),
             Err(error) => tracing::error!(error = causes(&error), "a guest may still be throttled"),
@@ -179,13 +183,17 @@ pub fn stand_guard(record: &Path) -> Result<(), ThrottleError> {
 }
 
 fn undo_record(record: &Path) -> Result<(), ThrottleError> {
+    read(record)?.map_or(Ok(()), |holds| undo(record, &holds))
+}
+
+/// What a record tells of, if there is one.
+fn read(record: &Path) -> Result<Option<Vec<Hold>>, ThrottleError> {
     let unusable = |source| ThrottleError::Record { path: record.to_owned(), source };
     let text = match fs::read(record) {
-        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
         text => text.map_err(unusable)?,
     };
-    let holds: Vec<Hold> = serde_json::from_slice(&text).map_err(|error| unusable(error.into()))?;
-    undo(record, &holds)
+    serde_json::from_slice(&text).map(Some).map_err(|error| unusable(error.into()))
 }
 
 /// Frees first what can be, and forgets `holds` only once all are.
@@ -215,6 +223,12 @@ fn guard(record: &Path) -> Result<Child, ThrottleError> {
         .stdout(Stdio::null())
         .spawn()
         .map_err(ThrottleError::Guard)
+}
+
+fn records(directory: &Path) -> Vec<PathBuf> {
+    let entries = fs::read_dir(directory).into_iter().flatten().flatten();
+    let is_record = |path: &PathBuf| path.extension().is_some_and(|end| end == "json");
+    entries.map(|entry| entry.path()).filter(is_record).collect()
 }
 
 fn directory(config: &Config) -> PathBuf {

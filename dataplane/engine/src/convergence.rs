@@ -20,14 +20,15 @@
 //! * Where pages are filled late, the recheck at the pause counts, at the rate at which the last one went.
 //!
 //! A migration makes progress when what is owed reaches a new minimum, by 5 % at least. Without progress for
-//! `no_progress_timeout`, and for 3 rounds, it does not converge. When nothing is owed, that cannot get less:
+//! `no_progress_timeout`, and for 3 rounds, it does not converge; where post-copy is allowed, after 1 such round: going on
+//! costs nothing there, and waiting does. When nothing is owed, that cannot get less:
 //! where the fixed costs alone exceed `max_downtime`, no further round can help, and the same rule ends it.
 
 use std::time::Duration;
 
 use crate::limits::PAUSE_LATENCY;
 use crate::source::RecheckDue;
-use crate::{BytesPerSecond, Failure, FixedCosts, Parameters, Reason, Round};
+use crate::{BytesPerSecond, Failure, FixedCosts, Parameters, Postcopy, Reason, Round};
 
 /// Rounds without progress that it takes at least not to converge.
 const ROUNDS_WITHOUT_PROGRESS: u32 = 3;
@@ -157,7 +158,11 @@ impl Convergence {
             return Verdict::SwitchOver;
         }
         let stalled_for = now.saturating_sub(progress.since);
-        if progress.rounds_since >= ROUNDS_WITHOUT_PROGRESS && stalled_for >= parameters.no_progress_timeout {
+        let (rounds, patience) = match parameters.postcopy {
+            Postcopy::Never => (ROUNDS_WITHOUT_PROGRESS, parameters.no_progress_timeout),
+            Postcopy::Allow | Postcopy::Always => (1, Duration::ZERO),
+        };
+        if progress.rounds_since >= rounds && stalled_for >= patience {
             return Verdict::NotConverging;
         }
         if recheck.can_settle && fits(0) {
@@ -345,6 +350,16 @@ mod tests {
         }
         let after_slow = convergence.copy_time(100 * MIB).unwrap();
         assert!(after_slow > milliseconds(800), "{after_slow:?}");
+    }
+
+    #[test]
+    fn where_postcopy_is_allowed_one_round_without_progress_is_enough() {
+        let parameters = Parameters { postcopy: Postcopy::Allow, ..parameters(5) };
+        let mut convergence = measured();
+        let mut judge = |owed| convergence.judge(Duration::ZERO, owed, RecheckDue::default(), &parameters);
+        assert_eq!(judge(1000 * MIB), Verdict::NextRound);
+        assert_eq!(judge(900 * MIB), Verdict::NextRound);
+        assert_eq!(judge(880 * MIB), Verdict::NotConverging);
     }
 
     #[test]

@@ -51,7 +51,7 @@ pub struct Parameters {
     /// The most processor time that may be taken from the guest where rounds do not converge; none without. Only with
     /// [`Postcopy::Never`]: post-copy goes before it.
     pub throttle: Option<Percent>,
-    /// Rounds that bring no progress for this long do not converge.
+    /// Rounds that bring no progress for this long do not converge; with post-copy allowed, one such round.
     pub no_progress_timeout: Duration,
     /// Whether RAM is compared on both sides while both guests stand still. The time that takes is not
     /// counted in the expected downtime. After a switchover into post-copy there is nothing to compare.

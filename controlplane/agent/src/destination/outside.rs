@@ -10,6 +10,7 @@ use ramferry_proto::v1;
 use ramferry_proto::v1::exchange_control_response::Answer;
 
 use super::DestinationSession;
+use super::recovery::aborted;
 use crate::MigrationRole;
 use crate::journal::{Durability, MigrationLog, Record};
 use crate::keepsake;
@@ -239,7 +240,7 @@ impl DestinationOutside for Outside {
                 self.spawn(async move { session.discard(ran).await.map(Into::into) });
             }
             DestinationAction::AnswerAborted(failure) => {
-                session.answer_blocking(Answer::Aborted(super::aborted(&failure)));
+                session.answer_blocking(Answer::Aborted(aborted(&failure)));
             }
             DestinationAction::Finish(outcome) => self.finish(outcome),
             DestinationAction::DrainRound { .. }

@@ -69,7 +69,8 @@ pub enum CgroupError {
     /// There is no such controller to be had.
     #[error(
         "the cpu controller is not to be had for the guest's vCPUs ({path}); mount it (cgroup v1), or enable it above \
-         their cgroup (v2: echo +cpu > cgroup.subtree_control of its parent)"
+         their cgroup (v2: systemctl set-property --runtime UNIT CPUWeight=100 of the VMM's unit, or echo +cpu > \
+         cgroup.subtree_control of its parent)"
     )]
     NoController {
         /// Where it was looked for.
@@ -97,7 +98,8 @@ pub enum CgroupError {
     },
     /// A file of a cgroup refused what it was asked.
     #[error(
-        "cannot {what} {path}; the agent has to be root, and cgroups writable (systemd: ProtectControlGroups=no)"
+        "cannot {what} {path}; the agent has to be root, and cgroups writable (systemd: ProtectControlGroups=no, and \
+         ReadWritePaths=/sys/fs/cgroup where /sys is read-only)"
     )]
     File {
         /// What was to be done.
@@ -151,8 +153,15 @@ pub(crate) struct Hold {
     threads: Vec<u32>,
 }
 
-/// What it takes to hold these threads of `pid` back, for the migration `id`. Changes nothing.
-pub(crate) fn plan(files: &dyn Files, pid: u32, threads: &[u32], id: &str) -> Result<Vec<Hold>, CgroupError> {
+/// What it takes to hold these threads of `pid` back, for the migration `id`, while the agent has the `others`. Changes
+/// nothing.
+pub(crate) fn plan(
+    files: &dyn Files,
+    pid: u32,
+    threads: &[u32],
+    id: &str,
+    others: &[Hold],
+) -> Result<Vec<Hold>, CgroupError> {
     let mountinfo = PathBuf::from("/proc/self/mountinfo");
     let mounts = files.read(&mountinfo).map_err(|source| file("read", &mountinfo, source))?;
     let mut homes: BTreeMap<(Version, PathBuf), (PathBuf, Vec<u32>)> = BTreeMap::new();
@@ -169,14 +178,11 @@ pub(crate) fn plan(files: &dyn Files, pid: u32, threads: &[u32], id: &str) -> Re
     let hold = |((version, home), (mount, threads)): ((Version, PathBuf), (PathBuf, Vec<u32>))| {
         let mut enables_cpu = false;
         if version == Version::V2 {
-            let has_cpu = |name: &str| {
-                let listed = files.read(&home.join(name)).unwrap_or_default();
-                listed.split_whitespace().any(|controller| controller == "cpu")
-            };
-            if !has_cpu("cgroup.controllers") {
+            if !has_cpu(files, &home.join("cgroup.controllers")) {
                 return Err(CgroupError::NoController { path: home });
             }
-            enables_cpu = !has_cpu("cgroup.subtree_control") || has_ours(files, &home);
+            let is_for_us = others.iter().any(|other| other.home == home && other.enables_cpu);
+            enables_cpu = is_for_us || !has_cpu(files, &home.join("cgroup.subtree_control"));
         }
         let most = (threads.len() as u64).min(online).saturating_mul(1000);
         let capacity_millis = most.min(quota_above(files, version, &home, &mount)).max(1);
@@ -242,7 +248,8 @@ impl Hold {
         // It frees the threads at once; they are moved all the same where it fails.
         let _ = self.set(files, Percent(0));
         for left in (0..REMOVALS).rev() {
-            let is_empty = self.move_home(files)?;
+            // One that was never made, where cgroups are read-only, could not be removed either.
+            let Some(is_empty) = self.move_home(files)? else { break };
             match files.remove(&self.child) {
                 Ok(()) => break,
                 Err(error) if error.kind() == io::ErrorKind::NotFound => break,
@@ -250,24 +257,24 @@ impl Hold {
                 Err(_) => std::thread::sleep(REMOVAL_INTERVAL),
             }
         }
-        if self.enables_cpu && !has_ours(files, &self.home) {
-            let path = self.home.join("cgroup.subtree_control");
+        let path = self.home.join("cgroup.subtree_control");
+        if self.enables_cpu && has_cpu(files, &path) && !has_ours(files, &self.home) {
             match files.write(&path, "-cpu") {
-                Err(error) if error.kind() != io::ErrorKind::NotFound => {
-                    return Err(file("write", &path, error));
-                }
-                _ => {}
+                // The cgroup is gone; or others have come to need the controller below it.
+                Err(error)
+                    if matches!(error.kind(), io::ErrorKind::NotFound | io::ErrorKind::ResourceBusy) => {}
+                result => result.map_err(|source| file("write", &path, source))?,
             }
         }
         Ok(())
     }
 
-    /// Moves the child's threads home; whether there was none.
-    fn move_home(&self, files: &dyn Files) -> Result<bool, CgroupError> {
+    /// Moves the child's threads home; whether there was none, if there is a child.
+    fn move_home(&self, files: &dyn Files) -> Result<Option<bool>, CgroupError> {
         let list = self.child.join(self.version.threads());
         let threads = match files.read(&list) {
             Ok(threads) => threads,
-            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(true),
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
             Err(error) => return Err(file("read", &list, error)),
         };
         let home = self.home.join(self.version.threads());
@@ -277,7 +284,7 @@ impl Hold {
                 _ => {}
             }
         }
-        Ok(threads.trim().is_empty())
+        Ok(Some(threads.trim().is_empty()))
     }
 }
 
@@ -302,18 +309,20 @@ fn home_of(text: &str, mounts: &str) -> Result<(Version, PathBuf, PathBuf), Cgro
     let no_controller = || CgroupError::NoController { path: PathBuf::new() };
     let (version, path) = found.ok_or_else(no_controller)?;
     let path = Path::new(path);
-    let (root, mount) = mount_of(version, mounts).ok_or_else(no_controller)?;
-    let out_of_sight = || CgroupError::OutOfSight { path: path.to_owned() };
-    let below = path.strip_prefix(&root).map_err(|_| out_of_sight())?;
-    if below.components().any(|part| part == std::path::Component::ParentDir) {
-        return Err(out_of_sight());
-    }
-    Ok((version, mount.join(below), mount))
+    let mut places = mounts_of(version, mounts).peekable();
+    places.peek().ok_or_else(no_controller)?;
+    let in_sight = |(root, mount): (PathBuf, PathBuf)| {
+        let below = path.strip_prefix(&root).ok()?;
+        let is_above = below.components().any(|part| part == std::path::Component::ParentDir);
+        (!is_above).then(|| (version, mount.join(below), mount.clone()))
+    };
+    places.find_map(in_sight).ok_or_else(|| CgroupError::OutOfSight { path: path.to_owned() })
 }
 
-/// Root and place of the mount that has the cpu controller, out of a `mountinfo`.
-fn mount_of(version: Version, mounts: &str) -> Option<(PathBuf, PathBuf)> {
-    mounts.lines().find_map(|line| {
+/// Roots and places of the mounts that have the cpu controller, out of a `mountinfo`: a part of the tree may be mounted
+/// elsewhere, too.
+fn mounts_of(version: Version, mounts: &str) -> impl Iterator<Item = (PathBuf, PathBuf)> {
+    mounts.lines().filter_map(move |line| {
         let (mount, kind) = line.split_once(" - ")?;
         let mut mount = mount.split(' ').skip(3);
         let place = (PathBuf::from(mount.next()?), PathBuf::from(mount.next()?));
@@ -345,6 +354,12 @@ fn quota_above(files: &dyn Files, version: Version, home: &Path, mount: &Path) -
     };
     let above = home.ancestors().take_while(|cgroup| cgroup.starts_with(mount));
     above.filter_map(quota_of).min().unwrap_or(u64::MAX)
+}
+
+/// Whether a list of controllers has this one.
+fn has_cpu(files: &dyn Files, list: &Path) -> bool {
+    let listed = files.read(list).unwrap_or_default();
+    listed.split_whitespace().any(|controller| controller == "cpu")
 }
 
 /// Whether `home` has a child that some agent made to throttle a guest.

@@ -9,10 +9,11 @@ use ramferry_proto::v1;
 use serde_json::{Value, json};
 
 use crate::hosts::{DESTINATION, Hosts, watch_wire};
-use crate::measuring::agents::{migrate, order};
+use crate::measuring::agents::{migrate, order, seconds};
 use crate::measuring::costs::{Cost, machine_cpu_seconds, watch};
 use crate::measuring::own::{self, Way, event_time};
 use crate::measuring::report::Report;
+use crate::measuring::scraped::Histogram;
 
 /// As many as ramferry's agents choose.
 pub(crate) const QUEUE_PAIRS: usize = 4;
@@ -22,6 +23,8 @@ const MAX_DOWNTIME: Duration = Duration::from_millis(300);
 /// Looking costs processor time, of which emulation leaves little.
 const LOOK_INTERVAL: Duration = Duration::from_millis(100);
 const PATIENCE: Duration = Duration::from_secs(30);
+/// Accesses that waited for the source.
+const FAULTS: &str = "ramferry_postcopy_fault_duration_seconds";
 const GIB: f64 = (1_u64 << 30) as f64;
 
 /// Who moves the guest.
@@ -30,33 +33,48 @@ pub(crate) enum Contestant {
     /// QEMU itself, over `rdma` or `tcp`.
     Qemu { fabric: &'static str, registration: &'static str },
     /// ramferry.
-    Ours { fabric: &'static str, registration: &'static str, streams: usize, pin_budget_bytes: u64 },
+    Ours {
+        fabric: &'static str,
+        registration: &'static str,
+        streams: usize,
+        pin_budget_bytes: u64,
+        /// After the first round.
+        postcopy: bool,
+    },
 }
 
 impl Contestant {
     pub(crate) const QEMU_DYNAMIC: Contestant = Contestant::Qemu { fabric: "rdma", registration: "dynamic" };
     pub(crate) const QEMU_PIN_ALL: Contestant = Contestant::Qemu { fabric: "rdma", registration: "pin-all" };
     pub(crate) const QEMU_TCP: Contestant = Contestant::Qemu { fabric: "tcp", registration: "dynamic" };
-    pub(crate) const DYNAMIC: Contestant = Contestant::verbs("dynamic");
-    pub(crate) const PIN_ALL: Contestant = Contestant::verbs("pin-all");
-    pub(crate) const TCP: Contestant =
-        Contestant::Ours { fabric: "tcp", registration: "dynamic", streams: STREAMS, pin_budget_bytes: 0 };
+    pub(crate) const DYNAMIC: Contestant = Contestant::ours("verbs", "dynamic", QUEUE_PAIRS, false);
+    pub(crate) const PIN_ALL: Contestant = Contestant::ours("verbs", "pin-all", QUEUE_PAIRS, false);
+    pub(crate) const POSTCOPY: Contestant = Contestant::ours("verbs", "dynamic", QUEUE_PAIRS, true);
+    pub(crate) const TCP: Contestant = Contestant::ours("tcp", "dynamic", STREAMS, false);
 
-    const fn verbs(registration: &'static str) -> Contestant {
-        Contestant::Ours { fabric: "verbs", registration, streams: QUEUE_PAIRS, pin_budget_bytes: 0 }
+    const fn ours(
+        fabric: &'static str,
+        registration: &'static str,
+        streams: usize,
+        postcopy: bool,
+    ) -> Contestant {
+        Contestant::Ours { fabric, registration, streams, pin_budget_bytes: 0, postcopy }
     }
 
     pub(crate) fn name(self) -> String {
         match self {
             Contestant::Qemu { fabric: "tcp", .. } => "qemu tcp".to_owned(),
             Contestant::Qemu { fabric, registration } => format!("qemu {fabric} {registration}"),
-            Contestant::Ours { fabric, registration, streams, pin_budget_bytes } => {
+            Contestant::Ours { fabric, registration, streams, pin_budget_bytes, postcopy } => {
                 let mut name = format!("{fabric} {registration}");
                 if fabric == "verbs" && streams != QUEUE_PAIRS {
                     name.push_str(&format!(", {streams} queue pair"));
                 }
                 if pin_budget_bytes > 0 {
                     name.push_str(&format!(", budget {} MiB", pin_budget_bytes >> 20));
+                }
+                if postcopy {
+                    name.push_str(", post-copy");
                 }
                 name
             }
@@ -81,9 +99,19 @@ pub(crate) struct Move {
     pub(crate) first_byte_seconds: Option<f64>,
     /// From the source's stop to the destination's resume, where the guest ran.
     pub(crate) downtime_seconds: Option<f64>,
+    pulled: Option<Pulled>,
     source: Cost,
     destination: Cost,
     machine_cpu_seconds: f64,
+}
+
+/// What was left when the guest was resumed.
+#[derive(Debug)]
+struct Pulled {
+    /// From the resume to the last page.
+    seconds: f64,
+    /// How long accesses waited that had to.
+    faults: Histogram,
 }
 
 /// What its mover says of a move.
@@ -94,6 +122,7 @@ struct Outcome {
     transferred_bytes: u64,
     setup_seconds: f64,
     copy_seconds: f64,
+    pulled: Option<Pulled>,
     /// Of the source's agent and the destination's.
     agents: [Cost; 2],
 }
@@ -128,6 +157,7 @@ pub(crate) fn run(hosts: &Hosts, contestant: Contestant, from: &Qemu, to: &Qemu)
         copy_seconds: outcome.copy_seconds,
         first_byte_seconds: first.map(|first| between(outcome.called, first)).transpose()?,
         downtime_seconds,
+        pulled: outcome.pulled,
         source: sum(costs[0], outcome.agents[0]),
         destination: sum(costs[1], outcome.agents[1]),
         machine_cpu_seconds,
@@ -147,6 +177,13 @@ impl Move {
         if let Some(seconds) = self.downtime_seconds {
             sample("downtime_seconds", seconds);
         }
+        if let Some(pulled) = &self.pulled {
+            sample("postcopy_seconds", pulled.seconds);
+            sample("faults", pulled.faults.count());
+            if let Some(seconds) = pulled.faults.median_seconds() {
+                sample("fault_p50_seconds", seconds);
+            }
+        }
         sample("transferred_bytes", self.transferred_bytes as f64);
         sample("source_cpu_seconds_per_gib", self.source.cpu_seconds * per_gib);
         sample("destination_cpu_seconds_per_gib", self.destination.cpu_seconds * per_gib);
@@ -157,22 +194,30 @@ impl Move {
 }
 
 fn by_us(hosts: &Hosts, contestant: Contestant, from: &Qemu, to: &Qemu) -> Result<Outcome> {
-    let Contestant::Ours { fabric, registration, streams, pin_budget_bytes } = contestant else {
+    let Contestant::Ours { fabric, registration, streams, pin_budget_bytes, postcopy } = contestant else {
         anyhow::bail!("{} is not ramferry", contestant.name());
     };
     let parameters = v1::MigrationParameters {
         streams: u32::try_from(streams)?,
         pin_budget_bytes,
         max_downtime: Some(MAX_DOWNTIME.try_into()?),
+        postcopy: if postcopy { v1::Postcopy::Always } else { v1::Postcopy::Never }.into(),
         ..order(fabric, registration)?
     };
+    let faults = || Histogram::read(&hosts.destination, FAULTS, fabric);
+    let before = faults()?;
     let voyage = migrate((&hosts.source, &hosts.destination), (from, to), parameters, LOOK_INTERVAL)?;
+    let pulled = postcopy.then(|| {
+        let seconds = seconds(voyage.progress.postcopy_time)?;
+        anyhow::Ok(Pulled { seconds, faults: faults()?.since(&before) })
+    });
     Ok(Outcome {
         called: voyage.called,
         ended: Some(voyage.called + Duration::from_secs_f64(voyage.total_seconds()?)),
         transferred_bytes: voyage.transferred_bytes(),
         setup_seconds: voyage.setup_seconds()?,
         copy_seconds: voyage.copy_seconds()?,
+        pulled: pulled.transpose()?,
         agents: [voyage.source, voyage.destination],
     })
 }
@@ -198,6 +243,7 @@ fn by_qemu(fabric: &str, pin_all: bool, from: &Qemu, to: &Qemu) -> Result<Outcom
         transferred_bytes: moved.transferred_bytes()?,
         setup_seconds,
         copy_seconds: moved.seconds("total-time")? - setup_seconds,
+        pulled: None,
         agents: [Cost::default(); 2],
     })
 }

@@ -25,9 +25,10 @@ const WORKLOAD: Workload = Workload {
     place: ramferry_lab::Place::Spread,
 };
 const PATIENCE: Duration = Duration::from_secs(60);
-const CONTESTANTS: [Contestant; 6] = [
+const CONTESTANTS: [Contestant; 7] = [
     Contestant::QEMU_DYNAMIC,
     Contestant::DYNAMIC,
+    Contestant::POSTCOPY,
     Contestant::QEMU_PIN_ALL,
     Contestant::PIN_ALL,
     Contestant::QEMU_TCP,
@@ -123,6 +124,7 @@ fn add(report: &mut Report, name: &str, arrived: &Arrived) {
 fn compare(report: &mut Report) {
     for (ours, its) in [
         (Contestant::DYNAMIC, Contestant::QEMU_DYNAMIC),
+        (Contestant::POSTCOPY, Contestant::QEMU_DYNAMIC),
         (Contestant::PIN_ALL, Contestant::QEMU_PIN_ALL),
         (Contestant::TCP, Contestant::QEMU_TCP),
     ] {

@@ -17,13 +17,19 @@ const MIB: u64 = 1 << 20;
 const GUEST_BYTES: u64 = 256 * MIB;
 const FILL_BYTES: u64 = 200 * MIB;
 const FILL_ADDRESS: u64 = 32 * MIB;
-const ONE_QUEUE_PAIR: Contestant =
-    Contestant::Ours { fabric: "verbs", registration: "dynamic", streams: 1, pin_budget_bytes: 0 };
+const ONE_QUEUE_PAIR: Contestant = Contestant::Ours {
+    fabric: "verbs",
+    registration: "dynamic",
+    streams: 1,
+    pin_budget_bytes: 0,
+    postcopy: false,
+};
 const BUDGET: Contestant = Contestant::Ours {
     fabric: "verbs",
     registration: "dynamic",
     streams: QUEUE_PAIRS,
     pin_budget_bytes: 64 * MIB,
+    postcopy: false,
 };
 /// One case. Those that are compared are next to one another: the machine does other things, too.
 #[derive(Clone, Copy)]

@@ -48,6 +48,7 @@ impl Probes {
 pub(crate) struct Agent {
     process: Process,
     grpc: String,
+    metrics: String,
     runtime: Runtime,
     caller: Option<Credentials>,
     log: Mutex<Receiver<String>>,
@@ -128,7 +129,7 @@ impl Agent {
             .context("cannot start an agent")?;
         let stderr = BufReader::new(child.stderr.take().context("the agent has no stderr")?);
         let process = Process(child);
-        let (grpc, log) = listening(stderr)?;
+        let (grpc, metrics, log) = listening(stderr)?;
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
         if probes == Probes::Attached {
             await_probes(&log)?;
@@ -136,6 +137,7 @@ impl Agent {
         Ok(Agent {
             process,
             grpc,
+            metrics,
             runtime,
             caller: caller.cloned(),
             log: Mutex::new(log),
@@ -150,6 +152,11 @@ impl Agent {
 
     pub(crate) fn process(&self) -> u32 {
         self.process.0.id()
+    }
+
+    /// Where its metrics are shown.
+    pub(crate) fn metrics(&self) -> &str {
+        &self.metrics
     }
 }
 
@@ -239,22 +246,26 @@ async fn connect(grpc: &str, caller: Option<&Credentials>) -> Result<MigrationSe
     Ok(MigrationServiceClient::new(channel))
 }
 
-/// Where the agent says that it is, and what it says from then on.
-fn listening(log: impl BufRead + Send + 'static) -> Result<(String, Receiver<String>)> {
+/// Where the agent says that it and its metrics are, and what it says from then on.
+fn listening(log: impl BufRead + Send + 'static) -> Result<(String, String, Receiver<String>)> {
     let mut lines = log.lines();
     let mut said = Vec::new();
     for line in lines.by_ref() {
         let line = line?;
         let entry: Value = serde_json::from_str(&line).unwrap_or_default();
         if entry["message"] == "agent started" {
-            let grpc = entry["grpc"].as_str().context("the agent does not say where it is")?.to_owned();
+            let place = |name: &str| {
+                let place = entry[name].as_str().context("the agent does not say where it is");
+                place.map(str::to_owned)
+            };
+            let (grpc, metrics) = (place("grpc")?, place("metrics")?);
             let (sender, receiver) = sync_channel(LOG_LINES);
             said.into_iter().for_each(|line| drop(sender.try_send(line)));
             // Its log must not fill the pipe: lines that nobody takes are dropped.
             std::thread::spawn(move || {
                 lines.map_while(Result::ok).for_each(|line| drop(sender.try_send(line)));
             });
-            return Ok((grpc, receiver));
+            return Ok((grpc, metrics, receiver));
         }
         said.push(line);
     }

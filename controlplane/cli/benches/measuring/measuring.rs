@@ -5,6 +5,7 @@ pub(crate) mod costs;
 pub(crate) mod own;
 pub(crate) mod ram;
 pub(crate) mod report;
+pub(crate) mod scraped;
 
 use anyhow::{Context as _, Result, ensure};
 

@@ -4,7 +4,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::time::Instant;
 
-use ramferry_lab::{Qemu, RamBlock, Workload};
+use ramferry_lab::{Fill, Qemu, RamBlock, Workload};
 use serde_json::Value;
 
 use crate::harness::{Agent, MIB, PATIENCE, assert_proves_itself, boot, bound, ramferry};
@@ -141,12 +141,44 @@ fn beside_the_service() {
     let another = other.grpc.to_string();
     let workload = Workload { mib: 2, touch_mib: 4, rate_mib: 4, ..Workload::default() };
     let guest = boot(Qemu::builder().block(RamBlock::node(32 * MIB)).proof(workload));
-    let there = moved(&served, &another, &guest);
-    let back = moved(&another, &served, &there);
+    let (there, _) = moved(&served, &another, &guest, &["--verify"]);
+    let (back, _) = moved(&another, &served, &there, &["--verify"]);
     assert_proves_itself(&back);
+    throttled(&served, &another);
 }
 
-fn moved(from: &str, to: &str, guest: &Qemu) -> Qemu {
+/// Of a guest in a cgroup of its own, which writes faster than it may be copied, the service may hold back the vCPUs.
+fn throttled(from: &str, to: &str) {
+    const ROOT: &str = "/sys/fs/cgroup";
+    let workload = Workload { mib: 6, touch_mib: 0, rate_mib: 0, fill: Fill::Stamp, ..Workload::default() };
+    let scope = Path::new(ROOT).join("guest.scope");
+    std::fs::write(Path::new(ROOT).join("cgroup.subtree_control"), "+cpu").unwrap();
+    std::fs::create_dir_all(&scope).unwrap();
+    // More than there is; that there is a quota keeps the kernel from patching its code (docs/lab.md, "Traps").
+    std::fs::write(scope.join("cpu.max"), "800000 100000").unwrap();
+    let guest = boot(Qemu::builder().block(RamBlock::node(32 * MIB)).proof(workload));
+    std::fs::write(scope.join("cgroup.procs"), guest.pid().to_string()).unwrap();
+    let (there, ended) = moved(
+        from,
+        to,
+        &guest,
+        &[
+            "--throttle",
+            "--bandwidth-limit",
+            "24Mbit",
+            "--max-downtime",
+            "1s",
+            "--no-progress-timeout",
+            "10s",
+        ],
+    );
+    assert!(ended["throttle_peak_percent"].as_u64().unwrap() > 0, "{ended}");
+    assert_proves_itself(&there);
+    assert_eq!(std::fs::read_to_string(scope.join("cgroup.type")).unwrap().trim(), "domain");
+}
+
+/// Where it is then, and what is said of its way there.
+fn moved(from: &str, to: &str, guest: &Qemu, options: &[&str]) -> (Qemu, Value) {
     let receiver = guest.destination().start().unwrap();
     let output = ramferry()
         .args([
@@ -157,10 +189,12 @@ fn moved(from: &str, to: &str, guest: &Qemu) -> Qemu {
             to,
             "--fabric",
             "tcp",
-            "--verify",
             "--on-timeout",
             "force",
+            "--output",
+            "json",
         ])
+        .args(options)
         .arg("--source-qmp")
         .arg(guest.qmp_path())
         .arg("--destination-qmp")
@@ -168,5 +202,6 @@ fn moved(from: &str, to: &str, guest: &Qemu) -> Qemu {
         .output()
         .unwrap();
     assert!(output.status.success(), "{output:?}");
-    receiver
+    let ended = String::from_utf8(output.stdout).unwrap();
+    (receiver, serde_json::from_str(ended.lines().last().unwrap()).unwrap())
 }

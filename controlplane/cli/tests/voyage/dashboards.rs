@@ -19,7 +19,7 @@ use crate::harness::{
     Agent, MIB, PATIENCE, Pair, Site, assert_proves_itself, boot, parameters, proof, quiet,
 };
 use crate::postcopy::lost;
-use crate::throttle;
+use crate::throttle::stage as throttle;
 pub(crate) use prometheus::Prometheus;
 use prometheus::{check_metrics, repository};
 

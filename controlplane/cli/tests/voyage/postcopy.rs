@@ -1,5 +1,6 @@
 //! The guest is resumed before all of its memory is there, and nothing is lost, torn or read too early.
 
+mod account;
 pub(crate) mod lost;
 mod orders;
 mod refused;

@@ -94,7 +94,7 @@ fn a_guest_that_never_calms_down_leaves_by_postcopy_where_that_is_allowed() {
             rounds += 1;
             assert!(rounds < 1000);
         }
-        assert!(rounds > 3);
+        assert_eq!(rounds, 1, "one round that brought no progress is enough");
         assert_eq!(owed(&mut checked, 2), pages(PAGES));
     }
 }

@@ -13,6 +13,7 @@ struct Fake {
     files: RefCell<BTreeMap<PathBuf, String>>,
     directories: RefCell<BTreeSet<PathBuf>>,
     refuses: Option<(&'static str, i32)>,
+    is_read_only: bool,
 }
 
 impl Fake {
@@ -32,6 +33,10 @@ impl Fake {
         self.files.borrow().get(Path::new(path)).cloned()
     }
 
+    fn changes(&self) -> io::Result<()> {
+        if self.is_read_only { Err(io::ErrorKind::ReadOnlyFilesystem.into()) } else { Ok(()) }
+    }
+
     fn missing() -> io::Error {
         io::ErrorKind::NotFound.into()
     }
@@ -43,6 +48,7 @@ impl Files for Fake {
     }
 
     fn write(&self, path: &Path, text: &str) -> io::Result<()> {
+        self.changes()?;
         if let Some((name, errno)) = self.refuses
             && path.ends_with(name)
         {
@@ -71,6 +77,7 @@ impl Files for Fake {
     }
 
     fn make(&self, directory: &Path) -> io::Result<()> {
+        self.changes()?;
         if !self.directories.borrow_mut().insert(directory.to_owned()) {
             return Err(io::ErrorKind::AlreadyExists.into());
         }
@@ -83,6 +90,7 @@ impl Files for Fake {
     }
 
     fn remove(&self, directory: &Path) -> io::Result<()> {
+        self.changes()?;
         for list in ["tasks", "cgroup.threads"] {
             if self.read(&directory.join(list)).is_ok_and(|threads| !threads.is_empty()) {
                 return Err(io::ErrorKind::ResourceBusy.into());
@@ -132,7 +140,7 @@ fn v2() -> Fake {
 #[test]
 fn on_v1_vcpus_are_held_back_in_a_child_and_brought_home() {
     let fake = v1();
-    let [hold] = &plan(&fake, 7, &[8, 9], "m").unwrap()[..] else { panic!("one cgroup") };
+    let [hold] = &plan(&fake, 7, &[8, 9], "m", &[]).unwrap()[..] else { panic!("one cgroup") };
     hold.begin(&fake, Percent(20)).unwrap();
     let child = |name: &str| fake.text(&format!("/cg/cpu/vm/ramferry-m/{name}"));
     assert_eq!(child("tasks").unwrap(), "8\n9\n");
@@ -151,7 +159,7 @@ fn on_v1_vcpus_are_held_back_in_a_child_and_brought_home() {
 #[test]
 fn on_v2_the_child_is_threaded_and_the_controller_is_taken_from_children_again() {
     let fake = v2();
-    let [hold] = &plan(&fake, 7, &[8, 9], "m").unwrap()[..] else { panic!("one cgroup") };
+    let [hold] = &plan(&fake, 7, &[8, 9], "m", &[]).unwrap()[..] else { panic!("one cgroup") };
     hold.begin(&fake, Percent(99)).unwrap();
     let child = |name: &str| fake.text(&format!("/cg/vm/ramferry-m/{name}"));
     assert_eq!(child("cgroup.type").unwrap(), "threaded");
@@ -160,7 +168,8 @@ fn on_v2_the_child_is_threaded_and_the_controller_is_taken_from_children_again()
     assert_eq!(fake.text("/cg/vm/cgroup.subtree_control").unwrap(), "cpu");
 
     // Another guest in the same cgroup needs it for longer.
-    let [other] = &plan(&fake, 7, &[8], "n").unwrap()[..] else { panic!("one cgroup") };
+    let others = std::slice::from_ref(hold);
+    let [other] = &plan(&fake, 7, &[8], "n", others).unwrap()[..] else { panic!("one cgroup") };
     fake.make(Path::new("/cg/vm/ramferry-n")).unwrap();
     hold.undo(&fake).unwrap();
     assert_eq!(fake.text("/cg/vm/cgroup.threads").unwrap(), "7\n8\n9\n");
@@ -170,11 +179,51 @@ fn on_v2_the_child_is_threaded_and_the_controller_is_taken_from_children_again()
 }
 
 #[test]
+fn on_v2_a_controller_that_children_had_before_is_left_to_them() {
+    let fake = v2();
+    fake.put("/cg/vm/cgroup.subtree_control", "cpu");
+    let [hold] = &plan(&fake, 7, &[8], "m", &[]).unwrap()[..] else { panic!("one cgroup") };
+    hold.begin(&fake, Percent(20)).unwrap();
+    let others = std::slice::from_ref(hold);
+    let [other] = &plan(&fake, 7, &[9], "n", others).unwrap()[..] else { panic!("one cgroup") };
+    other.begin(&fake, Percent(20)).unwrap();
+    hold.undo(&fake).unwrap();
+    other.undo(&fake).unwrap();
+    assert_eq!(fake.text("/cg/vm/cgroup.subtree_control").unwrap(), "cpu");
+
+    let mut fake = v2();
+    let [hold] = &plan(&fake, 7, &[8], "m", &[]).unwrap()[..] else { panic!("one cgroup") };
+    hold.begin(&fake, Percent(20)).unwrap();
+    fake.refuses = Some(("cgroup.subtree_control", rustix::io::Errno::BUSY.raw_os_error()));
+    hold.undo(&fake).expect("others have it for their children now");
+    assert_eq!(fake.text("/cg/vm/ramferry-m/cpu.max"), None);
+}
+
+#[test]
+fn of_cgroups_that_are_read_only_nothing_has_to_be_undone() {
+    for fake in [v1(), v2()] {
+        let fake = Fake { is_read_only: true, ..fake };
+        let [hold] = &plan(&fake, 7, &[8], "m", &[]).unwrap()[..] else { panic!("one cgroup") };
+        let said = crate::status::causes(&hold.begin(&fake, Percent(20)).unwrap_err());
+        assert!(said.contains("ProtectControlGroups=no"), "{said}");
+        hold.undo(&fake).expect("nothing was made");
+    }
+}
+
+#[test]
+fn of_several_mounts_the_one_that_shows_the_guest_is_taken() {
+    let fake = v2();
+    fake.put("/proc/self/mountinfo", &format!("23 20 0:21 /pod /pods rw - cgroup2 cgroup2 rw\n{V2_MOUNTS}"));
+    let [hold] = &plan(&fake, 7, &[8], "m", &[]).unwrap()[..] else { panic!("one cgroup") };
+    assert_eq!(hold.home, Path::new("/cg/vm"));
+}
+
+#[test]
 fn vcpus_in_cgroups_of_their_own_get_a_child_each() {
     let fake = v2();
     fake.put("/proc/7/task/9/cgroup", "0::/vm/vcpu1\n");
     fake.put("/cg/vm/vcpu1/cgroup.controllers", "cpu\n");
-    let holds = plan(&fake, 7, &[8, 9], "m").unwrap();
+    let holds = plan(&fake, 7, &[8, 9], "m", &[]).unwrap();
     let homes: Vec<_> = holds.iter().map(|hold| (hold.home.as_path(), hold.capacity_millis)).collect();
     assert_eq!(homes, [(Path::new("/cg/vm"), 1000), (Path::new("/cg/vm/vcpu1"), 1000)]);
 }
@@ -182,7 +231,8 @@ fn vcpus_in_cgroups_of_their_own_get_a_child_each() {
 #[test]
 fn what_cannot_be_had_is_refused_with_what_to_do() {
     let refused = |fake: &Fake| {
-        let error = plan(fake, 7, &[8], "m").and_then(|holds| holds[0].begin(fake, Percent(20))).unwrap_err();
+        let error =
+            plan(fake, 7, &[8], "m", &[]).and_then(|holds| holds[0].begin(fake, Percent(20))).unwrap_err();
         crate::status::causes(&error)
     };
     let no_cpu = v2();

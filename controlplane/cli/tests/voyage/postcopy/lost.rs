@@ -17,7 +17,7 @@ use crate::harness::{Agent, MIB, PATIENCE, Pair, assert_proves_itself, boot};
 const LONG: Duration = Duration::from_millis(500);
 
 /// A guest that was moved, and is owed much of its memory; it waits for what it touches of that.
-async fn owed(fabric: FabricKind) -> (Stage, Held) {
+pub(super) async fn owed(fabric: FabricKind) -> (Stage, Held) {
     owed_of(Stage::set_course(Course::Postcopy).await, fabric).await
 }
 
@@ -28,7 +28,7 @@ async fn owed_of(stage: Stage, fabric: FabricKind) -> (Stage, Held) {
 }
 
 /// The same, of a guest that stopped writing: it was let at what it touches, and waits for nothing.
-async fn owed_and_unneeded(fabric: FabricKind) -> (Stage, Held) {
+pub(super) async fn owed_and_unneeded(fabric: FabricKind) -> (Stage, Held) {
     let stage = Stage::set_course(Course::Postcopy).await;
     stage.begin_course(Course::Postcopy, fabric).await;
     let held = stage.hold(Course::Postcopy, |step| step.to_string() == "source pause_guest 1").await;
@@ -69,7 +69,7 @@ async fn assert_lost(agent: &Agent, id: &str) {
 }
 
 /// Both agents say so, and say it again after a restart; nobody runs the guest.
-async fn assert_lost_for_good(stage: &mut Stage) {
+pub(super) async fn assert_lost_for_good(stage: &mut Stage) {
     for _ in 0..2 {
         assert_lost(&stage.pair.source, &stage.id).await;
         assert_lost(&stage.pair.destination, &stage.id).await;
