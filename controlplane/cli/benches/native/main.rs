@@ -23,6 +23,8 @@ use crate::measuring::report::Report;
 const DEFAULT_RUNS: usize = 5;
 /// Between two looks at an agent's memory.
 const LOOK_INTERVAL: Duration = Duration::from_millis(2);
+/// Between two looks whether QEMU's own migration is done.
+const OWN_INTERVAL: Duration = Duration::from_millis(20);
 const PARTS: [&str; 6] = ["tracking", "still", "probes", "sizes", "downtime", "rates"];
 
 fn main() -> Result<()> {
