@@ -1,7 +1,8 @@
 //! Two agents in processes of their own, and a guest that goes from the one to
 //! the other.
 
-use std::io::{BufRead, BufReader};
+use std::io::{BufRead, BufReader, Read as _, Write as _};
+use std::net::TcpStream;
 use std::process::{Child, Command, Stdio};
 use std::sync::mpsc::{Receiver, sync_channel};
 use std::sync::{Mutex, PoisonError};
@@ -48,6 +49,7 @@ impl Probes {
 pub(crate) struct Agent {
     process: Process,
     grpc: String,
+    metrics: String,
     runtime: Runtime,
     caller: Option<Credentials>,
     log: Mutex<Receiver<String>>,
@@ -128,7 +130,7 @@ impl Agent {
             .context("cannot start an agent")?;
         let stderr = BufReader::new(child.stderr.take().context("the agent has no stderr")?);
         let process = Process(child);
-        let (grpc, log) = listening(stderr)?;
+        let (Addresses { grpc, metrics }, log) = listening(stderr)?;
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
         if probes == Probes::Attached {
             await_probes(&log)?;
@@ -136,6 +138,7 @@ impl Agent {
         Ok(Agent {
             process,
             grpc,
+            metrics,
             runtime,
             caller: caller.cloned(),
             log: Mutex::new(log),
@@ -146,6 +149,17 @@ impl Agent {
     /// What it has logged since it started, or since the last call: the first lines, where there are many.
     pub(crate) fn log(&self) -> String {
         self.log.lock().unwrap_or_else(PoisonError::into_inner).try_iter().collect::<Vec<_>>().join("\n")
+    }
+
+    /// Its metrics as they are now.
+    pub(crate) fn scrape(&self) -> Result<String> {
+        let mut stream = TcpStream::connect(&self.metrics).context("cannot reach an agent's metrics")?;
+        stream.set_read_timeout(Some(PATIENCE))?;
+        stream.write_all(b"GET /metrics HTTP/1.1\r\nHost: agent\r\nConnection: close\r\n\r\n")?;
+        let mut answer = String::new();
+        stream.read_to_string(&mut answer)?;
+        ensure!(answer.starts_with("HTTP/1.1 200"), "an agent does not tell its metrics: {answer}");
+        Ok(answer)
     }
 
     pub(crate) fn process(&self) -> u32 {
@@ -239,22 +253,30 @@ async fn connect(grpc: &str, caller: Option<&Credentials>) -> Result<MigrationSe
     Ok(MigrationServiceClient::new(channel))
 }
 
+/// Where an agent is.
+struct Addresses {
+    grpc: String,
+    metrics: String,
+}
+
 /// Where the agent says that it is, and what it says from then on.
-fn listening(log: impl BufRead + Send + 'static) -> Result<(String, Receiver<String>)> {
+fn listening(log: impl BufRead + Send + 'static) -> Result<(Addresses, Receiver<String>)> {
     let mut lines = log.lines();
     let mut said = Vec::new();
     for line in lines.by_ref() {
         let line = line?;
         let entry: Value = serde_json::from_str(&line).unwrap_or_default();
         if entry["message"] == "agent started" {
-            let grpc = entry["grpc"].as_str().context("the agent does not say where it is")?.to_owned();
+            let address = |key: &str| entry[key].as_str().context("the agent does not say where it is");
+            let addresses =
+                Addresses { grpc: address("grpc")?.to_owned(), metrics: address("metrics")?.to_owned() };
             let (sender, receiver) = sync_channel(LOG_LINES);
             said.into_iter().for_each(|line| drop(sender.try_send(line)));
             // Its log must not fill the pipe: lines that nobody takes are dropped.
             std::thread::spawn(move || {
                 lines.map_while(Result::ok).for_each(|line| drop(sender.try_send(line)));
             });
-            return Ok((grpc, receiver));
+            return Ok((addresses, receiver));
         }
         said.push(line);
     }
