@@ -75,6 +75,8 @@ pub(crate) struct Copy {
     plan: Mutex<Plan>,
     /// The awaited position is.
     ready: Condvar,
+    /// Some window is: for those that wait each for a page of its own.
+    registered: Condvar,
     /// Pages whose bytes at the destination may differ from zero.
     destination_holds: Mutex<PageSets>,
 }
@@ -140,6 +142,7 @@ impl Copy {
                 awaited: None,
             }),
             ready: Condvar::new(),
+            registered: Condvar::new(),
             destination_holds: Mutex::new(destination_presence),
         })
     }
@@ -213,6 +216,15 @@ impl Copy {
     /// Sleeps until what is to be copied next is registered, at most `timeout`.
     pub(crate) fn wait_for_windows(&self, timeout: Duration) {
         drop(self.ready.wait_timeout_while(self.plan(), timeout, |plan| plan.awaited.is_some()));
+    }
+
+    /// Sleeps until the window of that page is registered, at most `timeout`; whether it is.
+    pub(crate) fn wait_for_window(&self, block: BlockIndex, page: u64, timeout: Duration) -> bool {
+        let plan = self.plan();
+        let offset = page * plan.todo.page_bytes(block);
+        let is_awaited = |plan: &mut Plan| !plan.windows.is_ready(block, offset);
+        let waited = self.registered.wait_timeout_while(plan, timeout, is_awaited);
+        !waited.expect("no panic while it is held").1.timed_out()
     }
 
     /// Notes what became of the pages of a chunk; the runs returned are zero
@@ -335,6 +347,7 @@ impl Copy {
             plan.awaited = None;
             self.ready.notify_all();
         }
+        self.registered.notify_all();
     }
 
     /// A side has released a window; a peer may say so more than once, or unasked.

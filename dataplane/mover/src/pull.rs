@@ -179,6 +179,8 @@ impl Pull {
             readers.registration_workers,
             Box::new(move |error| report(PullReport::LinkLost(attempt, error))),
         );
+        // Before windows are ordered, which are answered at once.
+        *lock(&self.slot) = Some(Arc::clone(&copy));
         let pass = copy.begin(PageSets::new(layout), true);
         let mut links: Vec<_> = readers
             .links
@@ -186,7 +188,6 @@ impl Pull {
             .map(|link| Reader::new(link, Arc::clone(&copy), Arc::clone(&pass)))
             .collect();
         let stream_links = links.split_off(FAULT_LINKS.min(links.len().saturating_sub(1)));
-        *lock(&self.slot) = Some(Arc::clone(&copy));
         self.reading = Some(Reading { copy, pass, stream_links, stream_threads: Vec::new(), attempt });
         self.begin_pass();
         for (slot, reader) in self.shared.readers.iter().zip(links) {
@@ -304,18 +305,23 @@ impl Shared {
     fn serve_faults(&self, index: usize) -> Result<(), MoverError> {
         let mut waiting: Vec<(PageFault, Instant)> = Vec::new();
         let mut batch = Vec::new();
+        let mut patience = PATIENCE;
         while !self.stop.load(Ordering::Acquire) {
-            let patience = if waiting.is_empty() { PATIENCE } else { RETRY };
             match self.faults.wait(patience, &mut batch) {
                 Ok(_) => {}
                 Err(error) => return Err(error.into()),
             }
             let now = Instant::now();
             waiting.extend(batch.drain(..).map(|fault| (fault, now)));
+            patience = PATIENCE;
             if !waiting.is_empty() {
                 self.note_fault();
-                self.serve(index, &mut waiting)?;
+                // A guest that waits raises no other fault: what can be served is not kept back for one.
+                let may_go_on = self.serve(index, &mut waiting)?;
                 self.note_fault();
+                if !waiting.is_empty() {
+                    patience = if may_go_on { Duration::ZERO } else { RETRY };
+                }
             }
         }
         Ok(())
@@ -332,9 +338,10 @@ impl Shared {
         if asked.elapsed() >= LONGEST_QUIET { Duration::ZERO } else { QUIET.saturating_sub(since) }
     }
 
-    /// Lets in what is here, and reads what is not; leaves in `waiting` what cannot be had yet.
-    fn serve(&self, index: usize, waiting: &mut Vec<(PageFault, Instant)>) -> Result<(), MoverError> {
-        let Some(owed) = self.owed.get() else { return Ok(()) };
+    /// Lets in what is here, and reads what is not; leaves in `waiting` what cannot be had yet. Whether some of that can be
+    /// by now.
+    fn serve(&self, index: usize, waiting: &mut Vec<(PageFault, Instant)>) -> Result<bool, MoverError> {
+        let Some(owed) = self.owed.get() else { return Ok(false) };
         waiting.sort_by_key(|(fault, since)| (fault.block, fault.page, *since));
         waiting.dedup_by_key(|(fault, _)| (fault.block, fault.page));
         let mut still_owed = Vec::new();
@@ -346,12 +353,16 @@ impl Shared {
             }
         }
         if still_owed.is_empty() {
-            return Ok(());
+            return Ok(false);
         }
+        let mut may_go_on = false;
         let mut slot = lock(&self.readers[index]);
         if let Some((attempt, mut reader)) = slot.take() {
             match self.read_faults(&mut reader, &mut still_owed) {
-                Ok(()) => *slot = Some((attempt, reader)),
+                Ok(is_ready) => {
+                    may_go_on = is_ready;
+                    *slot = Some((attempt, reader));
+                }
                 Err(error @ (MoverError::Faults(_) | MoverError::Owed(_))) => return Err(error),
                 Err(error) => {
                     reader.close();
@@ -360,17 +371,18 @@ impl Shared {
             }
         }
         *waiting = still_owed;
-        Ok(())
+        Ok(may_go_on)
     }
 
     /// Reads the pages that faults wait for; leaves those that others are reading, or whose windows are not registered yet.
+    /// For one of those it waits a moment: whether it is there then.
     fn read_faults(
         &self,
         reader: &mut Reader,
         faults: &mut Vec<(PageFault, Instant)>,
-    ) -> Result<(), MoverError> {
+    ) -> Result<bool, MoverError> {
         let (mut begun, mut arrived, mut left) = (Vec::new(), Vec::new(), Vec::new());
-        let mut awaits_window = false;
+        let mut awaited = None;
         for (fault, since) in faults.drain(..) {
             match reader.copy().next_at(reader.pass(), fault.block, fault.page, AROUND_BYTES) {
                 Next::Chunk(chunk) => {
@@ -378,7 +390,7 @@ impl Shared {
                     reader.read(chunk, &mut arrived)?;
                 }
                 Next::Wait => {
-                    awaits_window = true;
+                    awaited = Some((fault.block, fault.page));
                     left.push((fault, since));
                 }
                 Next::Done => left.push((fault, since)),
@@ -402,10 +414,7 @@ impl Shared {
         for since in begun {
             self.counters.add_fault(now - since);
         }
-        if awaits_window {
-            reader.copy().wait_for_windows(RETRY);
-        }
-        Ok(())
+        Ok(awaited.is_some_and(|(block, page)| reader.copy().wait_for_window(block, page, RETRY)))
     }
 
     fn stream(&self, mut reader: Reader) -> Result<(), MoverError> {

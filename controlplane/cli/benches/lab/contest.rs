@@ -1,9 +1,9 @@
 //! Who moves a guest from host to host, and what that takes.
 
 use std::sync::atomic::{AtomicU16, Ordering};
-use std::time::{Duration, Instant, SystemTime};
+use std::time::{Duration, SystemTime};
 
-use anyhow::{Context as _, Result, ensure};
+use anyhow::Result;
 use ramferry_lab::{Qemu, QemuBuilder};
 use ramferry_proto::v1;
 use serde_json::{Value, json};
@@ -11,7 +11,7 @@ use serde_json::{Value, json};
 use crate::hosts::{DESTINATION, Hosts, watch_wire};
 use crate::measuring::agents::{migrate, order, seconds};
 use crate::measuring::costs::{Cost, machine_cpu_seconds, watch};
-use crate::measuring::own::{self, Way, event_time};
+use crate::measuring::own::{self, Pause, Way, between, wait_event};
 use crate::measuring::report::Report;
 use crate::measuring::scraped::Histogram;
 
@@ -22,7 +22,6 @@ pub(crate) const STREAMS: usize = 2;
 const MAX_DOWNTIME: Duration = Duration::from_millis(300);
 /// Looking costs processor time, of which emulation leaves little.
 const LOOK_INTERVAL: Duration = Duration::from_millis(100);
-const PATIENCE: Duration = Duration::from_secs(30);
 /// Accesses that waited for the source.
 const FAULTS: &str = "ramferry_postcopy_fault_duration_seconds";
 const GIB: f64 = (1_u64 << 30) as f64;
@@ -142,13 +141,11 @@ pub(crate) fn run(hosts: &Hosts, contestant: Contestant, from: &Qemu, to: &Qemu)
     let has_arrived = |event: &Value| event["event"] == "MIGRATION" && event["data"]["status"] == "completed";
     let (ended, downtime_seconds) = match (ran, outcome.ended) {
         (true, _) => {
-            let stopped = event_time(&from.qmp_events()?, |event| event["event"] == "STOP");
-            let stopped = stopped.context("the source did not report that it stopped")?;
-            let resumed = wait_event(to, |event| event["event"] == "RESUME")?;
-            (resumed, Some(between(stopped, resumed)?))
+            let pause = Pause::of(from, to, LOOK_INTERVAL)?;
+            (pause.resumed, Some(pause.seconds()?))
         }
         (false, Some(ended)) => (ended, None),
-        (false, None) => (wait_event(to, has_arrived)?, None),
+        (false, None) => (wait_event(to, has_arrived, LOOK_INTERVAL)?, None),
     };
     Ok(Move {
         transferred_bytes: outcome.transferred_bytes,
@@ -246,22 +243,6 @@ fn by_qemu(fabric: &str, pin_all: bool, from: &Qemu, to: &Qemu) -> Result<Outcom
         pulled: None,
         agents: [Cost::default(); 2],
     })
-}
-
-/// When the destination reported what is `wanted`, which it is about to.
-fn wait_event(to: &Qemu, wanted: impl Fn(&Value) -> bool) -> Result<SystemTime> {
-    let deadline = Instant::now() + PATIENCE;
-    loop {
-        if let Some(time) = event_time(&to.qmp_events()?, &wanted) {
-            return Ok(time);
-        }
-        ensure!(Instant::now() < deadline, "the destination does not end its migration");
-        std::thread::sleep(LOOK_INTERVAL);
-    }
-}
-
-fn between(from: SystemTime, to: SystemTime) -> Result<f64> {
-    Ok(to.duration_since(from).context("the clock was set back")?.as_secs_f64())
 }
 
 fn sum(one: Cost, other: Cost) -> Cost {

@@ -1,7 +1,8 @@
 //! Two agents in processes of their own, and a guest that goes from the one to
 //! the other.
 
-use std::io::{BufRead, BufReader};
+use std::io::{BufRead, BufReader, Read as _, Write as _};
+use std::net::TcpStream;
 use std::process::{Child, Command, Stdio};
 use std::sync::mpsc::{Receiver, sync_channel};
 use std::sync::{Mutex, PoisonError};
@@ -129,7 +130,7 @@ impl Agent {
             .context("cannot start an agent")?;
         let stderr = BufReader::new(child.stderr.take().context("the agent has no stderr")?);
         let process = Process(child);
-        let (grpc, metrics, log) = listening(stderr)?;
+        let (Addresses { grpc, metrics }, log) = listening(stderr)?;
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
         if probes == Probes::Attached {
             await_probes(&log)?;
@@ -150,13 +151,19 @@ impl Agent {
         self.log.lock().unwrap_or_else(PoisonError::into_inner).try_iter().collect::<Vec<_>>().join("\n")
     }
 
-    pub(crate) fn process(&self) -> u32 {
-        self.process.0.id()
+    /// Its metrics as they are now.
+    pub(crate) fn scrape(&self) -> Result<String> {
+        let mut stream = TcpStream::connect(&self.metrics).context("cannot reach an agent's metrics")?;
+        stream.set_read_timeout(Some(PATIENCE))?;
+        stream.write_all(b"GET /metrics HTTP/1.1\r\nHost: agent\r\nConnection: close\r\n\r\n")?;
+        let mut answer = String::new();
+        stream.read_to_string(&mut answer)?;
+        ensure!(answer.starts_with("HTTP/1.1 200"), "an agent does not tell its metrics: {answer}");
+        Ok(answer)
     }
 
-    /// Where its metrics are shown.
-    pub(crate) fn metrics(&self) -> &str {
-        &self.metrics
+    pub(crate) fn process(&self) -> u32 {
+        self.process.0.id()
     }
 }
 
@@ -246,26 +253,30 @@ async fn connect(grpc: &str, caller: Option<&Credentials>) -> Result<MigrationSe
     Ok(MigrationServiceClient::new(channel))
 }
 
-/// Where the agent says that it and its metrics are, and what it says from then on.
-fn listening(log: impl BufRead + Send + 'static) -> Result<(String, String, Receiver<String>)> {
+/// Where an agent is.
+struct Addresses {
+    grpc: String,
+    metrics: String,
+}
+
+/// Where the agent says that it is, and what it says from then on.
+fn listening(log: impl BufRead + Send + 'static) -> Result<(Addresses, Receiver<String>)> {
     let mut lines = log.lines();
     let mut said = Vec::new();
     for line in lines.by_ref() {
         let line = line?;
         let entry: Value = serde_json::from_str(&line).unwrap_or_default();
         if entry["message"] == "agent started" {
-            let place = |name: &str| {
-                let place = entry[name].as_str().context("the agent does not say where it is");
-                place.map(str::to_owned)
-            };
-            let (grpc, metrics) = (place("grpc")?, place("metrics")?);
+            let address = |key: &str| entry[key].as_str().context("the agent does not say where it is");
+            let addresses =
+                Addresses { grpc: address("grpc")?.to_owned(), metrics: address("metrics")?.to_owned() };
             let (sender, receiver) = sync_channel(LOG_LINES);
             said.into_iter().for_each(|line| drop(sender.try_send(line)));
             // Its log must not fill the pipe: lines that nobody takes are dropped.
             std::thread::spawn(move || {
                 lines.map_while(Result::ok).for_each(|line| drop(sender.try_send(line)));
             });
-            return Ok((grpc, metrics, receiver));
+            return Ok((addresses, receiver));
         }
         said.push(line);
     }

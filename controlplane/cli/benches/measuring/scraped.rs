@@ -1,14 +1,8 @@
 //! Histograms of an agent's metrics.
 
-use std::io::{Read as _, Write as _};
-use std::net::TcpStream;
-use std::time::Duration;
-
-use anyhow::{Context as _, Result, ensure};
+use anyhow::{Context as _, Result};
 
 use super::agents::Agent;
-
-const PATIENCE: Duration = Duration::from_secs(10);
 
 /// Upper bounds in seconds, each with the number of times that were not longer.
 #[derive(Debug, Default)]
@@ -17,7 +11,7 @@ pub(crate) struct Histogram(Vec<(f64, f64)>);
 impl Histogram {
     /// What `agent` has measured since it started, of one fabric.
     pub(crate) fn read(agent: &Agent, metric: &str, fabric: &str) -> Result<Histogram> {
-        let text = scrape(agent)?;
+        let text = agent.scrape()?;
         let of_metric = format!("{metric}_bucket{{");
         let of_fabric = format!("fabric=\"{fabric}\"");
         let lines = text.lines().filter_map(|line| line.strip_prefix(&of_metric));
@@ -57,14 +51,4 @@ impl Histogram {
         }
         None
     }
-}
-
-fn scrape(agent: &Agent) -> Result<String> {
-    let mut stream = TcpStream::connect(agent.metrics()).context("the agent shows no metrics")?;
-    stream.set_read_timeout(Some(PATIENCE))?;
-    stream.write_all(b"GET /metrics HTTP/1.1\r\nHost: agent\r\nConnection: close\r\n\r\n")?;
-    let mut answer = String::new();
-    stream.read_to_string(&mut answer)?;
-    ensure!(answer.starts_with("HTTP/1.1 200"), "the agent shows no metrics: {answer}");
-    Ok(answer)
 }

@@ -4,6 +4,7 @@
 //! each ratio is the median of the ratios of the runs.
 
 mod downtime;
+mod faults;
 #[path = "../measuring/measuring.rs"]
 #[allow(dead_code, reason = "each benchmark uses a part")]
 mod measuring;
@@ -23,7 +24,9 @@ use crate::measuring::report::Report;
 const DEFAULT_RUNS: usize = 5;
 /// Between two looks at an agent's memory.
 const LOOK_INTERVAL: Duration = Duration::from_millis(2);
-const PARTS: [&str; 6] = ["tracking", "still", "probes", "sizes", "downtime", "rates"];
+/// Between two looks whether QEMU's own migration is done.
+const OWN_INTERVAL: Duration = Duration::from_millis(20);
+const PARTS: [&str; 7] = ["tracking", "still", "probes", "sizes", "downtime", "rates", "faults"];
 
 fn main() -> Result<()> {
     // Cargo says that this is a benchmark, not what to do.
@@ -37,6 +40,7 @@ fn main() -> Result<()> {
             "probes" => probed::run(&mut report, runs),
             "sizes" => sizes::run(&mut report, runs),
             "rates" => rates::run(&mut report),
+            "faults" => faults::run(&mut report),
             _ => downtime::run(&mut report),
         }
         .with_context(|| format!("the part {part:?} could not be measured"))?;

@@ -1,18 +1,20 @@
 //! Downtime and total time against the rate at which the guest writes, from nothing to four times the link, by every way
-//! there is: rounds alone, post-copy, and QEMU's own. The link is a bandwidth limit that all are held to while the guest
-//! runs; none is in its pause. What the guest itself sees of post-copy is measured, too.
+//! there is: rounds alone, with the guest throttled, post-copy, and QEMU's own three. The link is a bandwidth limit that
+//! all are held to while the guest runs at the source; none is in its pause, nor in post-copy, when the guest waits for it.
+//! What the guest itself sees of post-copy is measured, too. The total is from the call to the last page.
 
-use std::time::{Duration, Instant};
+use std::time::{Duration, Instant, SystemTime};
 
-use anyhow::{Context as _, Result, bail, ensure};
+use anyhow::{Context as _, Result, ensure};
 use ramferry_lab::{Accel, Fill, Qemu, RamBlock, Workload, downtime_seen};
 use ramferry_proto::v1;
-use serde_json::{Value, json};
+use serde_json::json;
 
-use crate::LOOK_INTERVAL;
 use crate::measuring::agents::{Agent, Probes, migrate, order, seconds};
-use crate::measuring::own::{self, Way};
+use crate::measuring::own::{self, Help, Pause, Way, between};
 use crate::measuring::report::{Report, quantile};
+use crate::measuring::takes_part;
+use crate::{LOOK_INTERVAL, OWN_INTERVAL};
 
 const MIB: u64 = 1 << 20;
 const GUEST_BYTES: u64 = 512 * MIB;
@@ -23,13 +25,18 @@ const WORKING_SET_MIB: u64 = 192;
 const QUARTERS: [u64; 6] = [0, 2, 4, 6, 8, 16];
 const TICK_MS: u64 = 5;
 const PATIENCE: Duration = Duration::from_secs(120);
-/// After so long without an end, an operator allows any downtime, or begins post-copy.
+/// After so long without an end, an operator allows any downtime.
 const OPERATOR_PATIENCE: Duration = Duration::from_secs(8);
+/// The same, where throttling may still help.
+const THROTTLED_PATIENCE: Duration = Duration::from_secs(20);
+/// As far as QEMU's auto-converge goes.
+const MOST_THROTTLE_PERCENT: u32 = 99;
 const AIM: Duration = Duration::from_millis(100);
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Contestant {
     Precopy,
+    Throttled,
     Postcopy,
     QemuPrecopy,
     QemuAutoConverge,
@@ -37,26 +44,47 @@ enum Contestant {
 }
 
 impl Contestant {
-    const ALL: [Self; 5] =
-        [Self::Precopy, Self::Postcopy, Self::QemuPrecopy, Self::QemuAutoConverge, Self::QemuPostcopy];
+    const ALL: [Self; 6] = [
+        Self::Precopy,
+        Self::Throttled,
+        Self::Postcopy,
+        Self::QemuPrecopy,
+        Self::QemuAutoConverge,
+        Self::QemuPostcopy,
+    ];
 
     fn as_str(self) -> &'static str {
         match self {
             Self::Precopy => "pre-copy",
+            Self::Throttled => "throttled",
             Self::Postcopy => "post-copy",
             Self::QemuPrecopy => "qemu pre-copy",
             Self::QemuAutoConverge => "qemu auto-converge",
             Self::QemuPostcopy => "qemu post-copy",
         }
     }
+
+    fn is_ours(self) -> bool {
+        matches!(self, Self::Precopy | Self::Throttled | Self::Postcopy)
+    }
+
+    fn patience(self) -> Duration {
+        match self {
+            Self::Throttled | Self::QemuAutoConverge => THROTTLED_PATIENCE,
+            _ => OPERATOR_PATIENCE,
+        }
+    }
 }
 
 /// What a move took.
 struct Moved {
+    /// From the call to the last page.
     total_seconds: f64,
-    downtime_seconds: f64,
-    /// From the resume to the last page.
+    /// As its mover says it.
+    reported_seconds: f64,
+    /// From the resume to the last page, of ours.
     postcopy_seconds: Option<f64>,
+    throttle_peak_percent: Option<u32>,
 }
 
 pub(crate) fn run(report: &mut Report) -> Result<()> {
@@ -65,12 +93,12 @@ pub(crate) fn run(report: &mut Report) -> Result<()> {
         let rate_mib = (LINK_MIB_PER_SECOND * quarters / 4).max(1);
         for contestant in Contestant::ALL {
             let name = format!("{}, {rate_mib} MiB/s written", contestant.as_str());
+            if !takes_part(&name) {
+                continue;
+            }
             eprintln!("dirty rates: {name}");
             if let Err(error) = measure(report, &agents, contestant, &name, quarters, rate_mib) {
-                ensure!(
-                    !matches!(contestant, Contestant::Precopy | Contestant::Postcopy),
-                    "{name}: {error:#}"
-                );
+                ensure!(!contestant.is_ours(), "{name}: {error:#}");
                 eprintln!("{name}: {error:#}");
                 report.note(&name, "failed", json!(format!("{error:#}")));
             }
@@ -99,107 +127,108 @@ fn measure(
         Qemu::builder().block(RamBlock::node(GUEST_BYTES)).accel(Accel::best()).proof(workload).start()?;
     here.wait_ready(PATIENCE)?;
     // QEMU's own has nobody to tell it to run.
-    let is_ours = matches!(contestant, Contestant::Precopy | Contestant::Postcopy);
-    let there = here.destination().incoming(true).paused(is_ours).start()?;
-    let moved = match contestant {
-        Contestant::Precopy => ours(agents, &here, &there, v1::Postcopy::Never)?,
-        Contestant::Postcopy => ours(agents, &here, &there, v1::Postcopy::Allow)?,
-        Contestant::QemuPrecopy => qemus(&here, &there, None)?,
-        Contestant::QemuAutoConverge => qemus(&here, &there, Some("auto-converge"))?,
-        Contestant::QemuPostcopy => qemus(&here, &there, Some("postcopy-ram"))?,
+    let there = here.destination().paused(contestant.is_ours()).start()?;
+    here.qmp_events()?;
+    let moved = if contestant.is_ours() {
+        ours(agents, &here, &there, contestant)?
+    } else {
+        qemus(&here, &there, contestant)?
     };
+    let pause = Pause::of(&here, &there, LOOK_INTERVAL)?;
     let lost = there.next_tick(PATIENCE)?.errors + there.verify(PATIENCE)?.errors;
     ensure!(lost == 0, "{lost} pages do not hold what the guest wrote");
     report.add_time(name, moved.total_seconds);
-    report.sample(name, "downtime_seconds", moved.downtime_seconds);
+    report.sample(name, "downtime_seconds", pause.seconds()?);
+    report.sample(name, "downtime_reported_seconds", moved.reported_seconds);
     if let Some(seen) = downtime_seen(&here, &there) {
         report.sample(name, "downtime_seen_seconds", seen.as_secs_f64());
     }
+    if let Some(percent) = moved.throttle_peak_percent {
+        report.sample(name, "throttle_peak_percent", percent.into());
+    }
     report.note(name, "rate_of_link", json!(quarters as f64 / 4.0));
     report.note(name, "way", json!(contestant.as_str()));
-    if let Some(seconds) = moved.postcopy_seconds {
-        report.sample(name, "postcopy_seconds", seconds);
-        stalls(report, name, &there);
+    let last_page = match contestant {
+        Contestant::QemuPostcopy => pause.completed,
+        _ => moved.postcopy_seconds.map(|seconds| pause.resumed + Duration::from_secs_f64(seconds)),
+    };
+    if let Some(last_page) = last_page {
+        report.sample(name, "postcopy_seconds", between(pause.resumed, last_page)?);
+        stalls(report, name, &there, (pause.resumed, last_page))?;
     }
     Ok(())
 }
 
-/// How long single pages kept the guest waiting behind its resume, as it says itself: the longest of each tick.
-fn stalls(report: &mut Report, name: &str, there: &Qemu) {
-    let mut worst: Vec<f64> = there.ticks().iter().map(|(_, tick)| tick.worst_us as f64 / 1e6).collect();
-    // The first counts the pause.
-    worst.drain(..worst.len().min(1));
+/// How long single pages kept the guest waiting in post-copy, as it says itself: the longest of each tick.
+fn stalls(report: &mut Report, name: &str, there: &Qemu, span: (SystemTime, SystemTime)) -> Result<()> {
+    let now = (Instant::now(), SystemTime::now());
+    let at = |time: SystemTime| -> Result<Instant> {
+        now.0.checked_sub(now.1.duration_since(time)?).context("the host has not run for so long")
+    };
+    // A tick tells of what was before it: the first behind the last page counts, too.
+    let (from, to) = (at(span.0)?, at(span.1)? + Duration::from_millis(TICK_MS));
+    let ticks = there.ticks();
+    let in_postcopy = ticks.iter().filter(|(at, _)| *at >= from && *at <= to);
+    let mut worst: Vec<f64> = in_postcopy.map(|(_, tick)| tick.worst_us as f64 / 1e6).collect();
     worst.sort_by(f64::total_cmp);
+    report.sample(name, "postcopy_ticks", worst.len() as f64);
     for (key, share) in [("stall_p50_seconds", 0.5), ("stall_p99_seconds", 0.99), ("stall_max_seconds", 1.0)]
     {
         if let Some(value) = quantile(&worst, share) {
             report.sample(name, key, value);
         }
     }
+    Ok(())
 }
 
-fn ours(agents: &(Agent, Agent), here: &Qemu, there: &Qemu, postcopy: v1::Postcopy) -> Result<Moved> {
+fn ours(agents: &(Agent, Agent), here: &Qemu, there: &Qemu, contestant: Contestant) -> Result<Moved> {
+    let postcopy = if contestant == Contestant::Postcopy { v1::Postcopy::Allow } else { v1::Postcopy::Never };
+    let throttle = contestant == Contestant::Throttled;
     let parameters = v1::MigrationParameters {
         max_downtime: Some(AIM.try_into()?),
         bandwidth_limit_bits_per_second: LINK_MIB_PER_SECOND * MIB * 8,
-        timeout: Some(OPERATOR_PATIENCE.try_into()?),
+        timeout: Some(contestant.patience().try_into()?),
         timeout_action: v1::TimeoutAction::Force.into(),
         no_progress_timeout: Some(Duration::from_secs(1).try_into()?),
         postcopy: postcopy.into(),
+        throttle_max_percent: if throttle { MOST_THROTTLE_PERCENT } else { 0 },
         ..order("tcp", "dynamic")?
     };
     let voyage = migrate((&agents.0, &agents.1), (here, there), parameters, LOOK_INTERVAL)?;
-    let postcopy_seconds = voyage.progress.postcopy.then(|| seconds(voyage.progress.postcopy_time));
+    let progress = &voyage.progress;
+    let total_seconds = voyage.total_seconds()?;
+    let postcopy_seconds = progress.postcopy.then(|| seconds(progress.postcopy_time)).transpose()?;
     Ok(Moved {
-        total_seconds: voyage.total_seconds()?,
-        downtime_seconds: voyage.downtime_seconds()?,
-        postcopy_seconds: postcopy_seconds.transpose()?,
+        total_seconds: total_seconds + postcopy_seconds.unwrap_or_default(),
+        reported_seconds: voyage.downtime_seconds()?,
+        postcopy_seconds,
+        throttle_peak_percent: throttle.then_some(progress.throttle_peak_percent),
     })
 }
 
-fn qemus(here: &Qemu, there: &Qemu, capability: Option<&str>) -> Result<Moved> {
+fn qemus(here: &Qemu, there: &Qemu, contestant: Contestant) -> Result<Moved> {
     let way = Way {
         listen: "tcp:127.0.0.1:0",
-        capability,
+        capability: match contestant {
+            Contestant::QemuAutoConverge => Some("auto-converge"),
+            Contestant::QemuPostcopy => Some("postcopy-ram"),
+            _ => None,
+        },
         parameters: json!({
             "max-bandwidth": LINK_MIB_PER_SECOND * MIB,
-            "max-postcopy-bandwidth": LINK_MIB_PER_SECOND * MIB,
+            // None, as ours.
+            "max-postcopy-bandwidth": 0,
             "downtime-limit": u64::try_from(AIM.as_millis())?,
+            "max-cpu-throttle": MOST_THROTTLE_PERCENT,
         }),
     };
-    own::begin(here, there, &way)?;
-    let status = operate(here, capability == Some("postcopy-ram"))?;
-    let milliseconds = |key: &str| status[key].as_u64().with_context(|| format!("no {key}: {status}"));
-    let downtime_seconds = milliseconds("downtime")? as f64 / 1e3;
-    let total_seconds = milliseconds("total-time")? as f64 / 1e3;
+    let is_postcopy = contestant == Contestant::QemuPostcopy;
+    let help = if is_postcopy { Help::BeginPostcopy } else { Help::AllowDowntime(contestant.patience()) };
+    let moved = own::migrate_helped(here, there, &way, help, OWN_INTERVAL)?;
     Ok(Moved {
-        total_seconds,
-        downtime_seconds,
-        postcopy_seconds: (capability == Some("postcopy-ram")).then_some(0.0),
+        total_seconds: moved.seconds("total-time")?,
+        reported_seconds: moved.seconds("downtime")?,
+        postcopy_seconds: None,
+        throttle_peak_percent: None,
     })
-}
-
-/// Does what an operator does with a migration that does not converge.
-fn operate(here: &Qemu, postcopy: bool) -> Result<Value> {
-    let started = Instant::now();
-    let mut helped = false;
-    loop {
-        let status = here.qmp(&json!({ "execute": "query-migrate" }))?;
-        match status["status"].as_str() {
-            Some("completed") if status["total-time"] != 0 => return Ok(status),
-            Some("failed" | "cancelled") => bail!("QEMU's own migration failed: {status}"),
-            _ if started.elapsed() > PATIENCE => bail!("QEMU's own migration does not end: {status}"),
-            _ => {}
-        }
-        let first_pass_done = status["ram"]["dirty-sync-count"].as_u64() > Some(1);
-        if !helped && (postcopy && first_pass_done || started.elapsed() > OPERATOR_PATIENCE) {
-            helped = true;
-            here.qmp(&if postcopy {
-                json!({ "execute": "migrate-start-postcopy" })
-            } else {
-                json!({ "execute": "migrate-set-parameters", "arguments": { "downtime-limit": 60_000 } })
-            })?;
-        }
-        std::thread::sleep(Duration::from_millis(20));
-    }
 }

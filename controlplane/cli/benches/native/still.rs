@@ -13,11 +13,11 @@ use ramferry_lab::{Accel, Fill, Qemu, RamBlock, Workload};
 use ramferry_ram::{Access, Memory, PageSets};
 use serde_json::json;
 
-use crate::LOOK_INTERVAL;
 use crate::measuring::agents::{Agent, Probes, migrate, order};
 use crate::measuring::own::{self, Way};
 use crate::measuring::ram::{fresh_file, memory};
 use crate::measuring::report::Report;
+use crate::{LOOK_INTERVAL, OWN_INTERVAL};
 
 const MIB: u64 = 1 << 20;
 const GUEST_BYTES: u64 = 1 << 30;
@@ -25,8 +25,6 @@ const GUEST_BYTES: u64 = 1 << 30;
 const TOUCHED_MIB: u64 = 960;
 const PIECE_BYTES: u64 = MIB;
 const STREAMS: usize = 2;
-/// Between two looks whether QEMU's own migration is done.
-const OWN_INTERVAL: Duration = Duration::from_millis(20);
 const PATIENCE: Duration = Duration::from_secs(120);
 
 /// The destination's memory before the copy.
@@ -164,7 +162,7 @@ pub(crate) fn destination(guest: &Qemu, state: State) -> Result<Qemu> {
 }
 
 /// Writes all of a RAM file.
-fn touch(path: &Path, bytes: u64) -> Result<()> {
+pub(crate) fn touch(path: &Path, bytes: u64) -> Result<()> {
     let mut file = OpenOptions::new().write(true).open(path)?;
     file.seek(SeekFrom::Start(0))?;
     let piece = vec![0x5a; MIB as usize];
