@@ -199,7 +199,10 @@ impl DestinationSession {
     /// Does what an answer about windows asks for, which may be to wait for room in the control stream.
     pub(crate) async fn settle_windows(&self, settle: impl FnOnce(&DestinationHandle) + Send + 'static) {
         let handle = self.handle.clone();
-        let _ = tokio::task::spawn_blocking(move || settle(&handle)).await;
+        if let Err(error) = tokio::task::spawn_blocking(move || settle(&handle)).await {
+            let message = format!("an answer about windows was not settled: {error}");
+            self.handle.send(DestinationEvent::Failed(Failure::new(Reason::Internal, message)));
+        }
     }
 
     /// Resolves when every order that was handed over is carried out, or nobody carries orders out any more.

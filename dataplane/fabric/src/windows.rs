@@ -93,6 +93,9 @@ pub struct WindowConfig {
     pub ahead_windows: usize,
     /// Longest gap between wanted pages that is registered with them, in bytes.
     pub hole_tolerance_bytes: u64,
+    /// The first window's name; the others count on from it. For sessions that follow one another: an answer that comes
+    /// late names none of the next one's.
+    pub first_id: u64,
 }
 
 impl WindowConfig {
@@ -105,6 +108,7 @@ impl WindowConfig {
             pin_budget_bytes: None,
             ahead_windows: DEFAULT_AHEAD_WINDOWS,
             hole_tolerance_bytes: DEFAULT_HOLE_TOLERANCE_BYTES,
+            first_id: 0,
         }
     }
 }
@@ -268,7 +272,7 @@ impl Windows {
             cursor: (BlockIndex(0), 0),
             current: None,
             in_line: VecDeque::new(),
-            next_id: 0,
+            next_id: config.first_id,
             next_window_bytes: config.first_window_bytes.max(1),
             total_registered_bytes: 0,
             stale: false,
@@ -356,7 +360,10 @@ impl Windows {
         self.wanted.block_mut(block).insert_run(page);
         let forgiven = self.table.forgive_at(block, offset);
         self.current = None;
-        self.stale |= moved || forgiven || !wanted;
+        // Once all windows there are to be are planned, a cursor elsewhere plans no other.
+        let is_planned =
+            self.mode == RegistrationMode::PinAll && self.table.covering(block, offset).is_some();
+        self.stale |= (moved && !is_planned) || forgiven || !wanted;
         Acquire::NotYet
     }
 

@@ -73,9 +73,9 @@ pub(crate) struct Copy {
     pool: Pool,
     failed: Box<dyn Fn(MoverError) + Send + Sync>,
     plan: Mutex<Plan>,
-    /// The awaited position is.
+    /// Notified when the awaited position is ready.
     ready: Condvar,
-    /// Some window is: for those that wait each for a page of its own.
+    /// Notified when any window is: for those that wait each for a page of its own.
     registered: Condvar,
     /// Pages whose bytes at the destination may differ from zero.
     destination_holds: Mutex<PageSets>,
@@ -86,7 +86,7 @@ struct Plan {
     registrations: HashMap<WindowId, Registration>,
     todo: PageSets,
     cursor: (BlockIndex, u64),
-    /// The position that copying threads wait for, if they do: it is the same for all.
+    /// The position that those wait for who take what comes next, if they do: it is the same for all.
     awaited: Option<(BlockIndex, u64)>,
 }
 
@@ -373,7 +373,13 @@ impl Copy {
 impl Plan {
     fn next(&mut self, follow: &mut Follow) -> Next {
         match self.next_run() {
-            Some((block, run)) => self.take(block, run, follow),
+            Some((block, run)) => {
+                let next = self.take(block, run, follow);
+                if matches!(next, Next::Wait) {
+                    self.awaited = Some((block, run.first * self.todo.page_bytes(block)));
+                }
+                next
+            }
             None => Next::Done,
         }
     }
@@ -392,10 +398,7 @@ impl Plan {
         let position = (block, run.first * page_bytes);
         let acquired = self.windows.acquire(position.0, position.1);
         self.advance(follow);
-        let Acquire::Ready { id, bytes } = acquired else {
-            self.awaited = Some(position);
-            return Next::Wait;
-        };
+        let Acquire::Ready { id, bytes } = acquired else { return Next::Wait };
         let registration = &self.registrations[&id];
         let (Some(local_key), Some(remote_key)) = (registration.local, registration.remote) else {
             unreachable!("a window is ready only when both sides have registered it");

@@ -170,14 +170,14 @@ impl DestinationHandle {
     }
 
     /// The source answered `RegisterWindows`. The driver is passed by: it may be writing to the journal, and a guest may
-    /// wait for this. Blocks while there is no room for what is ordered next.
+    /// wait for this.
     pub fn windows_registered(&self, windows: Vec<(WindowId, Result<RegionKey, String>)>) {
         if let Some(copy) = self.reading() {
             copy.remote_registered(windows);
         }
     }
 
-    /// The source answered `ReleaseWindows`. As [`windows_registered`](Self::windows_registered).
+    /// The source answered `ReleaseWindows`. The driver is passed by; blocks while there is no room for what is ordered next.
     pub fn windows_released(&self, ids: &[WindowId]) {
         if let Some(copy) = self.reading() {
             copy.remote_released(ids);

@@ -39,8 +39,9 @@ const DEPTH: usize = 2;
 /// So long after a fault nothing is asked for that nobody waits for: one fault follows another, and what is under
 /// way when it comes takes processors and the link from it.
 const QUIET: Duration = Duration::from_micros(300);
-/// A stream thread asks for a chunk so often however many faults there are.
+/// However many faults there are, behind so long a quiet a stream thread goes on for [`TURN`].
 const LONGEST_QUIET: Duration = Duration::from_millis(10);
+const TURN: Duration = Duration::from_millis(2);
 /// Between two looks whether to stop.
 const PATIENCE: Duration = Duration::from_millis(100);
 /// Between two looks at faults that cannot be served yet.
@@ -331,11 +332,23 @@ impl Shared {
         self.faulted_us.store(self.began.elapsed().as_micros() as u64, Ordering::Relaxed);
     }
 
-    /// How long a stream thread keeps out of the way of faults, having asked for its last chunk at `asked`.
-    fn quiet(&self, asked: Instant) -> Duration {
+    /// How long a stream thread keeps out of the way of faults, having done so since `quiet_since`.
+    fn quiet(&self, quiet_since: &mut Option<Instant>) -> Duration {
         let faulted = Duration::from_micros(self.faulted_us.load(Ordering::Relaxed));
-        let since = self.began.elapsed().saturating_sub(faulted);
-        if asked.elapsed() >= LONGEST_QUIET { Duration::ZERO } else { QUIET.saturating_sub(since) }
+        let quiet = QUIET.saturating_sub(self.began.elapsed().saturating_sub(faulted));
+        if quiet.is_zero() {
+            *quiet_since = None;
+            return quiet;
+        }
+        let kept = quiet_since.get_or_insert_with(Instant::now).elapsed();
+        if kept < LONGEST_QUIET {
+            quiet
+        } else {
+            if kept >= LONGEST_QUIET + TURN {
+                *quiet_since = None;
+            }
+            Duration::ZERO
+        }
     }
 
     /// Lets in what is here, and reads what is not; leaves in `waiting` what cannot be had yet. Whether some of that can be
@@ -358,6 +371,7 @@ impl Shared {
         let mut may_go_on = false;
         let mut slot = lock(&self.readers[index]);
         if let Some((attempt, mut reader)) = slot.take() {
+            let asked = still_owed.clone();
             match self.read_faults(&mut reader, &mut still_owed) {
                 Ok(is_ready) => {
                     may_go_on = is_ready;
@@ -366,6 +380,8 @@ impl Shared {
                 Err(error @ (MoverError::Faults(_) | MoverError::Owed(_))) => return Err(error),
                 Err(error) => {
                     reader.close();
+                    // Nobody is told of them again.
+                    still_owed = asked;
                     (self.report)(PullReport::LinkLost(attempt, error));
                 }
             }
@@ -419,7 +435,7 @@ impl Shared {
 
     fn stream(&self, mut reader: Reader) -> Result<(), MoverError> {
         let mut arrived = Vec::new();
-        let mut asked = Instant::now();
+        let mut quiet_since = None;
         let streamed = loop {
             // What is under way stays owed; closing the link ends it.
             if reader.pass().is_stopped() {
@@ -433,7 +449,7 @@ impl Shared {
             if let Err(error) = settled {
                 break Err(error);
             }
-            let quiet = self.quiet(asked);
+            let quiet = self.quiet(&mut quiet_since);
             if !quiet.is_zero() && reader.in_flight() == 0 {
                 thread::sleep(quiet);
                 continue;
@@ -443,10 +459,7 @@ impl Shared {
                 next = reader.copy().next(reader.pass());
             }
             let went_on = match next {
-                Next::Chunk(chunk) => {
-                    asked = Instant::now();
-                    reader.read(chunk, &mut arrived)
-                }
+                Next::Chunk(chunk) => reader.read(chunk, &mut arrived),
                 Next::Done if reader.in_flight() == 0 => break Ok(()),
                 _ if came => Ok(()),
                 Next::Wait if reader.in_flight() == 0 => {

@@ -5,7 +5,7 @@ use std::net::IpAddr;
 use std::sync::{Arc, Weak};
 
 use ramferry_engine::{DestinationEvent, Failure, Reason};
-use ramferry_fabric::windows::{RegistrationMode, WindowConfig};
+use ramferry_fabric::windows::{DEFAULT_WINDOW_BYTES, RegistrationMode, WindowConfig};
 use ramferry_fabric::{FabricKind, SessionToken};
 use ramferry_mover::{DestinationInput, FAULT_LINKS, PeerOrder, Readers, Retaken, reads_lost};
 use ramferry_proto::v1;
@@ -21,8 +21,8 @@ use crate::request::MAX_STREAMS;
 use crate::source::{add_runs, blocking_step, is_shm_socket, orders};
 use crate::status::causes;
 
-/// Windows of memory that is pinned are shorter than in pre-copy: a fault waits for the whole of its window.
-const PINNED_WINDOW_BYTES: u64 = 8 << 20;
+/// Where a fault waits for the whole of its window.
+const SHORT_WINDOW_BYTES: u64 = 8 << 20;
 
 /// What a destination reads, from where.
 #[derive(Default)]
@@ -77,7 +77,7 @@ impl DestinationSession {
     fn open_soon(self: &Arc<Self>) {
         let session = Arc::clone(self);
         let connecting = self.agent.runtime.spawn(async move {
-            if let Err(failure) = session.open_readers().await {
+            if let Err(failure) = session.open_readers(false).await {
                 session.handle.send(DestinationEvent::Failed(reads_lost(&failure)));
             }
         });
@@ -113,12 +113,12 @@ impl DestinationSession {
             }
             reads.begun = true;
         }
-        self.open_readers().await
+        self.open_readers(true).await
     }
 
     /// Opens the links of the last offer, unless another call has, or does: one at a time, or the links of an older
     /// one might take the place of a newer one's.
-    async fn open_readers(self: &Arc<Self>) -> Result<(), Failure> {
+    async fn open_readers(self: &Arc<Self>, first: bool) -> Result<(), Failure> {
         let _turn = self.opening.lock().await;
         let (memory, terms) = self.memory_to_read()?;
         let (offer, peer) = {
@@ -149,7 +149,7 @@ impl DestinationSession {
         let Connected { domain, links } =
             blocking_step(move || agent.fabrics.connect(&agreed, &memory, &to)).await?;
         let ordering = Arc::clone(self);
-        let windows = windows_to_read(fabric, terms.pin_budget_bytes);
+        let windows = windows_to_read(fabric, terms.pin_budget_bytes, first)?;
         self.handle.send(DestinationInput::Readers(Box::new(Readers {
             links,
             domain,
@@ -233,16 +233,19 @@ impl DestinationSession {
     }
 }
 
-/// Where nothing is pinned everything is registered while the guest still runs at the source: no fault waits for a window.
-fn windows_to_read(fabric: FabricKind, pin_budget_bytes: Option<u64>) -> WindowConfig {
-    if fabric != FabricKind::Verbs && pin_budget_bytes.is_none() {
-        return WindowConfig::new(RegistrationMode::PinAll);
-    }
-    WindowConfig {
-        pin_budget_bytes,
-        window_bytes: PINNED_WINDOW_BYTES,
-        ..WindowConfig::new(RegistrationMode::Dynamic)
-    }
+/// Where nothing is pinned all windows are ordered at once while the guest still runs at the source (`first`). Later a guest waits:
+/// what it waits for comes first.
+fn windows_to_read(
+    fabric: FabricKind,
+    pin_budget_bytes: Option<u64>,
+    first: bool,
+) -> Result<WindowConfig, Failure> {
+    let at_once = first && fabric != FabricKind::Verbs && pin_budget_bytes.is_none();
+    let mode = if at_once { RegistrationMode::PinAll } else { RegistrationMode::Dynamic };
+    let window_bytes = if at_once { DEFAULT_WINDOW_BYTES } else { SHORT_WINDOW_BYTES };
+    let random = getrandom::u32().map_err(|error| Failure::new(Reason::Internal, error.to_string()))?;
+    let first_id = u64::from(random) << u32::BITS;
+    Ok(WindowConfig { pin_budget_bytes, window_bytes, first_id, ..WindowConfig::new(mode) })
 }
 
 fn refused(what: &str) -> Failure {

@@ -29,6 +29,7 @@ fn config(
         pin_budget_bytes: budget_pages.map(|pages| pages * PAGE),
         ahead_windows: ahead,
         hole_tolerance_bytes: 2 * PAGE,
+        first_id: 0,
     }
 }
 
@@ -115,6 +116,19 @@ fn more_short_windows_are_registered_ahead_than_long_ones() {
     let scattered: Vec<_> = (0..1000).map(|page| (page * 10, 1)).collect();
     let mut windows = begun(dynamic(16, None, 2), 10_000, &scattered);
     assert_eq!(actions(&mut windows).0.len(), 32);
+}
+
+#[test]
+fn names_count_on_from_the_first() {
+    let config = WindowConfig { first_id: 1 << 40, ..dynamic(4, None, 2) };
+    let mut windows = begun(config, 40, &[(0, 40)]);
+    let mut actions = Vec::new();
+    windows.actions(&mut actions);
+    let ids = actions.iter().map(|action| match action {
+        WindowAction::Register(window) => window.id.0,
+        WindowAction::Deregister(id) => panic!("{id:?} was never registered"),
+    });
+    assert_eq!(ids.collect::<Vec<_>>(), [1 << 40, (1 << 40) + 1]);
 }
 
 #[test]

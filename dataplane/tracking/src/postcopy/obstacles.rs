@@ -8,6 +8,7 @@ use super::places::Places;
 use crate::error::{TrackError, WriterError};
 use crate::holders::{self, Use, find_holders};
 use crate::remote_call::RemoteCallError;
+use crate::watch::FileWatch;
 use crate::writers::{Mapper, check_files, find_reachers, obstacle};
 use crate::{TrackedFile, features, process};
 
@@ -24,6 +25,7 @@ const FORK_POLL: Duration = Duration::from_millis(5);
 pub fn check(vmm: u32, files: &[TrackedFile], partners: &[u32]) -> Result<(), FaultsError> {
     check_files(files).map_err(FaultsError::Files)?;
     let places = Places::of(files.to_vec()).look_again(vmm)?;
+    FileWatch::new(vmm, files).map_err(FaultsError::Files)?;
     let lacking = features::postcopy_lacks()
         .map_err(|source| FaultsError::Failed { operation: "userfaultfd", source })?;
     if !lacking.is_empty() {

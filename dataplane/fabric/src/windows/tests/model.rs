@@ -226,6 +226,7 @@ fn configs() -> impl Strategy<Value = WindowConfig> {
                 pin_budget_bytes: budget,
                 ahead_windows: ahead,
                 hole_tolerance_bytes: tolerance * PAGE,
+                first_id: 0,
             }
         },
     )
