@@ -23,7 +23,7 @@ pub(super) async fn owed(fabric: FabricKind) -> (Stage, Held) {
 
 async fn owed_of(stage: Stage, fabric: FabricKind) -> (Stage, Held) {
     stage.begin_course(Course::Postcopy, fabric).await;
-    let held = stage.hold(Course::Postcopy, |step| step.to_string() == "destination pull").await;
+    let held = stage.hold(Course::Postcopy, |step| step.to_string() == "destination resume_guest").await;
     (stage, held)
 }
 
