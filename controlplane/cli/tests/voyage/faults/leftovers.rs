@@ -26,13 +26,7 @@ pub(crate) struct Holdings {
 impl Holdings {
     pub(crate) fn of(pid: u32) -> Holdings {
         let proc = |name: &str| std::fs::read_to_string(format!("/proc/{pid}/{name}")).unwrap();
-        let mut threads = BTreeMap::new();
-        for task in std::fs::read_dir(format!("/proc/{pid}/task")).unwrap().map_while(Result::ok) {
-            let Ok(name) = std::fs::read_to_string(task.path().join("comm")) else { continue };
-            if !name.starts_with("tokio") {
-                *threads.entry(name.trim().to_owned()).or_default() += 1;
-            }
-        }
+        let threads = threads_by_name(pid);
         let mut kinds = BTreeMap::new();
         for (_, target) in descriptors(pid) {
             let kind = match target.split_once(':') {
@@ -52,6 +46,25 @@ impl Holdings {
             locked_kib: locked.trim().trim_end_matches(" kB").parse().unwrap(),
             guest_mappings: proc("maps").lines().filter(|line| line.contains("ramferry-lab-")).count(),
         }
+    }
+}
+
+fn threads_by_name(pid: u32) -> BTreeMap<String, usize> {
+    let deadline = Instant::now() + GRACE;
+    let main = std::fs::read_to_string(format!("/proc/{pid}/comm")).unwrap();
+    loop {
+        let mut threads = BTreeMap::new();
+        for task in std::fs::read_dir(format!("/proc/{pid}/task")).unwrap().map_while(Result::ok) {
+            let Ok(name) = std::fs::read_to_string(task.path().join("comm")) else { continue };
+            if !name.starts_with("tokio") {
+                *threads.entry(name.trim().to_owned()).or_default() += 1;
+            }
+        }
+        // One that was just made has the name of the first thread until it runs.
+        if threads.get(main.trim()).is_none_or(|count| *count == 1) || Instant::now() > deadline {
+            return threads;
+        }
+        std::thread::sleep(Duration::from_millis(5));
     }
 }
 
