@@ -3,6 +3,7 @@
 #![allow(clippy::unwrap_used, reason = "a failure here is a failed test")]
 
 use std::fs;
+use std::io::Read;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Output, Stdio};
 use std::time::{Duration, Instant};
@@ -139,9 +140,23 @@ fn a_command_that_a_signal_killed_and_one_that_is_not_there_are_told_apart() {
 #[test]
 fn a_kernel_that_panics_says_so_in_its_own_words() {
     let Some(lab) = Lab::new() else { return };
-    let output = lab.run(&["--", "sh", "-c", "echo before; sleep 0.1; echo c >/proc/sysrq-trigger"]);
-    assert_eq!((output.stdout.as_slice(), output.status.code()), (&b"before\n"[..], Some(125)));
+    let out = tempfile::tempdir().unwrap();
+    let script = "echo before; until [ -e \"$RAMFERRY_LAB_OUT/seen\" ]; do sleep 0.02; done; \
+                  echo c >/proc/sysrq-trigger";
+    let mut child = lab
+        .command(&["--out", out.path().to_str().unwrap(), "--", "sh", "-c", script])
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .spawn()
+        .unwrap();
+    // A panic loses what is still on its way.
+    let mut before = [0; 7];
+    let read = child.stdout.as_mut().unwrap().read_exact(&mut before);
+    fs::write(out.path().join("seen"), "").unwrap();
+    let output = child.wait_with_output().unwrap();
     let said = said(&output);
+    read.unwrap_or_else(|error| panic!("{error}: {said}"));
+    assert_eq!((&before, &*output.stdout, output.status.code()), (b"before\n", &b""[..], Some(125)), "{said}");
     assert!(said.contains("kernel panicked while the command ran"), "{said}");
     assert!(said.contains("sysrq triggered crash"), "{said}");
     lab.assert_nothing_is_left();
