@@ -20,9 +20,10 @@
 //! * Where pages are filled late, the recheck at the pause counts, at the rate at which the last one went.
 //!
 //! A migration makes progress when what is owed reaches a new minimum, by 5 % at least. Without progress for
-//! `no_progress_timeout`, and for 3 rounds, it does not converge; where post-copy is allowed, after 1 such round: going on
-//! costs nothing there, and waiting does. When nothing is owed, that cannot get less:
-//! where the fixed costs alone exceed `max_downtime`, no further round can help, and the same rule ends it.
+//! `no_progress_timeout`, and for 3 rounds, it does not converge. Where post-copy is allowed, one such round is enough:
+//! post-copy can begin at any time with a short downtime, and a further round would only send pages again. When nothing
+//! is owed, that cannot get less: where the fixed costs alone exceed `max_downtime`, no further round can help, and the
+//! same rule ends it.
 
 use std::time::Duration;
 
