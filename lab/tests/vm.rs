@@ -156,7 +156,11 @@ fn a_kernel_that_panics_says_so_in_its_own_words() {
     let output = child.wait_with_output().unwrap();
     let said = said(&output);
     read.unwrap_or_else(|error| panic!("{error}: {said}"));
-    assert_eq!((&before, &*output.stdout, output.status.code()), (b"before\n", &b""[..], Some(125)), "{said}");
+    assert_eq!(
+        (&before, &*output.stdout, output.status.code()),
+        (b"before\n", &b""[..], Some(125)),
+        "{said}"
+    );
     assert!(said.contains("kernel panicked while the command ran"), "{said}");
     assert!(said.contains("sysrq triggered crash"), "{said}");
     lab.assert_nothing_is_left();

@@ -177,8 +177,8 @@ impl Move {
         if let Some(pulled) = &self.pulled {
             sample("postcopy_seconds", pulled.seconds);
             sample("faults", pulled.faults.count());
-            if let Some(seconds) = pulled.faults.median_seconds() {
-                sample("fault_p50_seconds", seconds);
+            if let Some(p50) = pulled.faults.quantile(0.5) {
+                sample("fault_p50_seconds", p50.seconds);
             }
         }
         sample("transferred_bytes", self.transferred_bytes as f64);

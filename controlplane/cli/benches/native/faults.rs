@@ -29,6 +29,7 @@ use crate::downtime::under_stress;
 use crate::measuring::agents::{Agent, Probes, migrate, order};
 use crate::measuring::ram::{fresh_file, memory};
 use crate::measuring::report::{Report, quantile};
+use crate::measuring::scraped::Histogram;
 use crate::still::touch;
 
 /// Over each fabric: one takes so short that its guest waits for a handful of pages only.
@@ -64,7 +65,7 @@ pub(crate) fn run(report: &mut Report) -> Result<()> {
             guest = to_postcopy(&agents, fabric, &guest)?;
         }
         let after = read_bare(report, &guest, fabric)?;
-        publish(report, fabric, &Faults::of(&agents.1.scrape()?, fabric)?, f64::midpoint(before, after))?;
+        publish(report, fabric, &Histogram::read(&agents.1, METRIC, fabric)?, f64::midpoint(before, after))?;
     }
     Ok(())
 }
@@ -107,78 +108,23 @@ fn to_postcopy(agents: &(Agent, Agent), fabric: &str, guest: &Qemu) -> Result<Qe
     Ok(there)
 }
 
-fn publish(report: &mut Report, fabric: &str, faults: &Faults, bare_seconds: f64) -> Result<()> {
+fn publish(report: &mut Report, fabric: &str, faults: &Histogram, bare_seconds: f64) -> Result<()> {
     let name = format!("fault service over {fabric}, p50");
-    let (p50, within) = faults.quantile(0.5).context("no page was waited for")?;
-    report.add_time(&name, p50);
-    report.sample(&name, "p50_above_seconds", within.0);
-    report.sample(&name, "p50_at_most_seconds", within.1);
-    report.sample(&name, "mean_seconds", faults.sum_seconds / faults.count() as f64);
-    if let Some((_, (_, bound))) = faults.quantile(0.99) {
-        report.sample(&name, "p99_at_most_seconds", bound);
+    let p50 = faults.quantile(0.5).context("no page was waited for, or none a short time")?;
+    report.add_time(&name, p50.seconds);
+    report.sample(&name, "p50_above_seconds", p50.above_seconds);
+    report.sample(&name, "p50_at_most_seconds", p50.at_most_seconds);
+    report.sample(&name, "mean_seconds", faults.mean_seconds());
+    if let Some(p99) = faults.quantile(0.99) {
+        report.sample(&name, "p99_at_most_seconds", p99.at_most_seconds);
     }
     report.sample(&name, "within_aim_share", faults.share_within(AIM * bare_seconds));
-    report.sample(&name, "faults", faults.count() as f64);
-    report.note(&name, "at_most_seconds", json!(faults.buckets));
+    report.sample(&name, "faults", faults.count());
+    report.note(&name, "at_most_seconds", json!(faults.buckets()));
     report.note(&name, "fabric", json!(fabric));
     report.note(&name, "what", json!("fault service"));
     report.compare(&name, &bare_name(fabric, SIZES_KIB[1]));
     Ok(())
-}
-
-/// The histogram of an agent's metrics.
-struct Faults {
-    /// Upper bound, and how many were at most that.
-    buckets: Vec<(f64, u64)>,
-    sum_seconds: f64,
-}
-
-impl Faults {
-    fn of(metrics: &str, fabric: &str) -> Result<Self> {
-        let label = format!("fabric=\"{fabric}\"");
-        let (mut buckets, mut sum_seconds) = (Vec::new(), 0.0);
-        for line in metrics.lines().filter(|line| line.starts_with(METRIC) && line.contains(&label)) {
-            let (series, value) = line.rsplit_once(' ').context("a metric without a value")?;
-            if series.contains("_sum{") {
-                sum_seconds = value.parse()?;
-            } else if let Some((_, bound)) = series.split_once("le=\"") {
-                let bound = bound.trim_end_matches("\"}").replace("+Inf", "inf");
-                buckets.push((bound.parse()?, value.parse()?));
-            }
-        }
-        Ok(Self { buckets, sum_seconds })
-    }
-
-    fn count(&self) -> u64 {
-        self.buckets.last().map_or(0, |(_, count)| *count)
-    }
-
-    /// The time within which that share was, as if times lay evenly in each bucket, and the bounds of its bucket.
-    fn quantile(&self, share: f64) -> Option<(f64, (f64, f64))> {
-        let rank = share * self.count() as f64;
-        let (mut above, mut counted) = (0.0, 0);
-        for (bound, count) in &self.buckets {
-            if *count > 0 && *count as f64 >= rank {
-                let within = (rank - counted as f64) / (*count - counted).max(1) as f64;
-                return Some((above + within * (bound - above), (above, *bound)));
-            }
-            (above, counted) = (*bound, *count);
-        }
-        None
-    }
-
-    /// The share of those that took at most so long, as if times lay evenly in each bucket.
-    fn share_within(&self, seconds: f64) -> f64 {
-        let (mut above, mut counted) = (0.0, 0.0);
-        for (bound, count) in &self.buckets {
-            if seconds < *bound {
-                counted += (seconds - above) / (bound - above) * (*count as f64 - counted);
-                break;
-            }
-            (above, counted) = (*bound, *count as f64);
-        }
-        counted / self.count().max(1) as f64
-    }
 }
 
 /// A link that reads, and nothing around it. Its ends are dropped in order.
