@@ -4,7 +4,13 @@ use std::time::{Duration, Instant};
 
 use ramferry_proto::v1;
 
-use crate::harness::{MIB, Pair, assert_runs_untraced, boot, parameters, proof, quiet};
+use crate::harness::{MIB, PATIENCE, Pair, assert_runs_untraced, boot, parameters, proof, quiet};
+
+/// For so long more than before a guest may stand still when its migration is cancelled.
+const LIMIT: Duration = Duration::from_millis(100);
+/// The machine may keep a guest from running for a while at any time: the best of so many counts, and what the guest had
+/// to bear before the first does not.
+const TRIES: usize = 5;
 
 fn slow() -> v1::MigrationParameters {
     v1::MigrationParameters {
@@ -18,23 +24,27 @@ async fn cancel_while_it_copies_leaves_the_guest_running_at_once() {
     let pair = Pair::start();
     let guest = boot(proof(quiet()));
     let destination = guest.destination().start().unwrap();
-    pair.create("slow", &guest, &destination, slow()).await.unwrap();
-    pair.source
-        .wait("slow", |migration| migration.progress.as_ref().is_some_and(|now| now.transferred_bytes > 0))
-        .await;
     let mut client = pair.source.client().await;
-    let cancelled = Instant::now();
-    client.cancel_migration(v1::CancelMigrationRequest { id: "slow".into() }).await.unwrap();
-    guest.next_tick(Duration::from_secs(5)).unwrap();
-    // What the machine keeps from the guest at any time counts for nothing here.
-    let (before, after) = longest_gaps(&guest, cancelled);
-    let added = after.saturating_sub(before);
-    assert!(added < Duration::from_millis(100), "the guest stood still for {after:?}, before for {before:?}");
-    let ended = pair.source.wait_end("slow").await;
-    assert_eq!(ended.state(), v1::MigrationState::Cancelled);
-    assert_runs_untraced(&guest);
-    // Idempotent.
-    client.cancel_migration(v1::CancelMigrationRequest { id: "slow".into() }).await.unwrap();
+    let (mut added, mut undisturbed) = (Vec::new(), None);
+    while added.iter().all(|added| *added >= LIMIT) {
+        assert!(added.len() < TRIES, "the guest stood still, for so much longer than before: {added:?}");
+        let id = format!("slow-{}", added.len());
+        pair.create(&id, &guest, &destination, slow()).await.unwrap();
+        let copies = |migration: &v1::Migration| {
+            migration.progress.as_ref().is_some_and(|now| now.transferred_bytes > 0)
+        };
+        pair.source.wait(&id, copies).await;
+        let cancelled = Instant::now();
+        client.cancel_migration(v1::CancelMigrationRequest { id: id.clone() }).await.unwrap();
+        guest.next_tick(PATIENCE).unwrap();
+        let (before, after) = longest_gaps(&guest, cancelled);
+        added.push(after.saturating_sub(*undisturbed.get_or_insert(before)));
+        let ended = pair.source.wait_end(&id).await;
+        assert_eq!(ended.state(), v1::MigrationState::Cancelled);
+        assert_runs_untraced(&guest);
+        // Idempotent.
+        client.cancel_migration(v1::CancelMigrationRequest { id }).await.unwrap();
+    }
     // The destination was not told to take device state in: it can be used again.
     let ended = pair.migrate("again", &guest, &destination, parameters(v1::FabricKind::Tcp)).await;
     assert_eq!(ended.verified, Some(true));
