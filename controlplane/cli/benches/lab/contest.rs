@@ -205,7 +205,7 @@ impl Move {
         let Some(told) = &self.told else { return };
         report.sample(name, "reported_seconds", told.seconds);
         for (part, seconds) in &told.parts {
-            report.sample(name, &format!("{part}_seconds"), *seconds);
+            report.sample(name, &format!("part_{part}_seconds"), *seconds);
         }
     }
 }
