@@ -19,6 +19,10 @@
 //!
 //! * Where pages are filled late, the recheck at the pause counts, at the rate at which the last one went.
 //!
+//! Short enough is not as short as can be: where what is owed is a good part of that downtime, and a round more is expected
+//! to leave at most half of it, that round is made while the guest runs, up to 3 of them in a migration. Each is judged as
+//! any other, so that a guest that begins to write more is not caught with a longer pause.
+//!
 //! A migration makes progress when what is owed reaches a new minimum, by 5 % at least. Without progress for
 //! `no_progress_timeout`, and for 3 rounds, it does not converge. Where post-copy is allowed, one such round is enough:
 //! post-copy can begin at any time with a short downtime, and a further round would only send pages again. When nothing
@@ -27,7 +31,7 @@
 
 use std::time::Duration;
 
-use crate::limits::PAUSE_LATENCY;
+use crate::limits::{PAUSE_LATENCY, ROUND_INTERVAL};
 use crate::source::RecheckDue;
 use crate::{BytesPerSecond, Failure, FixedCosts, Parameters, Postcopy, Reason, Round};
 
@@ -37,6 +41,14 @@ const ROUNDS_WITHOUT_PROGRESS: u32 = 3;
 const PROGRESS_PERCENT: u128 = 95;
 /// What a round weighs in the throughput, once the next one was measured.
 const OLDER_ROUNDS_DIVISOR: u64 = 4;
+
+/// Rounds at most that are made although the downtime is short enough.
+const SHORTENING_ROUNDS: u32 = 3;
+/// A copy in the pause is worth such a round where it takes so long, which the round's own harvest, fence and
+/// acknowledgement may take too,
+const WORTHWHILE: Duration = Duration::from_millis(2);
+/// and is this part of the downtime at least.
+const WORTHWHILE_DIVISOR: u32 = 8;
 
 /// What to do after a harvest.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -71,6 +83,7 @@ pub(crate) struct Convergence {
     rechecked_bytes: u64,
     rechecked_in: Duration,
     best: Option<Best>,
+    shortening_rounds: u32,
 }
 
 impl Convergence {
@@ -135,10 +148,7 @@ impl Convergence {
 
     /// The downtime, if the switchover began now with `owed_bytes` to be sent and `recheck_bytes` to be compared.
     pub(crate) fn expected_downtime(&self, owed_bytes: u64, recheck_bytes: u64) -> Option<Duration> {
-        let dirty_rate = u128::from(self.dirty_rate.map_or(0, |rate| rate.0));
-        let dirtied = dirty_rate.saturating_mul(PAUSE_LATENCY.as_nanos()) / NANOSECONDS_PER_SECOND;
-        let dirtied_bytes = u64::try_from(dirtied).unwrap_or(u64::MAX);
-        let copy = self.copy_time(owed_bytes.saturating_add(dirtied_bytes))?;
+        let copy = self.copy_time(owed_bytes.saturating_add(self.dirtied_in(PAUSE_LATENCY)))?;
         Some(copy.saturating_add(self.fixed()).saturating_add(self.recheck_time(recheck_bytes)))
     }
 
@@ -170,6 +180,26 @@ impl Convergence {
             return Verdict::Settle;
         }
         Verdict::NextRound
+    }
+
+    /// Whether a round more shortens a `downtime` that is short enough, by something that counts. Says so a few times only.
+    pub(crate) fn shortens(&mut self, owed_bytes: u64, downtime: Duration) -> bool {
+        let Some(copy) = self.copy_time(owed_bytes) else { return false };
+        let round =
+            [self.fence, self.acknowledge, self.harvest].into_iter().fold(copy, Duration::saturating_add);
+        let left_bytes = self.dirtied_in(round.max(ROUND_INTERVAL));
+        let shortens = self.shortening_rounds < SHORTENING_ROUNDS
+            && copy >= WORTHWHILE.max(downtime / WORTHWHILE_DIVISOR)
+            && left_bytes <= owed_bytes / 2;
+        self.shortening_rounds += u32::from(shortens);
+        shortens
+    }
+
+    /// What the guest writes meanwhile, at its last rate.
+    fn dirtied_in(&self, time: Duration) -> u64 {
+        let dirty_rate = u128::from(self.dirty_rate.map_or(0, |rate| rate.0));
+        let dirtied = dirty_rate.saturating_mul(time.as_nanos()) / NANOSECONDS_PER_SECOND;
+        u64::try_from(dirtied).unwrap_or(u64::MAX)
     }
 
     /// Rounds in a row that brought no progress.
@@ -301,6 +331,29 @@ mod tests {
     }
 
     #[test]
+    fn one_more_round_is_made_where_it_halves_what_the_pause_would_copy() {
+        let shortens = |dirtied_mib: u64, owed_mib: u64| {
+            let mut convergence = measured();
+            convergence.harvested(dirtied_mib * MIB, milliseconds(1000), milliseconds(1));
+            let downtime = convergence.expected_downtime(owed_mib * MIB, 0).unwrap();
+            convergence.shortens(owed_mib * MIB, downtime)
+        };
+        assert!(shortens(100, 100));
+        assert!(shortens(480, 100));
+        assert!(!shortens(520, 100), "the next round would owe more than half of this one");
+        assert!(!shortens(1, 1), "the device state takes far longer than that copy");
+        assert!(!shortens(0, 0));
+    }
+
+    #[test]
+    fn rounds_for_a_shorter_pause_come_to_an_end() {
+        let mut convergence = measured();
+        let downtime = convergence.expected_downtime(100 * MIB, 0).unwrap();
+        let made = (0..10).filter(|_| convergence.shortens(100 * MIB, downtime)).count();
+        assert_eq!(made, SHORTENING_ROUNDS as usize);
+    }
+
+    #[test]
     fn what_the_guest_dirties_until_its_pause_is_counted() {
         let mut convergence = measured();
         convergence.harvested(512 * MIB, milliseconds(1000), milliseconds(1));
@@ -314,6 +367,7 @@ mod tests {
         let mut convergence = Convergence::new(FixedCosts::default());
         assert_eq!(convergence.expected_downtime(1, 0), None);
         assert_eq!(convergence.throughput(), None);
+        assert!(!convergence.shortens(1, Duration::ZERO));
         assert_eq!(
             convergence.judge(milliseconds(0), 1, RecheckDue::default(), &parameters(100)),
             Verdict::NextRound
@@ -439,6 +493,7 @@ mod tests {
         convergence.copied(&round(3, 1, 0, u64::MAX));
         convergence.harvested(u64::MAX, Duration::from_nanos(1), Duration::MAX);
         assert!(convergence.expected_downtime(u64::MAX, 0).is_some());
+        assert!(!convergence.shortens(u64::MAX, Duration::MAX));
         assert_eq!(
             convergence.judge(Duration::MAX, u64::MAX, RecheckDue::default(), &parameters(100)),
             Verdict::NextRound

@@ -98,10 +98,19 @@ pub(crate) struct Move {
     pub(crate) first_byte_seconds: Option<f64>,
     /// From the source's stop to the destination's resume, where the guest ran.
     pub(crate) downtime_seconds: Option<f64>,
+    told: Option<Told>,
     pulled: Option<Pulled>,
     source: Cost,
     destination: Cost,
     machine_cpu_seconds: f64,
+}
+
+/// What ramferry's agents say of the downtime.
+#[derive(Debug)]
+struct Told {
+    seconds: f64,
+    /// By name, in their order.
+    parts: Vec<(String, f64)>,
 }
 
 /// What was left when the guest was resumed.
@@ -121,6 +130,7 @@ struct Outcome {
     transferred_bytes: u64,
     setup_seconds: f64,
     copy_seconds: f64,
+    told: Option<Told>,
     pulled: Option<Pulled>,
     /// Of the source's agent and the destination's.
     agents: [Cost; 2],
@@ -154,6 +164,7 @@ pub(crate) fn run(hosts: &Hosts, contestant: Contestant, from: &Qemu, to: &Qemu)
         copy_seconds: outcome.copy_seconds,
         first_byte_seconds: first.map(|first| between(outcome.called, first)).transpose()?,
         downtime_seconds,
+        told: outcome.told.filter(|_| ran),
         pulled: outcome.pulled,
         source: sum(costs[0], outcome.agents[0]),
         destination: sum(costs[1], outcome.agents[1]),
@@ -188,6 +199,15 @@ impl Move {
         sample("source_pinned_peak_bytes", self.source.pinned_bytes as f64);
         sample("destination_pinned_peak_bytes", self.destination.pinned_bytes as f64);
     }
+
+    /// Notes under `name` what the downtime was spent on, where its mover tells.
+    pub(crate) fn note_downtime(&self, report: &mut Report, name: &str) {
+        let Some(told) = &self.told else { return };
+        report.sample(name, "reported_seconds", told.seconds);
+        for (part, seconds) in &told.parts {
+            report.sample(name, &format!("part_{part}_seconds"), *seconds);
+        }
+    }
 }
 
 fn by_us(hosts: &Hosts, contestant: Contestant, from: &Qemu, to: &Qemu) -> Result<Outcome> {
@@ -214,6 +234,7 @@ fn by_us(hosts: &Hosts, contestant: Contestant, from: &Qemu, to: &Qemu) -> Resul
         transferred_bytes: voyage.transferred_bytes(),
         setup_seconds: voyage.setup_seconds()?,
         copy_seconds: voyage.copy_seconds()?,
+        told: Some(Told { seconds: voyage.downtime_seconds()?, parts: voyage.downtime_parts()? }),
         pulled: pulled.transpose()?,
         agents: [voyage.source, voyage.destination],
     })
@@ -240,6 +261,7 @@ fn by_qemu(fabric: &str, pin_all: bool, from: &Qemu, to: &Qemu) -> Result<Outcom
         transferred_bytes: moved.transferred_bytes()?,
         setup_seconds,
         copy_seconds: moved.seconds("total-time")? - setup_seconds,
+        told: None,
         pulled: None,
         agents: [Cost::default(); 2],
     })

@@ -118,7 +118,9 @@ fn add(report: &mut Report, name: &str, arrived: &Arrived) {
     moved.note(report, &whole);
     report.sample(&whole, "downtime_seen_seconds", arrived.seen.as_secs_f64());
     report.sample(&whole, "lost_pages", arrived.lost_pages as f64);
-    report.add_time(&format!("running, {name}, downtime"), moved.downtime_seconds.unwrap_or_default());
+    let downtime = format!("running, {name}, downtime");
+    report.add_time(&downtime, moved.downtime_seconds.unwrap_or_default());
+    moved.note_downtime(report, &downtime);
 }
 
 fn compare(report: &mut Report) {

@@ -92,6 +92,12 @@ impl Voyage {
         seconds(part.with_context(|| format!("no part {name} of the downtime"))?.duration)
     }
 
+    /// Every part of the downtime that the agent tells of, in its order.
+    pub(crate) fn downtime_parts(&self) -> Result<Vec<(String, f64)>> {
+        let parts = &self.progress.downtime_parts;
+        parts.iter().map(|part| Ok((part.name.clone(), seconds(part.duration)?))).collect()
+    }
+
     pub(crate) fn registration_seconds(&self) -> Result<f64> {
         seconds(self.progress.registration_time)
     }

@@ -130,16 +130,17 @@ impl Report {
         Value::Object(object)
     }
 
-    /// The medians of what else was measured, case by case.
+    /// The medians of what else was measured, case by case, without the times that nothing took.
     fn print_samples(&self) {
         let mut keys: Vec<&str> = Vec::new();
-        for (key, _) in self.rows.iter().flat_map(|row| &row.samples) {
-            if !keys.contains(&key.as_str()) {
+        for (key, values) in self.rows.iter().flat_map(|row| &row.samples) {
+            let is_shown = !key.ends_with("_seconds") || values.iter().any(|value| *value != 0.0);
+            if is_shown && !keys.contains(&key.as_str()) {
                 keys.push(key);
             }
         }
         for keys in keys.chunks(SAMPLES_A_TABLE) {
-            println!("\n{:<40}{}", "name", keys.iter().map(|key| format!("  {key}")).collect::<String>());
+            println!("\n{:<46}{}", "name", keys.iter().map(|key| format!("  {key}")).collect::<String>());
             for row in &self.rows {
                 let cell = |key: &&str| {
                     let (_, values) = row.samples.iter().find(|(found, _)| found == key)?;
@@ -151,7 +152,7 @@ impl Report {
                     let cells = keys.iter().zip(cells);
                     let cells =
                         cells.map(|(key, cell)| format!("{:>1$}", cell.unwrap_or_default(), key.len() + 2));
-                    println!("{:<40}{}", row.name, cells.collect::<String>());
+                    println!("{:<46}{}", row.name, cells.collect::<String>());
                 }
             }
         }

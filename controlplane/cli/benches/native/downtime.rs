@@ -23,7 +23,7 @@ use ramferry_lab::{Accel, DebianGuest, Guest, Qemu, RamBlock, joined_lines};
 use ramferry_proto::v1;
 use serde_json::json;
 
-use crate::measuring::agents::{Agent, Probes, migrate, order, seconds};
+use crate::measuring::agents::{Agent, Probes, migrate, order};
 use crate::measuring::own::{self, Help, Pause, Way};
 use crate::measuring::report::{Report, quantile};
 use crate::measuring::takes_part;
@@ -142,8 +142,8 @@ fn ours(report: &mut Report, agents: &(Agent, Agent), fabric: &str, debian: &Deb
         let voyage = migrate((&agents.0, &agents.1), (&here, &there), parameters, LOOK_INTERVAL)?;
         let alive = downtimes.add(voyage.downtime_seconds()?, &here, &there)?;
         ensure!(alive, "the guest says nothing behind its migration");
-        for part in &voyage.progress.downtime_parts {
-            parts.entry(part.name.clone()).or_default().push(seconds(part.duration)?);
+        for (part, seconds) in voyage.downtime_parts()? {
+            parts.entry(part).or_default().push(seconds);
         }
         here = there;
     }

@@ -51,8 +51,12 @@ impl Late {
         self.writes = self.writes.max(writes);
     }
 
+    pub(super) fn is_expected(&self) -> bool {
+        self.writes != LateWrites::None
+    }
+
     pub(super) fn recheck_due(&self) -> RecheckDue {
-        if self.writes == LateWrites::None {
+        if !self.is_expected() {
             return RecheckDue::default();
         }
         let bytes = self.unsettled.as_ref().map_or(0, PageSets::bytes);
@@ -65,7 +69,7 @@ impl Late {
 
     /// Takes note of a round's pages.
     pub(super) fn copied(&mut self, pages: &PageSets) {
-        if self.writes == LateWrites::None || self.settling {
+        if !self.is_expected() || self.settling {
             return;
         }
         match &mut self.unsettled {

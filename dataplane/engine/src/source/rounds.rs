@@ -100,6 +100,9 @@ impl Source {
         let verdict = self.throttled(now, verdict, owed_bytes, actions);
         let or_fail = self.parameters.timeout_action == TimeoutAction::Cancel;
         match verdict {
+            Verdict::SwitchOver if !self.forced && self.shortens(owed_bytes) => {
+                self.copy(now, Phase::Copy, pages, actions);
+            }
             Verdict::NextRound if !self.forced => self.copy(now, Phase::Copy, pages, actions),
             Verdict::Settle if !self.forced => self.settle(now, pages, actions),
             Verdict::NotConverging if !self.forced && or_fail => {
@@ -112,6 +115,13 @@ impl Source {
                 self.pause(now, false, actions);
             }
         }
+    }
+
+    /// Whether a round more is made although the downtime is short enough. What it sends would have to be rechecked at the
+    /// pause, where pages are filled late.
+    fn shortens(&mut self, owed_bytes: u64) -> bool {
+        let downtime = self.progress.expected_downtime.filter(|_| !self.late.is_expected());
+        downtime.is_some_and(|downtime| self.convergence.shortens(owed_bytes, downtime))
     }
 
     /// Whether the switchover begins now, and leads into post-copy. There nothing has to be settled first: what is

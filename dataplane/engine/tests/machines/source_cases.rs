@@ -1,13 +1,13 @@
 use std::time::Duration;
 
 use ramferry_engine::{
-    BytesPerSecond, DowntimeParts, Outcome, Parameters, Reason, SourceAction, SourceEvent, State,
+    BytesPerSecond, DowntimeParts, LateWrites, Outcome, Parameters, Reason, SourceAction, SourceEvent, State,
     TimeoutAction, limits,
 };
 
 use crate::source_harness::{
     Checked, PAGE_BYTES, PAGES, copied, cut_short, failure, fenced, good_path, harvested, milliseconds,
-    pages, path_without_verify, postcopy_path, prepared,
+    pages, path_without_verify, postcopy_path, prepared, rechecked,
 };
 use crate::source_table::switchover_steps;
 
@@ -179,6 +179,48 @@ fn pages_harvested_before_the_pause_are_in_the_last_round() {
     checked.handle(SourceEvent::GuestPaused);
     let actions = checked.handle(harvested(0));
     assert_eq!(actions, [SourceAction::Copy { round: 2, pages: pages(PAGES) }]);
+}
+
+/// All pages were copied in 20 ms, and the harvest is due that tells what was written in 300 ms.
+fn after_a_slow_first_round(late_writes: LateWrites) -> Checked {
+    let mut checked = Checked::new(Parameters { max_downtime: milliseconds(100), ..Parameters::default() });
+    checked.handle(SourceEvent::Start);
+    if late_writes != LateWrites::None {
+        checked.handle(SourceEvent::LateWrites(late_writes));
+    }
+    checked.handle(prepared());
+    checked.now += milliseconds(300);
+    checked.handle(SourceEvent::Copied {
+        data_bytes: PAGES * PAGE_BYTES,
+        zero_bytes: 0,
+        elapsed: milliseconds(20),
+        complete: true,
+        unsent: pages(0),
+    });
+    checked.handle(fenced());
+    checked.handle(SourceEvent::RoundEnded { round: 1 });
+    checked
+}
+
+#[test]
+fn a_round_more_is_made_for_a_shorter_pause_and_none_where_the_switchover_is_forced() {
+    let pause = [SourceAction::PauseGuest { postcopy: false }];
+    let mut checked = after_a_slow_first_round(LateWrites::None);
+    assert_eq!(checked.then(&SourceEvent::ForceSwitchover).handle(harvested(60)), pause);
+    assert_eq!(checked.handle(harvested(60)), [SourceAction::Copy { round: 2, pages: pages(60) }]);
+    assert_eq!(checked.source.state(), State::Precopy);
+    end_round(&mut checked);
+    assert_eq!(checked.handle(harvested(1)), pause);
+}
+
+#[test]
+fn no_round_more_is_made_whose_pages_would_have_to_be_rechecked() {
+    let mut checked = after_a_slow_first_round(LateWrites::Undrainable);
+    checked.handle(harvested(1));
+    checked.handle(rechecked(0));
+    checked.now += milliseconds(300);
+    end_round(&mut checked);
+    assert_eq!(checked.handle(harvested(60)), [SourceAction::PauseGuest { postcopy: false }]);
 }
 
 #[test]
