@@ -48,7 +48,7 @@ impl Driver {
         let Some(pull) = &mut self.pull else { return };
         match pull.connect(readers) {
             Ok(()) => self.feed(DestinationEvent::PullResumed),
-            Err(error) => self.fail(Reason::LinkLost, error.to_string()),
+            Err(error) => self.feed(DestinationEvent::Failed(reads_lost(&error))),
         }
     }
 
