@@ -150,8 +150,11 @@ fn ours(report: &mut Report, agents: &(Agent, Agent), fabric: &str, debian: &Deb
     let who = format!("over {fabric}");
     downtimes.publish(report, &who, &downtimes.reported, [("p50", 0.5), ("p99", 0.99)]);
     for (part, seconds) in parts {
-        let name = name(&who, &format!("part {part}, p50"));
-        report.add_time(&name, share(&seconds, 0.5));
+        for (quantile, share_of_all) in [("p50", 0.5), ("p99", 0.99)] {
+            let name = name(&who, &format!("part {part}, {quantile}"));
+            report.add_time(&name, share(&seconds, share_of_all));
+        }
+        report.note(&name(&who, &format!("part {part}, p99")), "each_seconds", json!(seconds));
     }
     Ok(())
 }
