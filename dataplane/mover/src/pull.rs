@@ -402,7 +402,7 @@ impl Shared {
         for (fault, since) in faults.drain(..) {
             match reader.copy().next_at(reader.pass(), fault.block, fault.page, AROUND_BYTES) {
                 Next::Chunk(chunk) => {
-                    begun.push(since);
+                    begun.push((fault.block, chunk.range.offset, since));
                     reader.read(chunk, &mut arrived)?;
                 }
                 Next::Wait => {
@@ -416,7 +416,9 @@ impl Shared {
         loop {
             reader.reap(&mut arrived)?;
             for chunk in arrived.drain(..) {
-                self.arrived(reader.copy(), &chunk)?;
+                let (block, offset) = (chunk.range.block, chunk.range.offset);
+                let asked = begun.iter().find(|asked| (asked.0, asked.1) == (block, offset));
+                self.arrived(reader.copy(), &chunk, asked.map(|asked| asked.2))?;
             }
             if reader.in_flight() == 0 {
                 break;
@@ -425,10 +427,6 @@ impl Shared {
                 return Err(MoverError::Stopped);
             }
             reader.idle()?;
-        }
-        let now = Instant::now();
-        for since in begun {
-            self.counters.add_fault(now - since);
         }
         Ok(awaited.is_some_and(|(block, page)| reader.copy().wait_for_window(block, page, RETRY)))
     }
@@ -445,7 +443,7 @@ impl Shared {
                 break Err(error);
             }
             let came = !arrived.is_empty();
-            let settled = arrived.drain(..).try_for_each(|chunk| self.arrived(reader.copy(), &chunk));
+            let settled = arrived.drain(..).try_for_each(|chunk| self.arrived(reader.copy(), &chunk, None));
             if let Err(error) = settled {
                 break Err(error);
             }
@@ -491,13 +489,27 @@ impl Shared {
         });
     }
 
-    /// The bytes of a chunk are here: the guest may have them.
-    fn arrived(&self, copy: &Arc<Copy>, chunk: &Chunk) -> Result<(), MoverError> {
+    /// The bytes of a chunk are here: the guest may have them. Where it has waited for the first page, since then, that one
+    /// is let in before the others: it takes a while to enter those, and the guest comes to them later.
+    fn arrived(
+        &self,
+        copy: &Arc<Copy>,
+        chunk: &Chunk,
+        waited_since: Option<Instant>,
+    ) -> Result<(), MoverError> {
         let owed = self.owed.get().expect("nothing is read before it is known what is owed");
         let page_bytes = self.page_bytes(chunk.range.block);
         let run = PageRun { first: chunk.range.offset / page_bytes, count: chunk.range.length / page_bytes };
         owed.clear(chunk.range.block, run)?;
-        self.faults.let_in(chunk.range.block, run)?;
+        let mut rest = run;
+        if let Some(since) = waited_since {
+            self.faults.let_in(chunk.range.block, PageRun { first: run.first, count: 1 })?;
+            self.counters.add_fault(since.elapsed());
+            rest = PageRun { first: run.first + 1, count: run.count - 1 };
+        }
+        if rest.count > 0 {
+            self.faults.let_in(chunk.range.block, rest)?;
+        }
         self.counters.add_data(chunk.range.length, run.count);
         copy.give_back(chunk.window);
         if owed.is_empty() {
@@ -515,6 +527,11 @@ impl Shared {
 
     /// Lets the VMM at a page that is not owed, and at those around it that are not.
     fn let_in_around(&self, owed: &Owed, block: BlockIndex, page: u64) -> Result<(), MoverError> {
+        let let_in = self.faults.let_in(block, PageRun { first: page, count: 1 })?;
+        // Told of just before others let it in, and its neighbours with it: each would be a call in vain.
+        if let_in.mapped_pages == 0 && let_in.present_pages > 0 {
+            return Ok(());
+        }
         let entry = &self.memory.layout().blocks()[block.get()];
         let piece = (LET_IN_BYTES / entry.page_bytes).max(1);
         let begin = page / piece * piece;
@@ -528,7 +545,6 @@ impl Shared {
             after += 1;
         }
         // Its neighbours may never have been touched: they are not allocated for it.
-        self.faults.let_in(block, PageRun { first: page, count: 1 })?;
         self.faults.let_in_present(block, PageRun { first, count: after - first })?;
         Ok(())
     }

@@ -390,10 +390,16 @@ impl Driver {
         };
         let mut written = PageSets::new(plane.memory.layout());
         let started = Instant::now();
+        let tracker = &mut plane.tracker;
         // A process that begins to map guest RAM is looked for while the guest
-        // runs: the search takes longer than the harvest.
-        let rechecked = if paused { Ok(()) } else { plane.tracker.recheck(&mut written) };
-        match rechecked.and_then(|()| plane.tracker.harvest(&mut written)) {
+        // runs: the search takes longer than the harvest. Of a guest that stands still there is one harvest only: it
+        // runs on without a migration, or elsewhere.
+        let harvested = if paused {
+            tracker.harvest_last(&mut written)
+        } else {
+            tracker.recheck(&mut written).and_then(|()| tracker.harvest(&mut written))
+        };
+        match harvested {
             Ok(harvest) => {
                 self.harvests += 1;
                 self.last_harvest = Some((harvest.elapsed, harvest.written_pages));

@@ -12,6 +12,7 @@ use rustix::process::{PidfdFlags, PidfdGetfdFlags};
 use crate::pagemap::{ScanError, Scanner};
 use crate::postcopy;
 use crate::remote_call::UFFD_USER_MODE_ONLY;
+use crate::tracker::Afterwards;
 use crate::uffd::{self, NamedFeatures};
 
 /// Names of the features of userfaultfd that `uffd_wp` needs and this kernel lacks.
@@ -46,7 +47,7 @@ pub fn pagemap_scan() -> io::Result<()> {
     let pagemap = File::open("/proc/self/pagemap")?;
     let ours = Box::new(0_u8);
     let page = (&raw const *ours as u64) & !0xfff;
-    match Scanner::new().harvest(&pagemap, page, page + 4096, |_, _| {}) {
+    match Scanner::new().harvest(&pagemap, (page, page + 4096), Afterwards::Rearm, |_, _| {}) {
         // The page is not write-protected, which only a kernel that knows the call can tell.
         Ok(()) | Err(ScanError::NotProtected) => Ok(()),
         Err(ScanError::Failed(error)) => Err(error),

@@ -135,6 +135,16 @@ pub trait Tracker: Send {
     /// not tracked may have written.
     fn harvest(&mut self, written: &mut PageSets) -> Result<Harvest, TrackError>;
 
+    /// The same for a guest that stands still, and is not expected to write again: it need not begin anew for what the
+    /// guest wrote, which takes longer than to look. Where there is another harvest after all, that one MUST report every
+    /// page written from now on, and MAY report once more what this one did.
+    ///
+    /// # Errors
+    /// As [`harvest`](Self::harvest).
+    fn harvest_last(&mut self, written: &mut PageSets) -> Result<Harvest, TrackError> {
+        self.harvest(written)
+    }
+
     /// Whether a process other than the guest writes, or did since this was armed, to a tracked file: it may do
     /// so by DMA, and cannot be asked whether it has ended.
     fn has_other_writers(&self) -> bool;

@@ -1,4 +1,4 @@
-//! `PAGEMAP_SCAN`: which pages were written, read and re-protected in one call.
+//! `PAGEMAP_SCAN`: which pages were written, read and, if so told, re-protected in one call.
 #![allow(unsafe_code, reason = "ioctl(2) on a pagemap has no safe binding")]
 
 use std::fs::File;
@@ -7,6 +7,8 @@ use std::io;
 use rustix::io::Errno;
 use rustix::ioctl::{Ioctl, IoctlOutput, Opcode, ioctl, opcode};
 use thiserror::Error;
+
+use crate::tracker::Afterwards;
 
 /// Regions that one call can return; a scan continues where one ended.
 const MAX_REGIONS: usize = 16 << 10;
@@ -67,23 +69,24 @@ impl Scanner {
     }
 
     /// Calls `each` with every range of addresses in `start..end` that was
-    /// written since it was last protected, and protects it again. A page
+    /// written since it was last protected, and protects it again if told to. A page
     /// without an entry in an existing page table counts as written, a range
     /// that has no page table does not. What was reported before an error was
-    /// protected again.
+    /// protected again all the same.
     pub(crate) fn harvest(
         &mut self,
         pagemap: &File,
-        start: u64,
-        end: u64,
+        (start, end): (u64, u64),
+        afterwards: Afterwards,
         mut each: impl FnMut(u64, u64),
     ) -> Result<(), ScanError> {
+        let rearm = if afterwards == Afterwards::Rearm { PM_SCAN_WP_MATCHING } else { 0 };
         let mut at = start;
         while at < end {
             let mut scan = Scan {
                 argument: PmScanArg {
                     size: size_of::<PmScanArg>() as u64,
-                    flags: PM_SCAN_WP_MATCHING | PM_SCAN_CHECK_WPASYNC,
+                    flags: rearm | PM_SCAN_CHECK_WPASYNC,
                     start: at,
                     end,
                     walk_end: 0,

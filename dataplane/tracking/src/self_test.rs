@@ -95,7 +95,14 @@ fn run<M: Mechanism>() -> Result<(), SelfTestError> {
         tracker.harvest(&mut written).map_err(broken)?;
         compare(kind, pages, &written)?;
     }
-    Ok(())
+
+    let last = [3, 4, 90];
+    for page in last {
+        child.order(WRITE, page).map_err(setup("writing in a child"))?;
+    }
+    let mut written = empty_sets();
+    tracker.harvest_last(&mut written).map_err(broken)?;
+    compare(kind, &last, &written)
 }
 
 fn empty_sets() -> PageSets {

@@ -36,7 +36,7 @@ use crate::error::WriterError;
 use crate::huge;
 use crate::ptrace::{TraceError, stop_all};
 use crate::segments::{Segment, segments};
-use crate::tracker::{Mechanism, Seen, View};
+use crate::tracker::{Afterwards, Mechanism, Seen, View};
 use crate::{TrackedFile, TrackerKind};
 
 /// How long the threads of the process have to stop. It takes each a turn, which on a host that has many more threads to
@@ -84,7 +84,7 @@ impl Mechanism for SoftDirty {
         // Pages written before this are not asked for. Which have an entry is: without that, the first harvest would
         // have to report every page that was never touched.
         let mut unasked: Vec<PageSet> = files.iter().map(|file| PageSet::new(file.pages)).collect();
-        mechanism.read_and_clear(view, files, &mut unasked)?;
+        mechanism.read_and(Afterwards::Rearm, view, files, &mut unasked)?;
         Ok(mechanism)
     }
 
@@ -98,23 +98,25 @@ impl Mechanism for SoftDirty {
         view: &View,
         _: &[Segment],
         files: &[TrackedFile],
+        afterwards: Afterwards,
         written: &mut [PageSet],
     ) -> Result<Seen, WriterError> {
-        self.read_and_clear(view, files, written)
+        self.read_and(afterwards, view, files, written)
     }
 }
 
 impl SoftDirty {
-    /// Stops the process for it.
-    fn read_and_clear(
+    /// Reads the bits, and clears them to rearm. Stops the process for it.
+    fn read_and(
         &mut self,
+        afterwards: Afterwards,
         view: &View,
         files: &[TrackedFile],
         written: &mut [PageSet],
     ) -> Result<Seen, WriterError> {
         // A tracer is a thread; when this one ends, nothing is traced any more.
         let harvested = thread::scope(|scope| {
-            let work = || self.read_and_clear_stopped(view, files, written);
+            let work = || self.read_stopped_and(afterwards, view, files, written);
             let tracer = thread::Builder::new().name("ramferry-trace".to_owned()).spawn_scoped(scope, work);
             tracer.map(|tracer| tracer.join())
         });
@@ -125,8 +127,9 @@ impl SoftDirty {
         }
     }
 
-    fn read_and_clear_stopped(
+    fn read_stopped_and(
         &mut self,
+        afterwards: Afterwards,
         view: &View,
         files: &[TrackedFile],
         written: &mut [PageSet],
@@ -146,7 +149,9 @@ impl SoftDirty {
             let now = self.read_segment(view, &segment, may_vanish, &mut written[segment.file])?;
             present.push((segment, now));
         }
-        self.clear()?;
+        if afterwards == Afterwards::Rearm {
+            self.clear()?;
+        }
         drop(stopped);
         self.present = present;
         Ok(Seen { vmas, lost: Vec::new() })

@@ -64,6 +64,15 @@ impl View {
     }
 }
 
+/// What a harvest makes of the pages that it reports.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Afterwards {
+    /// Only one that is written again is reported again.
+    Rearm,
+    /// They stay as they are: cheaper, and the next harvest reports them once more.
+    Leave,
+}
+
 /// What a harvest saw of a process.
 pub(crate) struct Seen {
     /// Its mappings, read after the written pages were, or while it was stopped.
@@ -92,6 +101,7 @@ pub(crate) trait Mechanism: Sized + Send {
         view: &View,
         segments: &[Segment],
         files: &[TrackedFile],
+        afterwards: Afterwards,
         written: &mut [PageSet],
     ) -> Result<Seen, WriterError>;
 }
@@ -123,8 +133,13 @@ impl<M: Mechanism> Tracked<M> {
 
     /// Adds what was written; `WriterError::Ended` when the process ended, with
     /// everything that it could have written added.
-    fn harvest(&mut self, files: &[TrackedFile], pending: &mut [PageSet]) -> Result<(), WriterError> {
-        let seen = self.mechanism.harvest(&self.view, &self.segments, files, pending);
+    fn harvest(
+        &mut self,
+        files: &[TrackedFile],
+        afterwards: Afterwards,
+        pending: &mut [PageSet],
+    ) -> Result<(), WriterError> {
+        let seen = self.mechanism.harvest(&self.view, &self.segments, files, afterwards, pending);
         let result = seen.and_then(|Seen { vmas, lost }| {
             let current = segments(&vmas, files);
             if vmas.is_empty() {
@@ -289,7 +304,7 @@ impl<M: Mechanism> FileTracker<M> {
     fn confirm_others(&mut self) -> Result<(), TrackError> {
         let mut written: Vec<PageSet> = self.files.iter().map(|file| PageSet::new(file.pages)).collect();
         for process in self.processes.iter_mut().filter(|process| process.pid() != self.guest) {
-            let harvested = process.harvest(&self.files, &mut written);
+            let harvested = process.harvest(&self.files, Afterwards::Rearm, &mut written);
             if harvested.is_err() || written.iter().any(|set| !set.is_empty()) {
                 return Err(TrackError::WroteLate { pid: process.pid(), comm: process.comm.clone() });
             }
@@ -297,12 +312,14 @@ impl<M: Mechanism> FileTracker<M> {
         Ok(())
     }
 
-    /// Adds what was written to `pending`.
-    fn collect(&mut self) -> Result<(), TrackError> {
+    /// Adds what was written to `pending`. What processes beside the guest wrote is rearmed in any case: what
+    /// [`confirm_others`](Self::confirm_others) finds was written since.
+    fn collect(&mut self, guests: Afterwards) -> Result<(), TrackError> {
         let mut ended = Vec::new();
         for process in &mut self.processes {
             let pid = process.pid();
-            let harvested = process.harvest(&self.files, &mut self.pending);
+            let afterwards = if pid == self.guest { guests } else { Afterwards::Rearm };
+            let harvested = process.harvest(&self.files, afterwards, &mut self.pending);
             process.gone.drain(..).for_each(|file| self.may_close[file] = true);
             match harvested {
                 Ok(()) => {}
@@ -371,6 +388,15 @@ impl<M: Mechanism> FileTracker<M> {
         Ok(())
     }
 
+    fn harvest_and(&mut self, guests: Afterwards, written: &mut PageSets) -> Result<Harvest, TrackError> {
+        let start = Instant::now();
+        self.check_sets(written)?;
+        self.collect(guests)?;
+        self.note_activity(true)?;
+        let written_pages = self.hand_out(written);
+        Ok(Harvest { written_pages, elapsed: start.elapsed() })
+    }
+
     fn check_sets(&self, written: &PageSets) -> Result<(), TrackError> {
         let same = written.iter().count() == self.files.len()
             && written.iter().zip(&self.files).all(|((block, set), file)| {
@@ -397,12 +423,11 @@ impl<M: Mechanism> Tracker for FileTracker<M> {
     }
 
     fn harvest(&mut self, written: &mut PageSets) -> Result<Harvest, TrackError> {
-        let start = Instant::now();
-        self.check_sets(written)?;
-        self.collect()?;
-        self.note_activity(true)?;
-        let written_pages = self.hand_out(written);
-        Ok(Harvest { written_pages, elapsed: start.elapsed() })
+        self.harvest_and(Afterwards::Rearm, written)
+    }
+
+    fn harvest_last(&mut self, written: &mut PageSets) -> Result<Harvest, TrackError> {
+        self.harvest_and(Afterwards::Leave, written)
     }
 
     fn has_other_writers(&self) -> bool {

@@ -4,7 +4,8 @@
 //! without anybody waiting; a harvest finds the pages without protection and
 //! protects them again, in one walk of the page tables under their locks. So a
 //! write falls either before that, and is reported, or after, and is reported
-//! next time. Which mode or thread writes makes no difference: system calls,
+//! next time. Only the last harvest, of a guest that stands still, leaves the pages as they
+//! are: the kernel need not write a page table then, nor flush what processors keep of it. Which mode or thread writes makes no difference: system calls,
 //! KVM, vhost and other users of the process's page tables are all seen.
 //!
 //! A page without an entry in an existing page table counts as written, so reclaim
@@ -30,7 +31,7 @@ use crate::pagemap::{ScanError, Scanner};
 use crate::remote_call::{Faults, RemoteCallError, remote_userfaultfd};
 use crate::segments::Segment;
 use crate::touched::Touched;
-use crate::tracker::{Mechanism, Seen, View};
+use crate::tracker::{Afterwards, Mechanism, Seen, View};
 use crate::uffd::WriteProtector;
 use crate::{TrackedFile, TrackerKind};
 
@@ -90,9 +91,11 @@ impl Mechanism for UffdWp {
         view: &View,
         segments: &[Segment],
         files: &[TrackedFile],
+        afterwards: Afterwards,
         written: &mut [PageSet],
     ) -> Result<Seen, WriterError> {
         let mut lost = Vec::new();
+        // Whatever comes afterwards: until then huge pages are not kept out.
         self.protect_fresh(segments, files, written, &mut lost)?;
         let pieces = self.pieces(segments);
         let bytes: u64 = pieces.iter().map(|piece| piece.end - piece.start).sum();
@@ -106,10 +109,10 @@ impl Mechanism for UffdWp {
         let shares = shares(&pieces, threads);
         lost.extend(match shares.as_slice() {
             [] => Vec::new(),
-            [share] => scan(&mut self.scanners[0], view, share, &mut add)?,
+            [share] => scan(&mut self.scanners[0], view, share, afterwards, &mut add)?,
             shares => {
                 self.scanners.resize_with(shares.len().max(self.scanners.len()), Scanner::new);
-                scan_in_parallel(&mut self.scanners, view, shares, &mut add)?
+                scan_in_parallel(&mut self.scanners, view, shares, afterwards, &mut add)?
             }
         });
         // Read after the scan: a range that was mapped then and is not now, or the
@@ -222,17 +225,19 @@ fn shares<'a>(pieces: &[Piece<'a>], count: usize) -> Vec<Vec<Piece<'a>>> {
 }
 
 /// Calls `each` for every written range, and tells which segments were not
-/// protected throughout. What `each` was told before an error is not protected
-/// any more: a caller must then take all of the pieces for written.
+/// protected throughout. What `each` was told before an error may be protected
+/// again: a caller must then take all of the pieces for written.
 fn scan(
     scanner: &mut Scanner,
     view: &View,
     pieces: &[Piece<'_>],
+    afterwards: Afterwards,
     mut each: impl FnMut(&Segment, u64, u64),
 ) -> Result<Vec<Segment>, WriterError> {
     let mut lost = Vec::new();
     for &Piece { segment, start, end } in pieces {
-        match scanner.harvest(&view.pagemap, start, end, |start, end| each(segment, start, end)) {
+        match scanner.harvest(&view.pagemap, (start, end), afterwards, |start, end| each(segment, start, end))
+        {
             Ok(()) => {}
             Err(ScanError::NotProtected) => lost.push(*segment),
             Err(ScanError::Failed(source)) if source.raw_os_error() == Some(libc::ESRCH) => {
@@ -250,6 +255,7 @@ fn scan_in_parallel(
     scanners: &mut [Scanner],
     view: &View,
     shares: &[Vec<Piece<'_>>],
+    afterwards: Afterwards,
     mut each: impl FnMut(&Segment, u64, u64),
 ) -> Result<Vec<Segment>, WriterError> {
     thread::scope(|scope| {
@@ -257,8 +263,8 @@ fn scan_in_parallel(
         for (scanner, share) in scanners.iter_mut().zip(shares) {
             let work = move || {
                 let mut ranges = Vec::new();
-                let lost =
-                    scan(scanner, view, share, |segment, start, end| ranges.push((*segment, start, end)))?;
+                let each = |segment: &Segment, start, end| ranges.push((*segment, start, end));
+                let lost = scan(scanner, view, share, afterwards, each)?;
                 Ok::<_, WriterError>((ranges, lost))
             };
             let worker = thread::Builder::new().name("ramferry-scan".to_owned()).spawn_scoped(scope, work);

@@ -206,6 +206,8 @@ impl DestinationOutside for Outside {
                 session.answer_blocking(Answer::RoundEnded(v1::RoundEnded { round }));
             }
             DestinationAction::StartIncoming { postcopy } => {
+                // COMMITTED will be synced while nobody runs the guest.
+                session.agent.runtime.spawn_blocking(self.log.sync_ahead());
                 self.spawn(async move { session.start_incoming(postcopy).await.map(Into::into) });
             }
             DestinationAction::TellOwedAccepted => {

@@ -100,6 +100,24 @@ fn log_cut_at_any_byte_reads_as_its_whole_records() {
 }
 
 #[test]
+fn syncing_ahead_changes_nothing_and_may_come_too_late() {
+    let dir = tempfile::tempdir().unwrap();
+    {
+        let (journal, _) = Journal::open(dir.path()).unwrap();
+        let mut log = begin(&journal, "m");
+        log.append(&Record::SwitchingOver, Durability::Buffered).unwrap();
+        let ahead = std::thread::spawn(log.sync_ahead());
+        log.append(&Record::HandedOver, SYNCED).unwrap();
+        ahead.join().unwrap();
+        let removed = begin(&journal, "removed").sync_ahead();
+        journal.remove(MigrationRole::Source, "removed").unwrap();
+        removed();
+    }
+    let (_journal, recovered) = Journal::open(dir.path()).unwrap();
+    assert_eq!(recovered[0].records, [Record::SwitchingOver, Record::HandedOver]);
+}
+
+#[test]
 fn damage_before_a_whole_record_refuses_and_names_the_file() {
     let dir = tempfile::tempdir().unwrap();
     let path = file_of(dir.path(), "m");

@@ -81,6 +81,8 @@ impl Outside {
         if let Err(failure) = self.append(&Record::SwitchingOver, Durability::Buffered) {
             return self.session.handle.send(SourceEvent::Failed(failure));
         }
+        // While the guest runs: HANDED_OVER will be synced in its pause.
+        self.session.agent.runtime.spawn_blocking(self.log.sync_ahead());
         let session = Arc::clone(&self.session);
         let pausing = self.spawn(session.pause(postcopy));
         self.session.keep_ordering(pausing);

@@ -53,7 +53,7 @@ pub(crate) struct Agent {
     runtime: Runtime,
     caller: Option<Credentials>,
     log: Mutex<Receiver<String>>,
-    _directory: TempDir,
+    _directories: [TempDir; 2],
 }
 
 /// Killed and reaped when it is dropped.
@@ -120,6 +120,8 @@ impl Agent {
         probes: Probes,
     ) -> Result<Agent> {
         let directory = tempfile::tempdir()?;
+        // On a tmpfs, as `/run` is: what a guest is owed is kept there, and waits for no disk.
+        let run_directory = tempfile::tempdir_in("/dev/shm")?;
         let mut child = Command::new(env!("CARGO_BIN_EXE_ramferry"))
             .args(["agent", "--listen", "127.0.0.1:0", "--metrics-listen", "127.0.0.1:0"])
             .args(["--log-format", "json"])
@@ -127,7 +129,7 @@ impl Agent {
             .arg("--state-dir")
             .arg(directory.path().join("state"))
             .arg("--run-dir")
-            .arg(directory.path().join("run"))
+            .arg(run_directory.path().join("run"))
             .args(options)
             .stdin(Stdio::null())
             .stdout(Stdio::null())
@@ -148,7 +150,7 @@ impl Agent {
             runtime,
             caller: caller.cloned(),
             log: Mutex::new(log),
-            _directory: directory,
+            _directories: [directory, run_directory],
         })
     }
 

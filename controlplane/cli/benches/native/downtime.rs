@@ -150,8 +150,11 @@ fn ours(report: &mut Report, agents: &(Agent, Agent), fabric: &str, debian: &Deb
     let who = format!("over {fabric}");
     downtimes.publish(report, &who, &downtimes.reported, [("p50", 0.5), ("p99", 0.99)]);
     for (part, seconds) in parts {
-        let name = name(&who, &format!("part {part}, p50"));
-        report.add_time(&name, share(&seconds, 0.5));
+        for (quantile, share_of_all) in [("p50", 0.5), ("p99", 0.99)] {
+            let name = name(&who, &format!("part {part}, {quantile}"));
+            report.add_time(&name, share(&seconds, share_of_all));
+        }
+        report.note(&name(&who, &format!("part {part}, p99")), "each_seconds", json!(seconds));
     }
     Ok(())
 }
@@ -164,12 +167,22 @@ fn qemus(report: &mut Report, debian: &DebianGuest) -> Result<Option<Own>> {
         return Ok(None);
     }
     let mut here = under_stress(debian)?;
+    let mut last: Option<usize> = None;
     for migration in 1..=OWN_MIGRATIONS {
-        for (own, downtimes) in &mut taken {
+        for index in 0..taken.len() {
+            if let Err(error) = here.qmp_events() {
+                eprintln!("the guest's QEMU has ended behind its move: {error:#}; on with a new one");
+                if let Some(last) = last {
+                    taken[last].1.hung += 1;
+                }
+                here = under_stress(debian)?;
+                here.qmp_events()?;
+            }
+            last = Some(index);
+            let (own, downtimes) = &mut taken[index];
             eprintln!("downtime of {}: migration {migration} of {OWN_MIGRATIONS}", own.as_str());
             // Nobody tells it to run.
             let there = here.destination().paused(false).start()?;
-            here.qmp_events()?;
             let moved = own::migrate_helped(&here, &there, &own.way(), own.help(), OWN_INTERVAL)?;
             here = if downtimes.add(moved.seconds("downtime")?, &here, &there)? {
                 there

@@ -42,6 +42,10 @@ suite! {
     memory_tracked_by_a_userfaultfd_is_told_from_memory_that_is_free
     memory_never_touched_costs_nothing_to_arm_and_is_tracked
     a_harvest_shared_among_threads_is_as_exact
+    a_last_harvest_reports_what_was_written_and_a_further_one_loses_nothing
+    no_write_is_lost_while_it_races_a_last_harvest
+    memory_first_touched_before_a_last_harvest_is_in_it_and_is_tracked
+    a_last_harvest_leaves_nothing_of_another_process_to_the_confirmation
 }
 
 fn run(kind: TrackerKind, test: fn(TrackerKind)) {
@@ -69,6 +73,14 @@ impl<'a> Armed<'a> {
         let harvest = self.tracker.harvest(&mut written).unwrap();
         assert_eq!(harvest.written_pages, written.count());
         (0..self.files.len() as u32).map(|index| members(&written, index)).collect()
+    }
+
+    /// The pages of the only file that a last harvest reports.
+    fn harvest_last(&mut self) -> Vec<u64> {
+        let mut written = sets(&self.files);
+        let harvest = self.tracker.harvest_last(&mut written).unwrap();
+        assert_eq!(harvest.written_pages, written.count());
+        members(&written, 0)
     }
 
     /// The pages of the only file that a harvest reports.
@@ -482,4 +494,77 @@ fn a_harvest_shared_among_threads_is_as_exact(kind: TrackerKind) {
             assert_eq!(reported, pages);
         }
     }
+}
+
+fn a_last_harvest_reports_what_was_written_and_a_further_one_loses_nothing(kind: TrackerKind) {
+    let file = RamFile::new(100);
+    let mut guest = Helper::spawn();
+    guest.map("a", &file, 0, 100);
+    let mut armed = Armed::new(kind, &guest, &[&file]);
+    guest.write("a", &[3, 7], 2);
+    assert_eq!(armed.harvest_one(), [3, 7]);
+    guest.write("a", &[7, 40, 41], 3);
+    assert_eq!(armed.harvest_last(), [7, 40, 41]);
+    // It runs on after all, and writes pages that were reported and others.
+    guest.write("a", &[41, 99], 4);
+    guest.order("forget a 99 1");
+    let further = armed.harvest_one();
+    assert!([41, 99].iter().all(|page| further.contains(page)), "{further:?}");
+    assert!(further.iter().all(|page| [7, 40, 41, 99].contains(page)), "{further:?}");
+    then_tracked(&mut armed, &mut guest);
+}
+
+fn no_write_is_lost_while_it_races_a_last_harvest(kind: TrackerKind) {
+    let file = RamFile::new(4096);
+    let mut guest = Helper::spawn();
+    guest.map("a", &file, 0, 4096);
+    let mut armed = Armed::new(kind, &guest, &[&file]);
+    let mut replica = Replica::new(&file);
+    for round in 0..4 {
+        guest.order(&format!("hammer a {}", 1 + round));
+        for _ in 0..15 {
+            let pages = armed.harvest_last();
+            replica.copy(&file, &pages);
+            let pages = armed.harvest_one();
+            replica.copy(&file, &pages);
+        }
+        assert!(guest.order("rest").parse::<u64>().unwrap() > 0);
+        let pages = armed.harvest_last();
+        replica.copy(&file, &pages);
+        assert_eq!(replica.lost(&file), [0; 0], "round {round}");
+    }
+}
+
+fn memory_first_touched_before_a_last_harvest_is_in_it_and_is_tracked(kind: TrackerKind) {
+    let file = RamFile::new((64 << 20) / PAGE);
+    let mut guest = Helper::spawn();
+    guest.map_as("rw", "a", &file, 0, file.pages);
+    guest.write("a", &[0], 1);
+    let mut armed = Armed::new(kind, &guest, &[&file]);
+    let first = [5000, 5001, file.pages - 1];
+    guest.write("a", &first, 2);
+    let reported = armed.harvest_last();
+    assert!(first.iter().all(|page| reported.contains(page)));
+    // A page of the memory that was new then, and one of memory that is new now.
+    guest.write("a", &[5100, 9000], 3);
+    let further = armed.harvest_one();
+    assert!([5100, 9000].iter().all(|page| further.contains(page)));
+    guest.write("a", &[5100], 4);
+    assert_eq!(armed.harvest_one(), [5100]);
+}
+
+fn a_last_harvest_leaves_nothing_of_another_process_to_the_confirmation(kind: TrackerKind) {
+    let file = RamFile::new(100);
+    let (mut guest, mut other) = (Helper::spawn(), Helper::spawn());
+    guest.map("a", &file, 0, 100);
+    other.map("b", &file, 40, 20);
+    guest.order("write a 0 100 1");
+    let mut armed = Armed::new(kind, &guest, &[&file]);
+    guest.write("a", &[1], 2);
+    other.write("b", &[3], 2);
+    assert_eq!(armed.harvest_last(), [1, 43]);
+    armed.tracker.confirm().unwrap();
+    other.write("b", &[3], 3);
+    let late = armed.tracker.confirm();
+    assert!(matches!(late, Err(TrackError::WroteLate { pid, .. }) if pid == other.pid()), "{late:?}");
 }
