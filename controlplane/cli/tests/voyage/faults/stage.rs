@@ -157,6 +157,12 @@ impl Stage {
                 // Only the first answer: the source asks again.
             }
             Course::AnswerLost if is("source", "ask_outcome") => self.proxy.heal(),
+            // The guest may not have had a turn since its pages were copied: nothing would be owed.
+            Course::Postcopy | Course::PostcopyInterrupted if is("source", "pause_guest") => {
+                for _ in 0..2 {
+                    self.guest.next_tick(PATIENCE).unwrap();
+                }
+            }
             Course::PostcopyInterrupted if is("destination", "pull") && step.phase == "resume" => {
                 self.proxy.cut().await;
                 cut_data(&self.pair.source, self.proxy.address);
