@@ -8,7 +8,8 @@
 //! - `qemu auto-converge`: with the downtime that ramferry aims at, and the guest throttled until it fits;
 //! - `qemu post-copy`: begun after the first pass.
 //!
-//! Where the guest hangs behind a move of QEMU's own, that is counted (`guests_hung`), and another is booted.
+//! Where a move of QEMU's own does not end, or the guest hangs behind it, that is counted (`guests_hung`), and another is
+//! booted.
 //!
 //! Of both, the time is that from the stop at the source to the resume at the destination: ramferry's as its agent measures
 //! it, QEMU's by the events of its two processes (`reported_seconds` is what it says itself, which in post-copy ends when
@@ -96,7 +97,7 @@ struct Downtimes {
     reported: Vec<f64>,
     events: Vec<f64>,
     seen: Vec<f64>,
-    /// Guests that did nothing more behind their move.
+    /// Guests that did nothing more behind their move, or whose move did not end.
     hung: usize,
 }
 
@@ -183,21 +184,26 @@ fn qemus(report: &mut Report, debian: &DebianGuest) -> Result<Option<Own>> {
             eprintln!("downtime of {}: migration {migration} of {OWN_MIGRATIONS}", own.as_str());
             // Nobody tells it to run.
             let there = here.destination().paused(false).start()?;
-            let moved = own::migrate_helped(&here, &there, &own.way(), own.help(), OWN_INTERVAL)?;
-            here = if downtimes.add(moved.seconds("downtime")?, &here, &there)? {
-                there
-            } else {
-                eprintln!("{}: the guest hangs; on with a new one", own.as_str());
-                downtimes.hung += 1;
-                under_stress(debian)?
+            let goes_on = own::migrate_helped(&here, &there, &own.way(), own.help(), OWN_INTERVAL)
+                .and_then(|moved| downtimes.add(moved.seconds("downtime")?, &here, &there));
+            here = match goes_on {
+                Ok(true) => there,
+                hung => {
+                    let why =
+                        hung.map_or_else(|error| format!("{error:#}"), |_| "the guest hangs".to_owned());
+                    eprintln!("{}: {why}; on with a new guest", own.as_str());
+                    downtimes.hung += 1;
+                    under_stress(debian)?
+                }
             };
         }
     }
-    for (own, downtimes) in &taken {
+    let measured = || taken.iter().filter(|(_, downtimes)| !downtimes.events.is_empty());
+    for (own, downtimes) in measured() {
         downtimes.publish(report, own.as_str(), &downtimes.events, [("p50", 0.5), ("max", 1.0)]);
     }
     let median = |(_, downtimes): &&(Own, Downtimes)| share(&downtimes.events, 0.5);
-    Ok(taken.iter().min_by(|a, b| median(a).total_cmp(&median(b))).map(|(own, _)| *own))
+    Ok(measured().min_by(|a, b| median(a).total_cmp(&median(b))).map(|(own, _)| *own))
 }
 
 impl Downtimes {
