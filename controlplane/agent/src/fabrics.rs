@@ -47,6 +47,8 @@ pub(crate) struct Admitted {
 pub(crate) struct Connected {
     pub(crate) domain: Arc<dyn Domain>,
     pub(crate) links: Vec<Box<dyn Link>>,
+    /// What the links register for themselves.
+    pub(crate) links_bytes: u64,
 }
 
 /// How long packets of an RDMA port are.
@@ -158,14 +160,14 @@ impl Fabrics {
                 let path = agreed.address.as_ref();
                 let connect = || shm::connect(path, &agreed.token, Arc::clone(&domain), EXCHANGE_TIMEOUT);
                 let links = open_links(agreed.streams, connect)?;
-                Ok(Connected { links, domain })
+                Ok(Connected { links, domain, links_bytes: 0 })
             }
             FabricKind::Tcp => {
                 let domain = Arc::new(MappedDomain::new(memory).map_err(|error| ram_failure(&error))?);
                 let address = address()?;
                 let connect = || tcp::connect(address, &agreed.token, Arc::clone(&domain), EXCHANGE_TIMEOUT);
                 let links = open_links(agreed.streams, connect)?;
-                Ok(Connected { links, domain })
+                Ok(Connected { links, domain, links_bytes: 0 })
             }
         }
     }

@@ -8,6 +8,7 @@ use ramferry_engine::{BytesPerSecond, Parameters, Percent, Postcopy, TimeoutActi
 use ramferry_fabric::FabricKind;
 use ramferry_fabric::windows::RegistrationMode;
 use ramferry_proto::v1;
+use ramferry_ram::Layout;
 use tonic::Status;
 
 use crate::status::invalid_argument;
@@ -95,7 +96,7 @@ pub(crate) fn apply(
             "timeout" => merged.timeout = change.timeout,
             "timeout_action" => merged.timeout_action = change.timeout_action,
             "no_progress_timeout" => merged.no_progress_timeout = change.no_progress_timeout,
-            "postcopy" => merged.postcopy = change.postcopy,
+            "postcopy" => merged.postcopy = with_its_budget(current, change.postcopy)?,
             "throttle_max_percent" => merged.throttle_max_percent = change.throttle_max_percent,
             _ => {
                 let message = format!(
@@ -107,6 +108,23 @@ pub(crate) fn apply(
         }
     }
     Ok(merged)
+}
+
+/// Post-copy as it is changed to: the copy has all of a pin budget where it was not allowed, and nothing is left to read by.
+fn with_its_budget(current: &v1::MigrationParameters, changed: i32) -> Result<i32, Status> {
+    let never = |value| Ok::<_, Status>(postcopy(value)? == Postcopy::Never);
+    if current.pin_budget_bytes > 0 && never(current.postcopy)? && !never(changed)? {
+        let message = "post-copy cannot be allowed later where there is a pin budget: a part of that is kept for it \
+                       from the start. Cancel, and migrate again with post-copy allowed";
+        return Err(invalid_argument("update_mask", "NOT_CHANGEABLE", message));
+    }
+    Ok(changed)
+}
+
+/// What of a pin budget is kept for the windows that post-copy reads by: those of the copy are still there when its own come.
+pub(crate) fn reading_budget(pin_budget_bytes: u64, layout: &Layout) -> u64 {
+    let longest_page = layout.blocks().iter().map(|block| block.page_bytes).max().unwrap_or(0);
+    (pin_budget_bytes / 4).max(2 * longest_page)
 }
 
 /// The engine's part of `given`, with defaults where nothing is given.
@@ -253,5 +271,16 @@ mod tests {
         assert_eq!((merged.streams, merged.bandwidth_limit_bits_per_second), (3, 8_000_000));
         assert!(apply(&current, &change, &["streams".into()]).is_err());
         assert!(apply(&current, &change, &[]).is_err());
+    }
+
+    #[test]
+    fn post_copy_is_not_allowed_later_where_a_pin_budget_left_it_nothing() {
+        let allow = v1::MigrationParameters { postcopy: v1::Postcopy::Allow.into(), ..Default::default() };
+        let never = v1::MigrationParameters::default();
+        let budget = |parameters| v1::MigrationParameters { pin_budget_bytes: 64 << 20, ..parameters };
+        let change = |current, change| apply(&current, &change, &["postcopy".into()]);
+        assert!(change(budget(never), allow).unwrap_err().message().contains("pin budget"));
+        assert_eq!(change(never, allow).unwrap().postcopy, allow.postcopy);
+        assert_eq!(change(budget(allow), never).unwrap().postcopy, never.postcopy);
     }
 }

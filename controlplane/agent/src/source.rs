@@ -12,7 +12,7 @@ use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant, SystemTime};
 
 use bytes::Bytes;
-use ramferry_engine::{Failure, FixedCosts, Reason, Source, SourceEvent};
+use ramferry_engine::{Failure, FixedCosts, Postcopy, Reason, Source, SourceEvent};
 use ramferry_fabric::windows::{RegistrationMode, WindowConfig};
 use ramferry_guest::{GuestError, GuestInfo};
 use ramferry_mover::{SourceHandle, SourceInput, SourceParts, spawn_source};
@@ -48,7 +48,7 @@ use crate::journal::{Created, MigrationLog, Record, Recovered, SpecRecord};
 use crate::keepsake::{self, Keepsake, Terms};
 use crate::migrations::{Claim, Entry, Refusal};
 use crate::publish::Publisher;
-use crate::request::{Request, fabric_on_the_wire, registration_mode};
+use crate::request::{Request, fabric_on_the_wire, reading_budget, registration_mode};
 use crate::status::{causes, invalid_argument, status};
 use crate::throttle::Throttle;
 
@@ -367,10 +367,14 @@ impl Session {
             },
         );
 
+        let pin_budget_bytes = request.pin_budget_bytes.map(|bytes| match request.parameters.postcopy {
+            Postcopy::Never => bytes,
+            _ => bytes.saturating_sub(reading_budget(bytes, &info.layout)),
+        });
         let agent = Arc::clone(&self.agent);
         let (to, reached) = (request.destination_agent, Arc::clone(&memory));
         let connect = move || agent.fabrics.connect(&agreed, &reached, &to);
-        let Connected { domain, links } = blocking_step(connect).await?;
+        let Connected { domain, links, links_bytes } = blocking_step(connect).await?;
         let peer = Arc::clone(&self.peer);
         let config = &self.agent.config;
         Ok(SourceParts {
@@ -379,7 +383,8 @@ impl Session {
             tracker,
             memory,
             windows: WindowConfig {
-                pin_budget_bytes: request.pin_budget_bytes,
+                pin_budget_bytes,
+                links_bytes,
                 // Here registering a hole would allocate its pages, and a region more costs next to nothing.
                 hole_tolerance_bytes: 0,
                 ..WindowConfig::new(request.registration)

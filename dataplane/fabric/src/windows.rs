@@ -88,6 +88,8 @@ pub struct WindowConfig {
     pub first_window_bytes: u64,
     /// Most bytes that may be registered at once.
     pub pin_budget_bytes: Option<u64>,
+    /// Of the budget, what the links register for themselves.
+    pub links_bytes: u64,
     /// Windows to register ahead of the cursor. Of windows that are shorter than
     /// `window_bytes`, more are registered ahead.
     pub ahead_windows: usize,
@@ -106,6 +108,7 @@ impl WindowConfig {
             window_bytes: DEFAULT_WINDOW_BYTES,
             first_window_bytes: DEFAULT_FIRST_WINDOW_BYTES,
             pin_budget_bytes: None,
+            links_bytes: 0,
             ahead_windows: DEFAULT_AHEAD_WINDOWS,
             hole_tolerance_bytes: DEFAULT_HOLE_TOLERANCE_BYTES,
             first_id: 0,
@@ -118,20 +121,22 @@ impl WindowConfig {
 #[non_exhaustive]
 pub enum WindowError {
     /// The pin budget has no room for one page.
-    #[error("the pin budget of {budget_bytes} bytes is less than one page of {page_bytes}: raise it")]
+    #[error(
+        "the pin budget leaves {budget_bytes} bytes for the guest's RAM, less than one page of {page_bytes}: raise it"
+    )]
     BudgetBelowPage {
-        /// The pin budget.
+        /// The pin budget, but for what the links take of it.
         budget_bytes: u64,
         /// Longest page of the guest.
         page_bytes: u64,
     },
     /// The pin budget has no room for the guest.
     #[error(
-        "the pin budget of {budget_bytes} bytes is less than the guest's {guest_bytes}, which pin-all registers: \
-         raise it, or register dynamically"
+        "the pin budget leaves {budget_bytes} bytes for the guest's RAM, less than the {guest_bytes} that pin-all \
+         registers: raise it, or register dynamically"
     )]
     BudgetBelowGuest {
-        /// The pin budget.
+        /// The pin budget, but for what the links take of it.
         budget_bytes: u64,
         /// The guest's RAM.
         guest_bytes: u64,
@@ -228,7 +233,8 @@ impl Windows {
     /// # Errors
     /// When the configuration cannot work for it.
     pub fn new(config: WindowConfig, layout: &Layout) -> Result<Self, WindowError> {
-        let budget_bytes = config.pin_budget_bytes.unwrap_or(u64::MAX);
+        let budget_bytes =
+            config.pin_budget_bytes.map_or(u64::MAX, |bytes| bytes.saturating_sub(config.links_bytes));
         let page_bytes = layout.blocks().iter().map(|block| block.page_bytes).max().unwrap_or(0);
         if budget_bytes < page_bytes {
             return Err(WindowError::BudgetBelowPage { budget_bytes, page_bytes });

@@ -76,4 +76,5 @@ pub use domain::VerbsDomain;
 pub use info::{DeviceError, DeviceInfo, LinkLayer, Transport, devices};
 pub use kernel::source_access;
 pub use listener::Listener;
+pub use messages::MESSAGES_BYTES;
 pub use session::Admission;

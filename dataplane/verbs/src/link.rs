@@ -41,6 +41,9 @@ const GOODBYE_LIMIT: Duration = Duration::from_secs(1);
 const NAP: Duration = Duration::from_millis(20);
 
 /// What a link's queue pair needs.
+/// Memory for the answers, then for what is sent.
+pub(crate) const LINK_SLOTS: usize = 2 * FENCES + 1;
+
 pub(crate) const LINK_DEPTHS: Depths =
     Depths { send: QUEUE_DEPTH as u32 + FENCES as u32 + 1, receive: FENCES as u32 };
 
@@ -94,9 +97,8 @@ impl VerbsLink {
         (0..FENCES).try_for_each(|slot| queue_pair.post_receive(slot as u64, slots.local(slot)))
     }
 
-    /// Memory for the answers, then for what is sent.
     pub(crate) fn slots(domain: &VerbsDomain) -> Result<MessageSlots, Errno> {
-        MessageSlots::new(domain.protection(), 2 * FENCES + 1)
+        MessageSlots::new(domain.protection(), LINK_SLOTS)
     }
 
     /// Takes a queue pair that was prepared, is connected, and is welcome at the peer.

@@ -8,10 +8,18 @@ use std::sync::Arc;
 use rdma_sys::{ibv_access_flags, ibv_mr};
 use rustix::io::Errno;
 
+use crate::link::LINK_SLOTS;
 use crate::message::{MESSAGE_BYTES, RawMessage};
 use crate::os::last_errno;
 use crate::protection::ProtectionDomain;
 use crate::queue_pair::Local;
+use crate::served::SERVED_SLOTS;
+
+const PAGE_BYTES: usize = 4096;
+
+/// What a link registers for its own messages on the side that registers more, in bytes.
+pub const MESSAGES_BYTES: u64 =
+    MessageSlots::bytes(if LINK_SLOTS > SERVED_SLOTS { LINK_SLOTS } else { SERVED_SLOTS }) as u64;
 
 /// Slots of one message each, registered for this side's queue pair alone.
 #[derive(Debug)]
@@ -29,9 +37,7 @@ unsafe impl Send for MessageSlots {}
 
 impl MessageSlots {
     pub(crate) fn new(protection: &Arc<ProtectionDomain>, slots: usize) -> Result<Self, Errno> {
-        // Of whole pages: a device sees nothing else of this process in them.
-        const PAGE_BYTES: usize = 4096;
-        let bytes = (slots * MESSAGE_BYTES).next_multiple_of(PAGE_BYTES).max(PAGE_BYTES);
+        let bytes = Self::bytes(slots);
         let layout = Layout::from_size_align(bytes, PAGE_BYTES).map_err(|_| Errno::INVAL)?;
         // SAFETY: the layout is not of size zero.
         let start = NonNull::new(unsafe { alloc_zeroed(layout) }).ok_or(Errno::NOMEM)?;
@@ -54,6 +60,12 @@ impl MessageSlots {
         // SAFETY: the region was just made, and its key does not change.
         let local_key = unsafe { (*region.as_ptr()).lkey };
         Ok(Self { region, start, layout, local_key, _protection: Arc::clone(protection) })
+    }
+
+    /// What so many slots register, in bytes. Whole pages: a device sees nothing else of this process in them.
+    pub(crate) const fn bytes(slots: usize) -> usize {
+        let bytes = (slots * MESSAGE_BYTES).next_multiple_of(PAGE_BYTES);
+        if bytes == 0 { PAGE_BYTES } else { bytes }
     }
 
     /// For a request that sends or receives a slot's message.

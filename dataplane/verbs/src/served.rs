@@ -31,6 +31,7 @@ const RECEIVES: usize = FENCES + 1;
 /// Answers on their way: those of the fences that the peer sent upon earlier
 /// answers may be posted before the end of these is told.
 const ANSWERS: usize = 2 * FENCES;
+pub(crate) const SERVED_SLOTS: usize = RECEIVES + ANSWERS;
 pub(crate) const SERVED_DEPTHS: Depths = Depths { send: ANSWERS as u32, receive: RECEIVES as u32 };
 
 /// Serves a connection that was asked for until it ends. Well when the peer took leave.
@@ -71,7 +72,7 @@ impl<'s> Served<'s> {
         let request = request.migrate(&channel).map_err(system("take over a connection"))?;
         let port = request.port();
         let mut queue_pair = QueuePair::new(request, domain.protection(), SERVED_DEPTHS)?;
-        let slots = MessageSlots::new(domain.protection(), RECEIVES + ANSWERS)
+        let slots = MessageSlots::new(domain.protection(), SERVED_SLOTS)
             .map_err(system("register memory for messages"))?;
         for slot in 0..RECEIVES {
             queue_pair

@@ -17,7 +17,7 @@ use super::DestinationSession;
 use crate::MigrationRole;
 use crate::fabrics::{Agreed, Connected};
 use crate::keepsake::{self, Keepsake, Terms};
-use crate::request::MAX_STREAMS;
+use crate::request::{MAX_STREAMS, reading_budget};
 use crate::source::{add_runs, blocking_step, is_shm_socket, orders};
 use crate::status::causes;
 
@@ -144,12 +144,13 @@ impl DestinationSession {
             address: offer.address,
             streams: offer.links,
         };
+        let budget = terms.pin_budget_bytes.map(|bytes| reading_budget(bytes, memory.layout()));
         let agent = Arc::clone(&self.agent);
         let to = peer.map_or_else(String::new, |peer| std::net::SocketAddr::new(peer, 0).to_string());
-        let Connected { domain, links } =
+        let Connected { domain, links, links_bytes } =
             blocking_step(move || agent.fabrics.connect(&agreed, &memory, &to)).await?;
         let ordering = Arc::clone(self);
-        let windows = windows_to_read(fabric, terms.pin_budget_bytes, first)?;
+        let windows = WindowConfig { links_bytes, ..windows_to_read(fabric, budget, first)? };
         self.handle.send(DestinationInput::Readers(Box::new(Readers {
             links,
             domain,

@@ -120,7 +120,8 @@ impl Verbs {
         let connect =
             || ramferry_verbs::connect(address, &agreed.token, Arc::clone(&domain), CONNECT_TIMEOUT);
         let links = open_links(agreed.streams, connect)?;
-        Ok(Connected { links, domain })
+        let links_bytes = links.len() as u64 * ramferry_verbs::MESSAGES_BYTES;
+        Ok(Connected { links, domain, links_bytes })
     }
 }
 

@@ -5,7 +5,7 @@ use ramferry_proto::v1::{self, FabricKind, RegistrationMode};
 
 use crate::faults::leftovers::{Holdings, assert_holds_no_more};
 use crate::harness::{MIB, Pair, Site, assert_proves_itself, boot, parameters, seconds};
-use crate::rdma::{DESTINATION, Rdma, SOURCE, pinned_kib, resources, verbs};
+use crate::rdma::{DESTINATION, Rdma, SOURCE, pinned_kib, pinned_peaks, resources, verbs};
 
 /// A guest that writes all the time.
 fn guest(touch_mib: u64) -> Qemu {
@@ -53,9 +53,12 @@ async fn running_guest_moves_in_every_mode() {
 async fn pin_budget_of_64_mib_is_kept_and_the_guest_arrives() {
     let rdma = Rdma::start();
     let parameters = v1::MigrationParameters { pin_budget_bytes: 64 * MIB, ..verbs() };
-    let ended = move_once(&rdma.pair, "budget", &guest(96), parameters).await;
+    let guest = guest(96);
+    let moved = move_once(&rdma.pair, "budget", &guest, parameters);
+    let (ended, peaks) = pinned_peaks(&rdma.pair, moved).await;
     let progress = ended.progress.unwrap();
     assert!(progress.pinned_peak_bytes > 0 && progress.pinned_peak_bytes <= 64 * MIB, "{progress:?}");
+    assert!(peaks.iter().all(|peak| (48 * MIB..=64 * MIB).contains(peak)), "VmPin was {peaks:?}");
     assert!(
         progress.registered_bytes > 64 * MIB,
         "windows were released and others registered: {progress:?}"
@@ -76,7 +79,10 @@ async fn guest_that_runs_before_its_memory_is_there_reads_it_over_verbs() {
             ..verbs()
         };
         let id = format!("postcopy-{mode:?}-{pin_budget_bytes}");
-        let ended = move_once(&rdma.pair, &id, &guest(32), parameters).await;
+        let guest = guest(32);
+        let (ended, peaks) = pinned_peaks(&rdma.pair, move_once(&rdma.pair, &id, &guest, parameters)).await;
+        let budget_bytes = if pin_budget_bytes == 0 { u64::MAX } else { pin_budget_bytes };
+        assert!(peaks.iter().all(|peak| (1..=budget_bytes).contains(peak)), "VmPin was {peaks:?}");
         let progress = ended.progress.unwrap();
         assert!(progress.postcopy && progress.postcopy_time.is_some(), "{progress:?}");
     }

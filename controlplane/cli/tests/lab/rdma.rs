@@ -1,12 +1,17 @@
 //! The two RDMA hosts of the lab's VM, and an agent on each.
 
+use std::pin::pin;
 use std::process::Command;
+use std::time::Duration;
 
 use ramferry_proto::v1;
 use tonic::transport::{Certificate, ClientTlsConfig, Identity};
 
 use crate::authority::Authority;
 use crate::harness::{Agent, Pair, Site, parameters};
+
+/// Between two looks at what is pinned.
+const LOOK_INTERVAL: Duration = Duration::from_millis(2);
 
 /// One of the two hosts.
 #[derive(Clone, Copy, Debug)]
@@ -113,4 +118,18 @@ pub(crate) fn pinned_kib(pid: u32) -> u64 {
     let status = std::fs::read_to_string(format!("/proc/{pid}/status")).unwrap();
     let line = status.lines().find_map(|line| line.strip_prefix("VmPin:")).unwrap();
     line.trim().trim_end_matches(" kB").parse().unwrap()
+}
+
+/// The most that each agent of a pair has pinned while something runs, in bytes.
+pub(crate) async fn pinned_peaks<T>(pair: &Pair, run: impl Future<Output = T>) -> (T, [u64; 2]) {
+    let (mut run, mut peaks) = (pin!(run), [0; 2]);
+    loop {
+        tokio::select! {
+            done = &mut run => return (done, peaks),
+            () = tokio::time::sleep(LOOK_INTERVAL) => {}
+        }
+        for (agent, peak) in [&pair.source, &pair.destination].into_iter().zip(&mut peaks) {
+            *peak = (*peak).max(pinned_kib(agent.pid()) << 10);
+        }
+    }
 }

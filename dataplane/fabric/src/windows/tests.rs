@@ -29,7 +29,7 @@ fn config(
         pin_budget_bytes: budget_pages.map(|pages| pages * PAGE),
         ahead_windows: ahead,
         hole_tolerance_bytes: 2 * PAGE,
-        first_id: 0,
+        ..WindowConfig::new(mode)
     }
 }
 
@@ -259,6 +259,10 @@ fn configurations_that_cannot_work_are_refused() {
         refused(config(RegistrationMode::PinAll, 1, Some(600), 1)),
         WindowError::BudgetBelowGuest { .. }
     ));
+    assert_eq!(
+        refused(WindowConfig { links_bytes: PAGE, ..dynamic(1, Some(512), 1) }),
+        WindowError::BudgetBelowPage { budget_bytes: 511 * PAGE, page_bytes: 2 << 20 }
+    );
     let large = layout(&[(1 << 20, PAGE)]);
     let short = Windows::new(config(RegistrationMode::PinAll, 1, None, 1), &large);
     assert!(matches!(short, Err(WindowError::TooManyWindows { .. })));

@@ -16,7 +16,8 @@ pub(crate) struct ParameterArgs {
     /// What is registered: windows ahead of the copy, or every block whole.
     #[arg(long, value_enum, value_name = "MODE", default_value = "dynamic")]
     pub(crate) registration: Registration,
-    /// Most that is registered at once on each side: 4GiB, or none [default: none].
+    /// Most that is registered at once on each side: 4GiB, or none; a quarter of it is kept for the reads of --postcopy
+    /// [default: none].
     #[arg(long, value_name = "SIZE")]
     pub(crate) pin_budget: Option<PinBudget>,
     /// Streams (tcp), queue pairs (verbs) or copy threads (shm) [default: the agents choose].

@@ -55,7 +55,8 @@ impl Model {
         }
         let held: u64 = self.known.values().map(|(range, _)| range.length).sum();
         self.peak_bytes = self.peak_bytes.max(held);
-        prop_assert!(held <= self.config.pin_budget_bytes.unwrap_or(u64::MAX), "over the budget");
+        let pinned = held + self.config.links_bytes;
+        prop_assert!(pinned <= self.config.pin_budget_bytes.unwrap_or(u64::MAX), "over the budget");
         prop_assert_eq!(self.windows.registered_bytes(), held);
         prop_assert_eq!(self.windows.peak_bytes(), self.peak_bytes);
         prop_assert_eq!(self.windows.total_registered_bytes(), self.total_bytes);
@@ -213,17 +214,18 @@ fn configs() -> impl Strategy<Value = WindowConfig> {
     let mode = prop_oneof![4 => Just(RegistrationMode::Dynamic), 1 => Just(RegistrationMode::PinAll)];
     let budget = prop_oneof![Just(None), (4_u64..8).prop_map(Some), (8_u64..200).prop_map(Some)];
     let lengths = (1_u64..40, prop_oneof![Just(40), 0_u64..10]);
-    (mode, lengths, budget, 0_usize..6, 0_u64..4).prop_map(
-        |(mode, (window, first), budget, ahead, tolerance)| {
+    (mode, lengths, budget, 0_usize..6, 0_u64..4, 0_u64..3).prop_map(
+        |(mode, (window, first), budget, ahead, tolerance, links)| {
             let budget = match mode {
-                RegistrationMode::Dynamic => budget.map(|pages| pages * PAGE),
-                RegistrationMode::PinAll => budget.map(|_| guest().total_bytes()),
+                RegistrationMode::Dynamic => budget.map(|pages| (pages + links) * PAGE),
+                RegistrationMode::PinAll => budget.map(|_| guest().total_bytes() + links * PAGE),
             };
             WindowConfig {
                 mode,
                 window_bytes: window * PAGE,
                 first_window_bytes: first * PAGE,
                 pin_budget_bytes: budget,
+                links_bytes: links * PAGE,
                 ahead_windows: ahead,
                 hole_tolerance_bytes: tolerance * PAGE,
                 first_id: 0,
