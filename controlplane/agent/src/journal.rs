@@ -28,10 +28,12 @@ use tracing::{info, warn};
 
 use crate::MigrationRole;
 
+pub(crate) use ahead::SyncedAhead;
 pub use log::{Durability, MigrationLog};
 pub use record::{Created, ParametersRecord, Record, SpecError, SpecRecord};
 pub(crate) use survey::{Surveyed, survey};
 
+mod ahead;
 mod frame;
 mod log;
 mod record;

@@ -44,7 +44,7 @@ use crate::core::{Agent, EXCHANGE_TIMEOUT};
 use crate::device_stream::{self, RelayError};
 use crate::fabrics::{Agreed, Connected};
 use crate::guest_cell::GuestCell;
-use crate::journal::{Created, MigrationLog, Record, Recovered, SpecRecord};
+use crate::journal::{Created, MigrationLog, Record, Recovered, SpecRecord, SyncedAhead};
 use crate::keepsake::{self, Keepsake, Terms};
 use crate::migrations::{Claim, Entry, Refusal};
 use crate::publish::Publisher;
@@ -405,7 +405,7 @@ impl Session {
 
     /// Brings the guest to its pause: the destination's VMM listens, the
     /// source's sends up to the point where it stops its vCPUs.
-    async fn pause(self: Arc<Self>, postcopy: bool) -> Result<SourceInput, Failure> {
+    async fn pause(self: Arc<Self>, postcopy: bool, synced: SyncedAhead) -> Result<SourceInput, Failure> {
         let lost = |status: Status| Failure::new(Reason::PeerLost, status.message());
         if postcopy {
             self.begin_reads().await?;
@@ -429,6 +429,7 @@ impl Session {
             }
         });
         self.keep(relay.abort_handle());
+        synced.wait().await;
         let paused = guest.pause_for_switchover(path).await;
         let paused = paused.map_err(|error| guest_failure(&error))?;
         let ago = SystemTime::now().duration_since(paused.stop_time).unwrap_or_default();

@@ -12,7 +12,7 @@ use ramferry_proto::v1::exchange_control_response::Answer;
 use super::DestinationSession;
 use super::recovery::aborted;
 use crate::MigrationRole;
-use crate::journal::{Durability, MigrationLog, Record};
+use crate::journal::{Durability, MigrationLog, Record, SyncedAhead};
 use crate::keepsake;
 use crate::migrations::Claim;
 use crate::publish::Publisher;
@@ -207,8 +207,12 @@ impl DestinationOutside for Outside {
             }
             DestinationAction::StartIncoming { postcopy } => {
                 // COMMITTED will be synced while nobody runs the guest.
-                session.agent.runtime.spawn_blocking(self.log.sync_ahead());
-                self.spawn(async move { session.start_incoming(postcopy).await.map(Into::into) });
+                let synced = SyncedAhead::begin(&session.agent.runtime, &self.log);
+                self.spawn(async move {
+                    let started = session.start_incoming(postcopy).await?;
+                    synced.wait().await;
+                    Ok(started.into())
+                });
             }
             DestinationAction::TellOwedAccepted => {
                 session.answer_blocking(Answer::OwedAccepted(v1::OwedAccepted {}));

@@ -44,7 +44,7 @@ impl MigrationLog {
 
     /// Has the disk write, on another thread, what waits in its caches: of a record that must be synced soon, and of
     /// everybody else. Such a record then finds little before it, which may be the greater part of what its sync takes.
-    pub(crate) fn sync_ahead(&self) -> impl FnOnce() + Send + use<> {
+    pub(super) fn sync_ahead(&self) -> impl FnOnce() + Send + use<> {
         let path = self.path.clone();
         move || {
             // Opened anew: of a write that failed the kernel tells each opener once, and `append` must be told.

@@ -14,7 +14,7 @@ use super::Session;
 use super::reads::event_of;
 use super::view;
 use crate::MigrationRole;
-use crate::journal::{Durability, MigrationLog, Record};
+use crate::journal::{Durability, MigrationLog, Record, SyncedAhead};
 use crate::migrations::Claim;
 use crate::publish::Publisher;
 use crate::step_gate::StepGate;
@@ -82,9 +82,9 @@ impl Outside {
             return self.session.handle.send(SourceEvent::Failed(failure));
         }
         // While the guest runs: HANDED_OVER will be synced in its pause.
-        self.session.agent.runtime.spawn_blocking(self.log.sync_ahead());
+        let synced = SyncedAhead::begin(&self.session.agent.runtime, &self.log);
         let session = Arc::clone(&self.session);
-        let pausing = self.spawn(session.pause(postcopy));
+        let pausing = self.spawn(session.pause(postcopy, synced));
         self.session.keep_ordering(pausing);
     }
 
