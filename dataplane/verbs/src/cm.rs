@@ -89,6 +89,13 @@ impl EventKind {
             other => EventKind::Other(other),
         }
     }
+
+    /// Whether it tells that the peer ended a connection that was established here. A peer that ends while
+    /// the confirmation of this side is still on its way takes its acceptance back, which is a rejection;
+    /// librdmacm then fails the queue pair, before it tells.
+    pub(crate) fn is_end_by_peer(self) -> bool {
+        matches!(self, EventKind::Disconnected | EventKind::Rejected)
+    }
 }
 
 impl EventChannel {
@@ -462,5 +469,7 @@ mod tests {
         // A response is told only to identifiers without a queue pair; multicast is not used.
         assert_eq!(others.len(), 5, "{others:?}");
         assert_eq!(EventKind::from_raw(99), EventKind::Other(99));
+        let ends: Vec<_> = meanings.iter().filter(|kind| kind.is_end_by_peer()).collect();
+        assert_eq!(ends, [&EventKind::Rejected, &EventKind::Disconnected]);
     }
 }

@@ -329,7 +329,7 @@ impl VerbsLink {
         let channel = Arc::clone(queue_pair.identifier().channel());
         while let Ok(Some(event)) = channel.next() {
             match event.kind {
-                EventKind::Disconnected => match &mut self.suspicion {
+                kind if kind.is_end_by_peer() => match &mut self.suspicion {
                     // Requests that were flushed without a reason: this is it.
                     Some((error, _)) => *error = LinkError::PeerClosed,
                     None => self.suspect(LinkError::PeerClosed),

@@ -206,7 +206,7 @@ impl<'s> Served<'s> {
         }
         while let Some(event) = self.channel.next().map_err(LinkError::Lost)? {
             match event.kind {
-                EventKind::Disconnected => return Err(LinkError::PeerClosed),
+                kind if kind.is_end_by_peer() => return Err(LinkError::PeerClosed),
                 EventKind::DeviceRemoval => return Err(self.hardware(HardwareFault::DeviceRemoved)),
                 _ => {}
             }
