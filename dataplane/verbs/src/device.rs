@@ -21,6 +21,7 @@ use crate::context::{Capabilities, Context};
 use crate::info::Transport;
 use crate::os;
 use crate::status::AsyncEvent;
+use crate::suspicion::keep_cause;
 
 /// How often the watcher looks up where nothing wakes it.
 const LOOK_AROUND: Duration = Duration::from_secs(60);
@@ -175,15 +176,26 @@ impl Signal {
         Ok(Arc::new(Self { wake, error: Mutex::new(None), port_down: AtomicBool::new(false) }))
     }
 
-    /// Tells an error; the first one stays. [`Signal::fd`] is readable from then on.
+    /// Tells an error; the first one stays that does not leave its cause open. [`Signal::fd`] is
+    /// readable from then on, until the error is asked for.
     pub(crate) fn raise(&self, error: LinkError) {
-        lock(&self.error).get_or_insert(error);
+        // Held until its descriptor is readable, too: none that was told is missed.
+        let mut known = lock(&self.error);
+        match &mut *known {
+            Some(known) => keep_cause(known, error),
+            None => *known = Some(error),
+        }
         // An eventfd's counter takes a one always, short of 2^64 of them.
         let _ = rustix::io::write(&self.wake, &1_u64.to_ne_bytes());
     }
 
     pub(crate) fn error(&self) -> Option<LinkError> {
-        lock(&self.error).clone()
+        let known = lock(&self.error);
+        if known.is_some() {
+            // Who waits for a better reason sleeps meanwhile.
+            let _ = rustix::io::read(&self.wake, &mut [0; 8]);
+        }
+        known.clone()
     }
 
     /// The reason behind an error, where this side's port being down is it.
@@ -271,4 +283,27 @@ impl Drop for Sweep {
 
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_failed_queue_pair_gives_way_to_the_first_reason_and_each_wakes_once() {
+        let signal = Signal::new().unwrap();
+        let is_readable = || os::wait_readable(&[signal.fd()], Duration::ZERO).unwrap();
+        let broken = LinkError::Hardware { device: "rxe0".into(), fault: HardwareFault::QueuePair };
+        assert!(signal.error().is_none() && !is_readable());
+        for (told, kept) in [
+            (broken.clone(), broken),
+            (LinkError::PeerClosed, LinkError::PeerClosed),
+            (LinkError::SessionEnded, LinkError::PeerClosed),
+        ] {
+            signal.raise(told);
+            assert!(is_readable());
+            assert_eq!(signal.error(), Some(kept));
+            assert!(!is_readable());
+        }
+    }
 }

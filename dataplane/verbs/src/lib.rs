@@ -34,8 +34,9 @@
 //!   connection's and the device's.
 //! * **Lost peers.** An agent that ends is heard of through the connection manager at
 //!   once; a link with operations under way waits half a second more for their ends,
-//!   which may say why. A host or path that is gone is found by the device, which sends a
-//!   packet 7 times, within 4 to 8 s (RoCE, InfiniBand).
+//!   which may say why. So does one whose queue pair failed: that alone says no cause, and
+//!   a peer that ended is heard of meanwhile. A host or path that is gone is found by the
+//!   device, which sends a packet 7 times, within 4 to 8 s (RoCE, InfiniBand).
 //! * **iWARP** has the peer's device write what is read: regions that reads are to
 //!   land in need [`Rights::REMOTE_WRITE`](ramferry_fabric::Rights::REMOTE_WRITE).
 //! * **Kernels before 6.2** pin memory only where it is mapped for writing, also to send
@@ -67,6 +68,7 @@ mod send_queue;
 mod served;
 mod session;
 mod status;
+mod suspicion;
 #[cfg(feature = "testing")]
 #[doc(hidden)]
 pub mod testing;

@@ -20,7 +20,8 @@ use crate::os;
 use crate::queue_pair::{Depths, Local, QueuePair, Request, Verb};
 use crate::region::MemoryRegion;
 use crate::send_queue::SendQueue;
-use crate::status::Outcome;
+use crate::status::{Outcome, QueuePairFault};
+use crate::suspicion::{Suspicion, leaves_cause_open};
 
 /// Operations accepted whose completion the caller has not taken yet, and work
 /// requests that have not ended, at most.
@@ -33,8 +34,6 @@ const CHAIN_BYTES: u64 = 256 << 10;
 const LOOK_ASIDE_EVERY: u32 = 64;
 /// How long requests may take to end after the queue pair failed.
 const FLUSH_LIMIT: Duration = Duration::from_secs(1);
-/// How long a link that seems to have ended waits to be told why.
-const REASON_LIMIT: Duration = Duration::from_millis(500);
 /// How long a link takes leave.
 const GOODBYE_LIMIT: Duration = Duration::from_secs(1);
 /// Longest sleep while a link ends.
@@ -75,8 +74,8 @@ pub(crate) struct VerbsLink {
     ended: Vec<Ended>,
     /// Operations that a failed queue pair flushed, while its reason is not known.
     unexplained: Vec<Operation>,
-    /// It seems to have ended, for this reason where none is told, since then.
-    suspicion: Option<(LinkError, Instant)>,
+    /// It seems to have ended.
+    suspicion: Option<Suspicion>,
     death: Option<Death>,
 }
 
@@ -287,20 +286,24 @@ impl VerbsLink {
     /// A request failed.
     fn fail(&mut self, outcome: Outcome) {
         let device = self.domain.device_name();
-        match outcome.link_error(device).or_else(|| self.signal.error()) {
-            Some(error) => self.die(error),
-            None => {
-                let device = device.to_owned();
-                self.suspect(LinkError::Hardware { device, fault: HardwareFault::QueuePair });
-            }
+        let told = outcome.link_error(device).or_else(|| self.signal.error());
+        self.end(told.unwrap_or_else(|| QueuePairFault::Broken.link_error(device)));
+    }
+
+    /// The link has ended; for this reason, unless it leaves its cause open and another is told.
+    fn end(&mut self, error: LinkError) {
+        match leaves_cause_open(&error) {
+            true => self.suspect(error),
+            false => self.die(error),
         }
     }
 
     /// The link seems to have ended. What still comes says why, if anything does: a peer that
     /// refused an operation leaves, too, and its refusal may be heard after that.
     fn suspect(&mut self, error: LinkError) {
-        if self.death.is_none() && self.suspicion.is_none() {
-            self.suspicion = Some((error, Instant::now()));
+        match &mut self.suspicion {
+            Some(suspicion) => suspicion.hear(error),
+            None => self.suspicion = Some(Suspicion::new(error, Instant::now())),
         }
     }
 
@@ -323,17 +326,13 @@ impl VerbsLink {
     /// Hears what is told outside the completion queues.
     fn look_aside(&mut self) {
         if let Some(error) = self.signal.error() {
-            self.die(error);
+            self.end(error);
         }
         let Some(queue_pair) = &self.queue_pair else { return };
         let channel = Arc::clone(queue_pair.identifier().channel());
         while let Ok(Some(event)) = channel.next() {
             match event.kind {
-                kind if kind.is_end_by_peer() => match &mut self.suspicion {
-                    // Requests that were flushed without a reason: this is it.
-                    Some((error, _)) => *error = LinkError::PeerClosed,
-                    None => self.suspect(LinkError::PeerClosed),
-                },
+                kind if kind.is_end_by_peer() => self.suspect(LinkError::PeerClosed),
                 EventKind::DeviceRemoval => {
                     let device = self.domain.device_name().to_owned();
                     self.die(LinkError::Hardware { device, fault: HardwareFault::DeviceRemoved });
@@ -346,11 +345,11 @@ impl VerbsLink {
     /// Lets a suspicion become certain in time; then waits, within bounds, for the requests of the
     /// failed queue pair to end, and destroys it.
     fn bury(&mut self) {
-        if let Some((error, since)) = &self.suspicion {
-            let nothing_to_come = self.requests.is_empty() && self.unexplained.is_empty();
-            if self.death.is_none() && (nothing_to_come || since.elapsed() > REASON_LIMIT) {
-                self.die(error.clone());
-            }
+        let is_idle = self.requests.is_empty() && self.unexplained.is_empty();
+        let suspicion = self.suspicion.as_ref().filter(|_| self.death.is_none());
+        let verdict = suspicion.and_then(|suspicion| suspicion.verdict(is_idle, Instant::now()));
+        if let Some(error) = verdict.cloned() {
+            self.die(error);
         }
         let Some(death) = &self.death else { return };
         if self.queue_pair.is_some() && (self.requests.is_empty() || death.since.elapsed() > FLUSH_LIMIT) {

@@ -14,6 +14,7 @@ use crate::messages::MessageSlots;
 use crate::os;
 use crate::queue_pair::{Depths, QueuePair, Request, Verb};
 use crate::status::Outcome;
+use crate::suspicion::leaves_cause_open;
 
 /// How long a peer that was accepted may take to say so.
 const ESTABLISH_LIMIT: Duration = Duration::from_secs(5);
@@ -94,7 +95,7 @@ impl<'s> Served<'s> {
         let deadline = Instant::now() + ESTABLISH_LIMIT;
         loop {
             if let Some(error) = self.signal.error() {
-                return Err(error);
+                return Err(self.reason_or(error));
             }
             match self.channel.next().map_err(LinkError::Lost)?.map(|event| event.kind) {
                 Some(EventKind::Established) => return Ok(()),
@@ -201,8 +202,17 @@ impl<'s> Served<'s> {
 
     /// Hears what is told outside the completion queues.
     fn look_aside(&self) -> Result<(), LinkError> {
-        if let Some(error) = self.signal.error() {
-            return Err(error);
+        match self.hear() {
+            Err(error) if leaves_cause_open(&error) => Err(self.reason_or(error)),
+            heard => heard,
+        }
+    }
+
+    /// The same at once: of what was told, what leaves its cause open only where nothing else was.
+    fn hear(&self) -> Result<(), LinkError> {
+        let told = self.signal.error();
+        if let Some(error) = told.as_ref().filter(|error| !leaves_cause_open(error)) {
+            return Err(error.clone());
         }
         while let Some(event) = self.channel.next().map_err(LinkError::Lost)? {
             match event.kind {
@@ -211,18 +221,28 @@ impl<'s> Served<'s> {
                 _ => {}
             }
         }
-        Ok(())
+        told.map_or(Ok(()), Err)
     }
 
-    /// Why a request failed. A flush says nothing: the reason may come a moment later, by another way.
+    /// Why a request failed. A flush says nothing.
     fn reason(&self, outcome: Outcome) -> LinkError {
-        if let Some(error) = outcome.link_error(&self.device) {
-            return self.signal.explain(error);
+        match outcome.link_error(&self.device) {
+            Some(error) => self.signal.explain(error),
+            // This side's requests only receive and answer. What else fails a queue pair is an
+            // operation of the peer that its device refused, and not every device tells more.
+            None => self.reason_or(LinkError::RefusedPeer(AccessFault::Unspecified)),
         }
+    }
+
+    /// The reason of an end that is known. It may come a moment later, by another way; where none
+    /// comes it is `otherwise`.
+    fn reason_or(&self, mut otherwise: LinkError) -> LinkError {
         let deadline = Instant::now() + REASON_LIMIT;
         loop {
-            if let Err(error) = self.look_aside() {
-                return error;
+            match self.hear() {
+                Err(error) if leaves_cause_open(&error) => otherwise = error,
+                Err(error) => return error,
+                Ok(()) => {}
             }
             let left = deadline.saturating_duration_since(Instant::now());
             let fds = [self.channel.fd(), self.signal.fd()];
@@ -230,9 +250,7 @@ impl<'s> Served<'s> {
                 if self.signal.is_port_down() {
                     return self.hardware(HardwareFault::PortDown);
                 }
-                // This side's requests only receive and answer. What else fails a queue pair is an
-                // operation of the peer that its device refused, and not every device tells more.
-                return LinkError::RefusedPeer(AccessFault::Unspecified);
+                return otherwise;
             }
         }
     }
@@ -240,7 +258,7 @@ impl<'s> Served<'s> {
     /// After a goodbye the peer ends the connection, once its device has heard that we have it.
     fn wait_for_the_peers_end(&self) {
         let deadline = Instant::now() + FAREWELL_LIMIT;
-        while self.look_aside().is_ok() {
+        while self.hear().is_ok() {
             let left = deadline.saturating_duration_since(Instant::now());
             let fds = [self.channel.fd(), self.signal.fd()];
             if left.is_zero() || os::wait_readable(&fds, left).is_err() {
