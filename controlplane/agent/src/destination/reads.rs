@@ -39,6 +39,15 @@ pub(super) struct Reads {
     owed: Option<PageSets>,
 }
 
+/// When links to the source's memory are opened.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Opening {
+    /// As post-copy begins: the guest still runs at the source.
+    First,
+    /// In post-copy: the guest is here, and waits.
+    Again,
+}
+
 impl DestinationSession {
     pub(super) fn note_memory(&self, memory: &Arc<Memory>, terms: Terms) {
         let mut reads = self.reads();
@@ -77,7 +86,7 @@ impl DestinationSession {
     fn open_soon(self: &Arc<Self>) {
         let session = Arc::clone(self);
         let connecting = self.agent.runtime.spawn(async move {
-            if let Err(failure) = session.open_readers(false).await {
+            if let Err(failure) = session.open_readers(Opening::Again).await {
                 session.handle.send(DestinationEvent::Failed(reads_lost(&failure)));
             }
         });
@@ -113,12 +122,12 @@ impl DestinationSession {
             }
             reads.begun = true;
         }
-        self.open_readers(true).await
+        self.open_readers(Opening::First).await
     }
 
     /// Opens the links of the last offer, unless another call has, or does: one at a time, or the links of an older
     /// one might take the place of a newer one's.
-    async fn open_readers(self: &Arc<Self>, first: bool) -> Result<(), Failure> {
+    async fn open_readers(self: &Arc<Self>, opening: Opening) -> Result<(), Failure> {
         let _turn = self.opening.lock().await;
         let (memory, terms) = self.memory_to_read()?;
         let (offer, peer) = {
@@ -150,7 +159,7 @@ impl DestinationSession {
         let Connected { domain, links, links_bytes } =
             blocking_step(move || agent.fabrics.connect(&agreed, &memory, &to)).await?;
         let ordering = Arc::clone(self);
-        let windows = WindowConfig { links_bytes, ..windows_to_read(fabric, budget, first)? };
+        let windows = WindowConfig { links_bytes, ..windows_to_read(fabric, budget, opening)? };
         self.handle.send(DestinationInput::Readers(Box::new(Readers {
             links,
             domain,
@@ -234,14 +243,13 @@ impl DestinationSession {
     }
 }
 
-/// Where nothing is pinned all windows are ordered at once while the guest still runs at the source (`first`). Later a guest waits:
-/// what it waits for comes first.
+/// Where nothing is pinned all windows are ordered at once at first. Later a guest waits: what it waits for comes first.
 fn windows_to_read(
     fabric: FabricKind,
     pin_budget_bytes: Option<u64>,
-    first: bool,
+    opening: Opening,
 ) -> Result<WindowConfig, Failure> {
-    let at_once = first && fabric != FabricKind::Verbs && pin_budget_bytes.is_none();
+    let at_once = opening == Opening::First && fabric != FabricKind::Verbs && pin_budget_bytes.is_none();
     let mode = if at_once { RegistrationMode::PinAll } else { RegistrationMode::Dynamic };
     let window_bytes = if at_once { DEFAULT_WINDOW_BYTES } else { SHORT_WINDOW_BYTES };
     let random = getrandom::u32().map_err(|error| Failure::new(Reason::Internal, error.to_string()))?;
