@@ -99,6 +99,15 @@ struct Reading {
     attempt: u64,
 }
 
+/// A read that is under way for a fault.
+struct FaultRead {
+    block: BlockIndex,
+    /// Where its chunk begins.
+    offset: u64,
+    /// When the fault was heard of.
+    since: Instant,
+}
+
 struct Shared {
     memory: Arc<Memory>,
     faults: RemoteFaults,
@@ -397,12 +406,12 @@ impl Shared {
         reader: &mut Reader,
         faults: &mut Vec<(PageFault, Instant)>,
     ) -> Result<bool, MoverError> {
-        let (mut begun, mut arrived, mut left) = (Vec::new(), Vec::new(), Vec::new());
+        let (mut begun, mut arrived, mut left) = (Vec::<FaultRead>::new(), Vec::new(), Vec::new());
         let mut awaited = None;
         for (fault, since) in faults.drain(..) {
             match reader.copy().next_at(reader.pass(), fault.block, fault.page, AROUND_BYTES) {
                 Next::Chunk(chunk) => {
-                    begun.push((fault.block, chunk.range.offset, since));
+                    begun.push(FaultRead { block: fault.block, offset: chunk.range.offset, since });
                     reader.read(chunk, &mut arrived)?;
                 }
                 Next::Wait => {
@@ -417,8 +426,8 @@ impl Shared {
             reader.reap(&mut arrived)?;
             for chunk in arrived.drain(..) {
                 let (block, offset) = (chunk.range.block, chunk.range.offset);
-                let asked = begun.iter().find(|asked| (asked.0, asked.1) == (block, offset));
-                self.arrived(reader.copy(), &chunk, asked.map(|asked| asked.2))?;
+                let asked = begun.iter().find(|read| (read.block, read.offset) == (block, offset));
+                self.arrived(reader.copy(), &chunk, asked.map(|read| read.since))?;
             }
             if reader.in_flight() == 0 {
                 break;
