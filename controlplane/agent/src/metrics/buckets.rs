@@ -12,8 +12,8 @@ impl Eq for Buckets {}
 
 /// 1 µs to 67 s.
 pub(super) const REGISTRATION: Buckets = Buckets { first_seconds: 1e-6, count: 27 };
-/// 1 µs to 16 ms.
-pub(super) const WORK_REQUEST: Buckets = Buckets { first_seconds: 1e-6, count: 15 };
+/// 1 µs to 17 s.
+pub(super) const WORK_REQUEST: Buckets = Buckets { first_seconds: 1e-6, count: 25 };
 /// 1 ms to 16 s.
 pub(super) const DOWNTIME: Buckets = Buckets { first_seconds: 1e-3, count: 15 };
 /// 1 ms to 70 min.

@@ -114,7 +114,7 @@ fn of_dead_link(cause: &LinkError) -> CompletionStatus {
 }
 
 /// Bounds of [`OperationCounts::latency`] but the last, which has none.
-const LATENCY_BOUNDS: usize = 15;
+const LATENCY_BOUNDS: usize = 25;
 
 /// The operations of one opcode, up to one moment. Everything only grows.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -124,7 +124,7 @@ pub struct OperationCounts {
     /// Ended, in the order of [`CompletionStatus::ALL`].
     pub completed: [u64; CompletionStatus::ALL.len()],
     /// Those that took from their posting to their end at most 1 us, at most 2 us and
-    /// longer than that, and so on doubling to 16.384 ms; last those that took longer.
+    /// longer than that, and so on doubling to 16.777216 s; last those that took longer.
     pub latency: [u64; LATENCY_BOUNDS + 1],
     /// All of these times together.
     pub latency_sum: Duration,
@@ -202,8 +202,8 @@ mod tests {
     fn a_time_falls_under_the_least_bound_that_is_not_below_it() {
         let of = |nanoseconds| bucket(Duration::from_nanos(nanoseconds));
         assert_eq!((of(0), of(1), of(1000), of(1001), of(2000), of(2001)), (0, 0, 0, 1, 1, 2));
-        assert_eq!((of(16_384_000), of(16_384_001)), (14, 15));
-        assert_eq!(bucket(Duration::MAX), 15);
+        assert_eq!((of(16_777_216_000), of(16_777_216_001)), (24, 25));
+        assert_eq!(bucket(Duration::MAX), 25);
     }
 
     #[test]
