@@ -1,6 +1,7 @@
 //! Migrations to this host that have no session any more, or never had one: what the journal says of them, and what their source
 //! is answered.
 
+use std::path::Path;
 use std::sync::Arc;
 
 use ramferry_engine::{Destination, Failure, Reason};
@@ -13,7 +14,7 @@ use crate::MigrationRole;
 use crate::core::Agent;
 use crate::guest_cell::GuestCell;
 use crate::journal::{Durability, Record, Recovered};
-use crate::keepsake;
+use crate::keepsake::{self, Keepsake};
 use crate::migrations::Entry;
 use crate::publish::Publisher;
 use crate::status::causes;
@@ -59,8 +60,8 @@ pub(crate) fn recover(agent: &Arc<Agent>, found: Recovered) {
     let engine = decided.unwrap_or_else(Destination::recover_prepared);
     let (qmp, dirs) = (&created.spec.destination_qmp_path, &agent.config.guest_dirs);
     let guest = GuestCell::lost(qmp.clone(), dirs.clone(), created);
-    let publisher =
-        Publisher::new(&agent.metrics, MigrationRole::Destination, &entry.id, "unknown", "unknown");
+    let fabric = kept_fabric(&keepsake::path(&agent.config, id, MigrationRole::Destination));
+    let publisher = Publisher::new(&agent.metrics, MigrationRole::Destination, id, "unknown", fabric);
     let run_guest = found.created.guest_was_running;
     let parts = Start {
         engine,
@@ -74,6 +75,12 @@ pub(crate) fn recover(agent: &Arc<Agent>, found: Recovered) {
         claim,
     };
     start(agent, entry, parts);
+}
+
+/// Over which a migration to this host reads, for its metrics: known where post-copy was prepared.
+fn kept_fabric(path: &Path) -> &'static str {
+    // What cannot be read is told to whoever takes the guest up with it.
+    Keepsake::read(path).ok().flatten().map_or("unknown", |kept| kept.terms().fabric.as_str())
 }
 
 /// The final answer about a migration that has no driver, if it is known.

@@ -166,6 +166,9 @@ async fn guest_waits_while_neither_agent_runs_and_goes_on_when_both_are_back() {
     stage.pair.destination.restart();
     stage.pair.destination.restart();
     assert_eq!(stage.receiver.ticks().len(), ticks, "the guest ran on without its memory");
+    let series = stage.pair.destination.scrape();
+    assert!(series.contains("ramferry_postcopy_bytes_total{fabric=\"tcp\"} 0"), "{series}");
+    assert!(!series.contains("fabric=\"unknown\""), "{series}");
     stage.pair.source.restart();
     assert_completes(stage).await;
 }
