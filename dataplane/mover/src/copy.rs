@@ -20,7 +20,7 @@ use crate::{MoverError, PeerOrder};
 /// Longest range that a thread takes at once: long enough that its costs
 /// vanish, short enough that it stays in a core's cache between the zero scan
 /// and the copy, and that threads share a round evenly.
-const CHUNK_BYTES: u64 = 1 << 20;
+pub(crate) const CHUNK_BYTES: u64 = 1 << 20;
 
 /// Sends an order to the destination's agent; `false` when that is lost.
 /// May block while the control stream is full.
@@ -174,12 +174,13 @@ impl Copy {
         std::mem::replace(&mut self.plan().todo, empty)
     }
 
-    pub(crate) fn next(self: &Arc<Self>, pass: &Pass) -> Next {
+    /// The next chunk, of at most `most_bytes` but a whole page.
+    pub(crate) fn next(self: &Arc<Self>, pass: &Pass, most_bytes: u64) -> Next {
         if pass.is_stopped() {
             return Next::Done;
         }
         let mut follow = Follow::default();
-        let next = self.plan().next(&mut follow);
+        let next = self.plan().next(most_bytes, &mut follow);
         self.carry_out(follow);
         next
     }
@@ -371,8 +372,8 @@ impl Copy {
 }
 
 impl Plan {
-    fn next(&mut self, follow: &mut Follow) -> Next {
-        match self.next_run() {
+    fn next(&mut self, most_bytes: u64, follow: &mut Follow) -> Next {
+        match self.next_run(most_bytes) {
             Some((block, run)) => {
                 let next = self.take(block, run, follow);
                 if matches!(next, Next::Wait) {
@@ -414,18 +415,22 @@ impl Plan {
     }
 
     /// The next pages to copy, as many as one chunk holds: from the cursor on, then from the start.
-    fn next_run(&mut self) -> Option<(BlockIndex, PageRun)> {
-        let found = self.run_from(self.cursor).or_else(|| {
+    fn next_run(&mut self, most_bytes: u64) -> Option<(BlockIndex, PageRun)> {
+        let found = self.run_from(self.cursor, most_bytes).or_else(|| {
             let start = (BlockIndex(0), 0);
-            if self.todo.is_empty() { None } else { self.run_from(start) }
+            if self.todo.is_empty() { None } else { self.run_from(start, most_bytes) }
         });
         self.cursor = found.map_or_else(|| (self.end(), 0), |(block, run)| (block, run.first));
         found
     }
 
-    fn run_from(&self, (mut block, mut page): (BlockIndex, u64)) -> Option<(BlockIndex, PageRun)> {
+    fn run_from(
+        &self,
+        (mut block, mut page): (BlockIndex, u64),
+        most_bytes: u64,
+    ) -> Option<(BlockIndex, PageRun)> {
         while block < self.end() {
-            let most = (CHUNK_BYTES / self.todo.page_bytes(block)).max(1);
+            let most = (most_bytes / self.todo.page_bytes(block)).max(1);
             if let Some(run) = self.todo.block(block).next_run_capped(page, most) {
                 return Some((block, run));
             }

@@ -11,6 +11,7 @@
 //! guest's. What is owed outlives this process, and so does the VMM's registration: an agent that dies leaves a guest
 //! that waits, and another takes both up.
 
+mod portion;
 mod reader;
 
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
@@ -463,7 +464,7 @@ impl Shared {
             }
             let mut next = Next::Wait;
             if quiet.is_zero() && reader.in_flight() < DEPTH {
-                next = reader.copy().next(reader.pass());
+                next = reader.copy().next(reader.pass(), reader.portion_bytes());
             }
             let went_on = match next {
                 Next::Chunk(chunk) => reader.read(chunk, &mut arrived),

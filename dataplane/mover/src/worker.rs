@@ -12,7 +12,7 @@ use ramferry_fabric::{Completion, Link, OpId, Place, PostError, Transfer};
 use ramferry_ram::{BlockIndex, BlockRange, PageHasher, PageRun};
 
 use crate::MoverError;
-use crate::copy::{Chunk, Copy, Next, Pass};
+use crate::copy::{CHUNK_BYTES, Chunk, Copy, Next, Pass};
 use crate::counters::{CompletionStatus, Opcode, Stall};
 use crate::recheck::Recheck;
 
@@ -120,7 +120,7 @@ impl Worker {
             if !pass.guest_paused && self.pace(pass) {
                 continue;
             }
-            match self.copy.next(pass) {
+            match self.copy.next(pass, CHUNK_BYTES) {
                 Next::Chunk(chunk) => {
                     self.progressed();
                     self.send(&chunk)?;

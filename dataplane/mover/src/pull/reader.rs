@@ -6,6 +6,7 @@ use std::time::Instant;
 
 use ramferry_fabric::{Completion, Link, OpId, Place, PostError, Transfer};
 
+use super::portion::Portion;
 use crate::MoverError;
 use crate::copy::{Chunk, Copy, Pass};
 use crate::counters::{CompletionStatus, Opcode};
@@ -19,6 +20,7 @@ pub(super) struct Reader {
     next_id: u64,
     completions: Vec<Completion>,
     idle_since: Option<Instant>,
+    portion: Portion,
 }
 
 /// The reads of one chunk.
@@ -39,6 +41,7 @@ impl Reader {
             next_id: 0,
             completions: Vec::new(),
             idle_since: None,
+            portion: Portion::new(),
         }
     }
 
@@ -48,6 +51,11 @@ impl Reader {
 
     pub(super) fn pass(&self) -> &Pass {
         &self.pass
+    }
+
+    /// How long the next chunk may be that nobody waits for.
+    pub(super) fn portion_bytes(&self) -> u64 {
+        self.portion.bytes()
     }
 
     /// Chunks being read.
@@ -141,8 +149,11 @@ impl Reader {
 
     fn settle(&mut self, id: u64, arrived: &mut Vec<Chunk>) {
         let is_whole = |in_flight: &InFlight| in_flight.reads == 0 && !in_flight.is_open;
-        if self.in_flight.get(&id).is_some_and(is_whole) {
-            arrived.extend(self.in_flight.remove(&id).map(|in_flight| in_flight.chunk));
+        if self.in_flight.get(&id).is_some_and(is_whole)
+            && let Some(whole) = self.in_flight.remove(&id)
+        {
+            self.portion.came_after(whole.posted_at.elapsed());
+            arrived.push(whole.chunk);
         }
     }
 }
