@@ -210,6 +210,16 @@ impl Move {
     }
 }
 
+/// What a destination of QEMU's own migration listens at.
+pub(crate) fn listen(fabric: &str) -> String {
+    // Over RDMA it does not say which port it was given.
+    static PORT: AtomicU16 = AtomicU16::new(20_000);
+    match fabric {
+        "rdma" => format!("rdma:{}:{}", DESTINATION.address, PORT.fetch_add(1, Ordering::Relaxed)),
+        _ => format!("{fabric}:{}:0", DESTINATION.address),
+    }
+}
+
 fn by_us(hosts: &Hosts, contestant: Contestant, from: &Qemu, to: &Qemu) -> Result<Outcome> {
     let Contestant::Ours { fabric, registration, streams, pin_budget_bytes, postcopy } = contestant else {
         anyhow::bail!("{} is not ramferry", contestant.name());
@@ -241,12 +251,7 @@ fn by_us(hosts: &Hosts, contestant: Contestant, from: &Qemu, to: &Qemu) -> Resul
 }
 
 fn by_qemu(fabric: &str, pin_all: bool, from: &Qemu, to: &Qemu) -> Result<Outcome> {
-    // Over RDMA it does not say which port it was given.
-    static PORT: AtomicU16 = AtomicU16::new(20_000);
-    let listen = match fabric {
-        "rdma" => format!("rdma:{}:{}", DESTINATION.address, PORT.fetch_add(1, Ordering::Relaxed)),
-        _ => format!("{fabric}:{}:0", DESTINATION.address),
-    };
+    let listen = listen(fabric);
     let way = Way {
         listen: &listen,
         capability: pin_all.then_some("rdma-pin-all"),

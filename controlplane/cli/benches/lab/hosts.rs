@@ -34,13 +34,32 @@ pub(crate) struct Hosts {
     _authority: Authority,
 }
 
+/// Where what the agents say to each other goes, device state and all, beside the guest's memory.
+#[derive(Clone, Copy, Debug)]
+pub(crate) enum Control {
+    Loopback,
+    /// With the memory.
+    Link,
+}
+
+impl Control {
+    fn address(self, host: Host) -> &'static str {
+        match self {
+            Control::Loopback => "127.0.0.1",
+            Control::Link => host.address,
+        }
+    }
+}
+
 impl Hosts {
-    pub(crate) fn start(probes: Probes) -> Result<Hosts> {
+    pub(crate) fn start(probes: Probes, control: Control) -> Result<Hosts> {
         let authority = Authority::new()?;
         let caller = authority.issue("127.0.0.1", "orchestrator", &["orchestrator"])?;
         let [source, destination] = [SOURCE, DESTINATION].map(|host| {
-            let credentials = authority.issue("127.0.0.1", host.name, &["peer"])?;
-            agent(host, &credentials, &caller, probes).with_context(|| format!("at the {}", host.name))
+            let address = control.address(host);
+            let credentials = authority.issue(address, host.name, &["peer"])?;
+            agent(host, address, &credentials, &caller, probes)
+                .with_context(|| format!("at the {}", host.name))
         });
         Ok(Hosts { source: source?, destination: destination?, _authority: authority })
     }
@@ -56,7 +75,13 @@ impl Hosts {
     }
 }
 
-fn agent(host: Host, credentials: &Credentials, caller: &Credentials, probes: Probes) -> Result<Agent> {
+fn agent(
+    host: Host,
+    called_at: &str,
+    credentials: &Credentials,
+    caller: &Credentials,
+    probes: Probes,
+) -> Result<Agent> {
     let mut options = credentials.options();
     let address = format!("{}:0", host.address);
     let guests = format!("{},/dev/shm", std::env::temp_dir().display());
@@ -68,7 +93,7 @@ fn agent(host: Host, credentials: &Credentials, caller: &Credentials, probes: Pr
     ] {
         options.extend([option.to_owned(), value.to_owned()]);
     }
-    Agent::start_with(&options, Some(caller), probes)
+    Agent::start_with(called_at, &options, Some(caller), probes)
 }
 
 /// Runs something, and says when its first bytes had left the source host.

@@ -27,8 +27,13 @@ pub(crate) fn sockets_name(streams: usize) -> String {
     format!("sockets, {streams} stream{}", if streams == 1 { "" } else { "s" })
 }
 
-/// Writes `bytes` from the one host to the other.
-pub(crate) fn measure_perftest(report: &mut Report, bytes: u64, queue_pairs: usize) -> Result<()> {
+/// Writes `bytes` from the one host to the other, as the case of that name.
+pub(crate) fn measure_perftest(
+    report: &mut Report,
+    name: &str,
+    bytes: u64,
+    queue_pairs: usize,
+) -> Result<()> {
     let directory = tempfile::tempdir()?;
     let output = directory.path().join("report.json");
     let iterations = bytes / MESSAGE_BYTES / queue_pairs as u64;
@@ -44,19 +49,25 @@ pub(crate) fn measure_perftest(report: &mut Report, bytes: u64, queue_pairs: usi
     }
     server.wait(deadline)?;
     let moved = iterations * queue_pairs as u64 * MESSAGE_BYTES;
-    report.add(&perftest_name(queue_pairs), moved, moved as f64 / (average(&output)? * MIB as f64));
+    report.add(name, moved, moved as f64 / (average(&output)? * MIB as f64));
     Ok(())
 }
 
-/// Sends the RAM in a file from the one host's address to the other's.
-pub(crate) fn measure_sockets(report: &mut Report, file: &Path, bytes: u64, streams: usize) -> Result<()> {
+/// Sends the RAM in a file from the one host's address to the other's, as the case of that name.
+pub(crate) fn measure_sockets(
+    report: &mut Report,
+    name: &str,
+    file: &Path,
+    bytes: u64,
+    streams: usize,
+) -> Result<()> {
     let source = memory(file, bytes, Access::Read)?;
     let pages = source.presence()?;
     let to = fresh_file(bytes)?;
     let to = memory(to.path(), bytes, Access::ReadWrite)?;
     let address = DESTINATION.address.parse()?;
     let elapsed = limits::sockets(&source, &to, &pages, PIECE_BYTES, address, streams)?;
-    report.add(&sockets_name(streams), pages.bytes(), elapsed.as_secs_f64());
+    report.add(name, pages.bytes(), elapsed.as_secs_f64());
     Ok(())
 }
 

@@ -11,19 +11,21 @@ mod link;
 #[allow(dead_code, reason = "each benchmark uses a part")]
 mod measuring;
 mod probed;
+mod rates;
 mod running;
+mod shaped;
 mod still;
 
 use std::path::PathBuf;
 
 use anyhow::{Context as _, Result, ensure};
 
-use crate::hosts::Hosts;
+use crate::hosts::{Control, Hosts};
 use crate::measuring::agents::Probes;
 use crate::measuring::report::Report;
 
 const DEFAULT_RUNS: usize = 3;
-const PARTS: [&str; 3] = ["still", "running", "probes"];
+const PARTS: [&str; 4] = ["still", "running", "probes", "rates"];
 
 fn main() -> Result<()> {
     // Cargo says that this is a benchmark, not what to do.
@@ -37,9 +39,10 @@ fn main() -> Result<()> {
     let mut failures = Vec::new();
     for part in parts {
         let failed = match part {
-            "still" => still::run(&mut report, &Hosts::start(Probes::Off)?, runs),
-            "running" => running::run(&mut report, &Hosts::start(Probes::Off)?, runs),
-            _ => probed::run(&mut report, runs),
+            "still" => still::run(&mut report, &Hosts::start(Probes::Off, Control::Loopback)?, runs),
+            "running" => running::run(&mut report, &Hosts::start(Probes::Off, Control::Loopback)?, runs),
+            "probes" => probed::run(&mut report, runs),
+            _ => rates::run(&mut report, runs),
         };
         failures.extend(failed.with_context(|| format!("the part {part:?} could not be measured"))?);
     }

@@ -3,7 +3,7 @@
 use anyhow::Result;
 
 use crate::contest::Contestant;
-use crate::hosts::Hosts;
+use crate::hosts::{Control, Hosts};
 use crate::measuring::agents::Probes;
 use crate::measuring::report::Report;
 use crate::still::{measure, random_file};
@@ -21,7 +21,7 @@ pub(crate) fn run(report: &mut Report, runs: usize) -> Result<Vec<String>> {
                 let name = name(contestant, probes);
                 eprintln!("{name}: run {run} of {runs}");
                 // Started anew: an agent's probes see every process, the other agents' too.
-                let hosts = Hosts::start(probes)?;
+                let hosts = Hosts::start(probes, Control::Loopback)?;
                 match measure(&hosts, contestant, &fill, false) {
                     Ok(moved) => report.add(&name, moved.transferred_bytes, moved.copy_seconds),
                     Err(error) => failures.push(hosts.failure(&format!("{name}, run {run}"), &error)),

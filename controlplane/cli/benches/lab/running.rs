@@ -3,11 +3,12 @@
 
 use std::time::Duration;
 
-use anyhow::{Result, bail};
-use ramferry_lab::{Accel, Fill, PAGE_BYTES, Qemu, RamBlock, Workload, downtime_seen};
+use anyhow::Result;
+use ramferry_lab::{Accel, Fill, Qemu, RamBlock, Workload, downtime_seen};
 
 use crate::contest::{self, Contestant, Move};
 use crate::hosts::Hosts;
+use crate::measuring::lost::lost_pages;
 use crate::measuring::report::Report;
 use crate::measuring::takes_part;
 
@@ -84,31 +85,10 @@ struct Arrived {
 fn measure(hosts: &Hosts, contestant: Contestant, here: &Qemu) -> Result<Arrived> {
     let there = contestant.destination(here.destination())?;
     let moved = contest::run(hosts, contestant, here, &there)?;
-    let lost_pages = match (contestant, lost_pages(&there)) {
-        (_, Ok(0)) => 0,
-        // QEMU's own migration over soft-RoCE is known to lose some; its time counts all the same.
-        (Contestant::Qemu { .. }, Ok(lost_pages)) => lost_pages,
-        (Contestant::Qemu { .. }, Err(error)) => {
-            eprintln!("{}: the guest is broken: {error:#}", contestant.name());
-            GUEST_BYTES / PAGE_BYTES
-        }
-        (Contestant::Ours { .. }, Ok(lost_pages)) => {
-            bail!("the guest lost {lost_pages} pages of what it wrote")
-        }
-        (Contestant::Ours { .. }, Err(error)) => return Err(error),
-    };
+    let is_ours = matches!(contestant, Contestant::Ours { .. });
+    let lost_pages = lost_pages(&there, is_ours, GUEST_BYTES, PATIENCE)?;
     let seen = downtime_seen(here, &there).unwrap_or_default();
     Ok(Arrived { guest: there, moved, seen, lost_pages })
-}
-
-/// Pages that do not hold what the guest wrote there: it is asked to look at all of them.
-fn lost_pages(guest: &Qemu) -> Result<u64> {
-    let tick = guest.next_tick(PATIENCE)?;
-    let lost_pages = tick.errors + guest.verify(PATIENCE)?.errors;
-    if let Some(line) = guest.lines().into_iter().find(|line| line.text.starts_with("LOST")) {
-        eprintln!("{lost_pages} pages are lost, the first: {}", line.text);
-    }
-    Ok(lost_pages)
 }
 
 fn add(report: &mut Report, name: &str, arrived: &Arrived) {

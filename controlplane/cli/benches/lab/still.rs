@@ -79,8 +79,8 @@ pub(crate) fn run(report: &mut Report, hosts: &Hosts, runs: usize) -> Result<Vec
             let name = case.name();
             eprintln!("still guest, {name}: run {run} of {runs}");
             let measured = match case {
-                Case::Perftest(queue_pairs) => measure_perftest(report, FILL_BYTES, queue_pairs),
-                Case::Sockets(streams) => measure_sockets(report, fill.path(), FILL_BYTES, streams),
+                Case::Perftest(queue_pairs) => measure_perftest(report, &name, FILL_BYTES, queue_pairs),
+                Case::Sockets(streams) => measure_sockets(report, &name, fill.path(), FILL_BYTES, streams),
                 Case::Move(contestant) | Case::Onto(contestant) => {
                     let touched = matches!(case, Case::Onto(_));
                     measure(hosts, contestant, &fill, touched).map(|moved| add(report, &name, &moved))

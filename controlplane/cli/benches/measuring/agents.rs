@@ -110,11 +110,13 @@ impl Voyage {
 impl Agent {
     /// An agent that serves loopback only.
     pub(crate) fn start(probes: Probes) -> Result<Agent> {
-        Agent::start_with(&["--data-listen".to_owned(), "127.0.0.1:0".to_owned()], None, probes)
+        let options = ["--data-listen".to_owned(), "127.0.0.1:0".to_owned()];
+        Agent::start_with("127.0.0.1", &options, None, probes)
     }
 
-    /// An agent with these options, which is called with the caller's credentials.
+    /// An agent with these options, which is called at that address with the caller's credentials.
     pub(crate) fn start_with(
+        address: &str,
         options: &[String],
         caller: Option<&Credentials>,
         probes: Probes,
@@ -123,7 +125,7 @@ impl Agent {
         // On a tmpfs, as `/run` is: what a guest is owed is kept there, and waits for no disk.
         let run_directory = tempfile::tempdir_in("/dev/shm")?;
         let mut child = Command::new(env!("CARGO_BIN_EXE_ramferry"))
-            .args(["agent", "--listen", "127.0.0.1:0", "--metrics-listen", "127.0.0.1:0"])
+            .args(["agent", "--listen", &format!("{address}:0"), "--metrics-listen", "127.0.0.1:0"])
             .args(["--log-format", "json"])
             .args(["--probes", if probes == Probes::Off { "off" } else { "auto" }])
             .arg("--state-dir")

@@ -2,8 +2,10 @@
 
 pub(crate) mod agents;
 pub(crate) mod costs;
+pub(crate) mod lost;
 pub(crate) mod own;
 pub(crate) mod ram;
+pub(crate) mod rates;
 pub(crate) mod report;
 pub(crate) mod scraped;
 

@@ -6,7 +6,7 @@ use anyhow::{Context as _, Result, bail, ensure};
 use ramferry_lab::Qemu;
 use serde_json::{Value, json};
 
-const PATIENCE: Duration = Duration::from_secs(120);
+const PATIENCE: Duration = Duration::from_secs(60);
 
 /// How it is done.
 #[derive(Debug)]

@@ -71,10 +71,14 @@ impl Report {
         }
     }
 
+    /// What a case moved a second.
+    pub(crate) fn bytes_per_second(&self, name: &str) -> Option<f64> {
+        self.find(name)?.bytes_per_second()
+    }
+
     /// Of these cases, the one with the highest rate.
     pub(crate) fn fastest<'a>(&self, names: &[&'a str]) -> Option<&'a str> {
-        let rate = |name: &str| self.find(name).and_then(Row::bytes_per_second);
-        let rates = names.iter().filter_map(|name| Some((*name, rate(name)?)));
+        let rates = names.iter().filter_map(|name| Some((*name, self.bytes_per_second(name)?)));
         rates.max_by(|a, b| a.1.total_cmp(&b.1)).map(|(name, _)| name)
     }
 
