@@ -26,9 +26,8 @@ const MIB: u64 = 1 << 20;
 const GUEST_BYTES: u64 = 64 * MIB;
 /// So little that a guest of an emulated machine can write four times of it.
 const LINK_MIB_PER_SECOND: u64 = 4;
-const RATES: [Rate; 5] = [
+const RATES: [Rate; 4] = [
     Rate::Nothing,
-    Rate::MibPerSecond(LINK_MIB_PER_SECOND / 2),
     Rate::MibPerSecond(LINK_MIB_PER_SECOND),
     Rate::MibPerSecond(LINK_MIB_PER_SECOND * 4),
     Rate::WithoutPause,
@@ -63,8 +62,8 @@ pub(crate) fn run(report: &mut Report, runs: usize) -> Result<Vec<String>> {
         machine: Qemu::builder().block(RamBlock::node(GUEST_BYTES)).accel(Accel::Tcg),
         guest_bytes: GUEST_BYTES,
         workload: Workload {
-            mib: 6,
-            touch_mib: 10,
+            mib: 4,
+            touch_mib: 8,
             verify_rate_mib: 1,
             tick_ms: 20,
             fill: Fill::Random,
@@ -72,9 +71,9 @@ pub(crate) fn run(report: &mut Report, runs: usize) -> Result<Vec<String>> {
         },
         // QEMU's default.
         aim: Duration::from_millis(300),
-        operator_patience: Duration::from_secs(8),
+        operator_patience: Duration::from_secs(6),
         throttled_patience: Duration::from_secs(20),
-        guest_patience: Duration::from_secs(30),
+        guest_patience: Duration::from_secs(20),
         look_interval: Duration::from_millis(100),
         own_interval: Duration::from_millis(100),
     };

@@ -188,14 +188,15 @@ fn measure(
     if let Some(percent) = moved.throttle_peak_percent {
         report.sample(name, "throttle_peak_percent", percent.into());
     }
-    let ticks = ticks(&here, (moved.called, pause.stopped))?;
-    if let Some(written) = written_mib_per_second(&ticks, course.workload.verify_rate_mib) {
+    let told = ticks(&here, (moved.called, pause.stopped))?;
+    if let Some(written) = written_mib_per_second(&told, course.workload.verify_rate_mib) {
         report.sample(name, "written_mib_per_second", written);
     }
     if let Some(mib) = rate.mib_per_second() {
         report.note(name, "rate_of_link", json!(mib as f64 / course.link_mib_per_second));
     }
     report.note(name, "way", json!(contestant.name));
+    report.note(name, "fabric", json!(course.fabric));
     report.note(name, "tick_ms", json!(course.workload.tick_ms));
     let last_page = match mover {
         Mover::Qemu { help: QemuHelp::Postcopy, .. } => pause.completed,
@@ -203,22 +204,27 @@ fn measure(
     };
     if let Some(last_page) = last_page {
         report.sample(name, "postcopy_seconds", between(pause.resumed, last_page)?);
-        // A tick tells of what was before it: the first behind the last page counts, too.
-        let last_tick = last_page + Duration::from_millis(course.workload.tick_ms);
-        stalls(report, name, &self::ticks(&there, (pause.resumed, last_tick))?);
+        stalls(report, name, &ticks(&there, (pause.resumed, last_page))?);
     }
     Ok(())
 }
 
-/// What the guest told there in that time.
-fn ticks(guest: &Qemu, span: (SystemTime, SystemTime)) -> Result<Vec<Tick>> {
+/// What the guest told there from a time on to the first time behind another: that tells of what was before it, too.
+fn ticks(guest: &Qemu, (from, to): (SystemTime, SystemTime)) -> Result<Vec<Tick>> {
     let now = (Instant::now(), SystemTime::now());
     let at = |time: SystemTime| -> Result<Instant> {
         now.0.checked_sub(now.1.duration_since(time)?).context("the host has not run for so long")
     };
-    let (from, to) = (at(span.0)?, at(span.1)?);
-    let ticks = guest.ticks().into_iter().filter(|(at, _)| *at >= from && *at <= to);
-    Ok(ticks.map(|(_, tick)| tick).collect())
+    let (from, to) = (at(from)?, at(to)?);
+    let told = guest.ticks().into_iter().filter(|(at, _)| *at >= from).map(|(at, tick)| (at > to, tick));
+    let mut ticks = Vec::new();
+    for (is_behind, tick) in told {
+        ticks.push(tick);
+        if is_behind {
+            break;
+        }
+    }
+    Ok(ticks)
 }
 
 /// What the guest did write by its own clock, but for the memory that it only checks.
