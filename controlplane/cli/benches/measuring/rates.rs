@@ -127,9 +127,24 @@ struct Moved {
     total_seconds: f64,
     /// As its mover says it.
     reported_seconds: f64,
+    /// Of the downtime, where its mover tells of any.
+    parts: Vec<(String, f64)>,
     /// From the resume to the last page, of ours.
     postcopy_seconds: Option<f64>,
     throttle_peak_percent: Option<u32>,
+}
+
+impl Moved {
+    fn note(&self, report: &mut Report, name: &str) {
+        report.add_time(name, self.total_seconds);
+        report.sample(name, "downtime_reported_seconds", self.reported_seconds);
+        for (part, seconds) in &self.parts {
+            report.sample(name, &format!("part_{part}_seconds"), *seconds);
+        }
+        if let Some(percent) = self.throttle_peak_percent {
+            report.sample(name, "throttle_peak_percent", percent.into());
+        }
+    }
 }
 
 /// Measures everything once, and says by `failure` what failed of ours; QEMU's failures are counted as what they are.
@@ -178,16 +193,12 @@ fn measure(
     };
     let pause = Pause::of(&here, &there, course.look_interval)?;
     let lost_pages = lost_pages(&there, mover.is_ours(), course.guest_bytes, course.guest_patience)?;
-    report.add_time(name, moved.total_seconds);
-    report.sample(name, "downtime_seconds", pause.seconds()?);
-    report.sample(name, "downtime_reported_seconds", moved.reported_seconds);
+    report.sample(name, "lost_pages", lost_pages as f64);
     if let Some(seen) = downtime_seen(&here, &there) {
         report.sample(name, "downtime_seen_seconds", seen.as_secs_f64());
     }
-    report.sample(name, "lost_pages", lost_pages as f64);
-    if let Some(percent) = moved.throttle_peak_percent {
-        report.sample(name, "throttle_peak_percent", percent.into());
-    }
+    report.sample(name, "downtime_seconds", pause.seconds()?);
+    moved.note(report, name);
     let told = ticks(&here, (moved.called, pause.stopped))?;
     if let Some(written) = written_mib_per_second(&told, course.workload.verify_rate_mib) {
         report.sample(name, "written_mib_per_second", written);
@@ -270,6 +281,7 @@ fn ours(course: &Course<'_>, here: &Qemu, there: &Qemu, postcopy: bool, throttle
         called: voyage.called,
         total_seconds: total_seconds + postcopy_seconds.unwrap_or_default(),
         reported_seconds: voyage.downtime_seconds()?,
+        parts: voyage.downtime_parts()?,
         postcopy_seconds,
         throttle_peak_percent: throttle.then_some(progress.throttle_peak_percent),
     })
@@ -302,6 +314,7 @@ fn qemus(course: &Course<'_>, here: &Qemu, there: &Qemu, fabric: &str, help: Qem
         called: moved.called,
         total_seconds: moved.seconds("total-time")?,
         reported_seconds: moved.seconds("downtime")?,
+        parts: Vec::new(),
         postcopy_seconds: None,
         throttle_peak_percent: None,
     })
