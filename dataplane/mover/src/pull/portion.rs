@@ -9,7 +9,7 @@ use crate::copy::CHUNK_BYTES;
 /// 1 MiB each are asked for whole from 7 Gbit/s on.
 const AHEAD: Duration = Duration::from_millis(10);
 
-/// The length of a stream thread's next chunk, by how long those before it took to come.
+/// The length of a stream thread's next chunk, by how long those before it took to come: at first as little as any.
 #[derive(Debug)]
 pub(super) struct Portion {
     bytes: u64,
@@ -17,7 +17,7 @@ pub(super) struct Portion {
 
 impl Portion {
     pub(super) fn new() -> Self {
-        Self { bytes: CHUNK_BYTES }
+        Self { bytes: AROUND_BYTES }
     }
 
     pub(super) fn bytes(&self) -> u64 {
@@ -28,7 +28,7 @@ impl Portion {
     pub(super) fn came_after(&mut self, elapsed: Duration) {
         if elapsed > AHEAD {
             self.bytes = (self.bytes / 2).max(AROUND_BYTES);
-        } else if elapsed < AHEAD / 4 {
+        } else if elapsed < AHEAD / 2 {
             self.bytes = (self.bytes * 2).min(CHUNK_BYTES);
         }
     }
@@ -59,6 +59,8 @@ mod tests {
     #[test]
     fn a_link_that_was_busy_for_a_while_is_asked_for_whole_chunks_again() {
         let mut portion = Portion::new();
+        (0..4).for_each(|_| portion.came_after(AHEAD / 8));
+        assert_eq!(portion.bytes(), CHUNK_BYTES);
         (0..10).for_each(|_| portion.came_after(AHEAD * 2));
         assert_eq!(portion.bytes(), AROUND_BYTES);
         portion.came_after(AHEAD / 2);
