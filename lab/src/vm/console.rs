@@ -42,6 +42,29 @@ impl Console {
         let kept = self.reader.join().unwrap_or_default();
         let text = String::from_utf8_lossy(&kept).replace('\r', "");
         let lines: Vec<&str> = text.lines().filter(|line| !line.trim().is_empty()).collect();
-        lines[lines.len().saturating_sub(TOLD_LINES)..].join("\n")
+        told(&lines).join("\n")
+    }
+}
+
+/// The last lines; more of them where a panic's trace is longer, for its first line says why.
+fn told<'a, 'b>(lines: &'a [&'b str]) -> &'a [&'b str] {
+    let last = lines.len().saturating_sub(TOLD_LINES);
+    let panic = lines.iter().rposition(|line| line.contains("Kernel panic"));
+    &lines[panic.map_or(last, |panic| panic.min(last))..]
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_panic_is_told_from_its_first_line_on_however_long_its_trace_is() {
+        let trace = [" frame"; 2 * TOLD_LINES];
+        let panic = ["Kernel panic - not syncing: why"];
+        assert_eq!(told(&[&["booted"][..], &panic, &trace].concat()), [&panic[..], &trace].concat());
+        let short = [&trace[..], &panic, &trace[..5]].concat();
+        assert_eq!(told(&short), &short[short.len() - TOLD_LINES..]);
+        assert_eq!(told(&trace), [" frame"; TOLD_LINES]);
+        assert_eq!(told(&["booted"]), ["booted"]);
     }
 }
