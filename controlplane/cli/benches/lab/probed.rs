@@ -17,7 +17,7 @@ pub(crate) fn run(report: &mut Report, runs: usize) -> Result<Vec<String>> {
     let mut failures = Vec::new();
     for run in 1..=runs {
         for contestant in contestants {
-            for probes in Probes::BOTH {
+            for probes in Probes::both(run) {
                 let name = name(contestant, probes);
                 eprintln!("{name}: run {run} of {runs}");
                 // Started anew: an agent's probes see every process, the other agents' too.

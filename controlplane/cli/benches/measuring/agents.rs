@@ -34,7 +34,11 @@ pub(crate) enum Probes {
 }
 
 impl Probes {
-    pub(crate) const BOTH: [Probes; 2] = [Probes::Off, Probes::Attached];
+    /// In the order of a run: each comes first as often as the other, for whoever comes second finds the host as the first
+    /// left it.
+    pub(crate) fn both(run: usize) -> [Probes; 2] {
+        if run.is_multiple_of(2) { [Probes::Attached, Probes::Off] } else { [Probes::Off, Probes::Attached] }
+    }
 
     /// How cases are named.
     pub(crate) fn as_str(self) -> &'static str {

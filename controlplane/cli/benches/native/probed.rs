@@ -14,7 +14,7 @@ pub(crate) fn run(report: &mut Report, runs: usize) -> Result<()> {
     let fabrics = ["shm", "tcp"];
     for run in 1..=runs {
         for fabric in fabrics {
-            for probes in Probes::BOTH {
+            for probes in Probes::both(run) {
                 let name = name(fabric, probes);
                 eprintln!("{name}: run {run} of {runs}");
                 // Started anew: an agent's probes see every process, the other agents' too.
