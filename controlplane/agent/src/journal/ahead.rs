@@ -8,8 +8,9 @@ use tracing::debug;
 
 use super::MigrationLog;
 
-/// Longest that a switchover is put off. What the guest writes meanwhile is copied in its pause, faster than it wrote it:
-/// that costs less than the same wait in the pause. A disk that needs longer does not come to rest.
+/// Longest that a switchover is put off. Where the link carries more than the guest writes, what it writes meanwhile costs
+/// its pause less than the same wait in there; where it does not, its working set is to be copied either way, or post-copy
+/// leaves it for later. A disk that needs longer does not come to rest.
 const PATIENCE: Duration = Duration::from_secs(1);
 
 /// A sync under way on another thread.
