@@ -6,8 +6,8 @@ use std::fs::{File, OpenOptions};
 use std::io::{BufRead, BufReader, Write};
 use std::os::fd::AsFd;
 use std::process::{Child, ChildStdin, ChildStdout, Command, Stdio};
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
+use std::sync::{Arc, Barrier};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
@@ -168,7 +168,7 @@ impl Mapped {
 #[derive(Default)]
 struct Server {
     mappings: HashMap<String, Mapped>,
-    hammers: Vec<JoinHandle<u64>>,
+    hammers: Vec<JoinHandle<()>>,
     spinner: Option<JoinHandle<Result<u64, String>>>,
     enough: Arc<AtomicBool>,
     child: Option<(File, File)>,
@@ -216,7 +216,7 @@ impl Server {
             "forget" => self.forget(words[1], number(2), number(3)),
             "kernel_write" => self.kernel_write(words[1], number(2), number(3)),
             "hammer" => self.hammer(words[1], number(2)),
-            "rest" => return self.rest(),
+            "rest" => self.rest(),
             "fork" => return self.fork(words[1]),
             "child_write" => {
                 let (orders, answers) = self.child.as_mut().unwrap();
@@ -325,11 +325,13 @@ impl Server {
         drop(writer.0);
     }
 
-    /// Threads that write to random pages as fast as they can, each a word of its own.
+    /// Threads that write to random pages as fast as they can, each a word of its own. Each has written when this returns.
     fn hammer(&mut self, name: &str, seed: u64) {
         self.enough.store(false, Ordering::Relaxed);
+        let begun = Arc::new(Barrier::new(3));
         for thread in 0..2 {
             let (mapped, enough) = (self.mappings[name].clone(), Arc::clone(&self.enough));
+            let begun = Arc::clone(&begun);
             self.hammers.push(std::thread::spawn(move || {
                 let pages = mapped.length as u64 / mapped.page_bytes;
                 let mut random = Random(seed + 1 + thread as u64);
@@ -339,15 +341,18 @@ impl Server {
                     let place = mapped.place(random.below(pages));
                     // SAFETY: word `1 + thread` of a page of our own mapping.
                     unsafe { place.add(1 + thread).write_volatile(stamp) };
+                    if stamp & 0xffff_ffff == 1 {
+                        begun.wait();
+                    }
                 }
-                stamp
             }));
         }
+        begun.wait();
     }
 
-    fn rest(&mut self) -> String {
+    fn rest(&mut self) {
         self.enough.store(true, Ordering::Relaxed);
-        self.hammers.drain(..).map(|hammer| hammer.join().unwrap() & 0xffff_ffff).sum::<u64>().to_string()
+        self.hammers.drain(..).for_each(|hammer| hammer.join().unwrap());
     }
 
     /// A child that has inherited our mappings and writes to pages it is told.
