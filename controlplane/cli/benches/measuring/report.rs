@@ -84,7 +84,10 @@ impl Report {
 
     /// Prints the table, and writes `path`.
     pub(crate) fn publish(&self, path: &Path) -> Result<()> {
-        println!("\n{:<58}{:>10}{:>22}{:>9}{:>7}  of", "name", "seconds", "lowest-highest", "GB/s", "ratio");
+        println!(
+            "\n{:<58}{:>10}{:>22}{:>9}{:>8}{:>13}  of",
+            "name", "seconds", "lowest-highest", "GB/s", "ratio", "95 %"
+        );
         for row in &self.rows {
             let number = |value: Option<f64>, digits: usize| {
                 value.map_or(String::new(), |value| format!("{value:.digits$}"))
@@ -93,13 +96,15 @@ impl Report {
                 (Some(low), Some(high)) if row.seconds.len() > 1 => format!("{low:.4}-{high:.4}"),
                 _ => String::new(),
             };
+            let sure = self.quotients(row).and_then(|quotients| interval(&quotients));
             println!(
-                "{:<58}{:>10}{:>22}{:>9}{:>7}  {}",
+                "{:<58}{:>10}{:>22}{:>9}{:>8}{:>13}  {}",
                 row.name,
                 number(row.median(), 4),
                 spread,
                 number(row.bytes_per_second().map(|rate| rate / 1e9), 2),
-                number(self.ratio(row), if row.ratio.is_some() { 5 } else { 2 }),
+                number(self.ratio(row), if row.ratio.is_some() { 5 } else { 3 }),
+                sure.map_or(String::new(), |(low, high)| format!("{low:.3}-{high:.3}")),
                 row.of.as_deref().unwrap_or_default()
             );
         }
@@ -125,6 +130,9 @@ impl Report {
             ("ratio".to_owned(), json!(self.ratio(row))),
             ("of".to_owned(), json!(row.of)),
         ]);
+        if let Some((low, high)) = self.quotients(row).and_then(|quotients| interval(&quotients)) {
+            object.insert("ratio_95_percent".to_owned(), json!([low, high]));
+        }
         for (key, values) in &row.samples {
             let sorted = ordered(values);
             object.insert(key.clone(), json!(middle(&sorted)));
@@ -168,15 +176,19 @@ impl Report {
         if row.ratio.is_some() {
             return row.ratio;
         }
-        let of = self.find(row.of.as_deref()?)?;
-        let per_byte = |row: &Row| row.bytes.map_or(1.0, |bytes| bytes as f64);
-        if row.seconds.len() != of.seconds.len() {
-            return Some((per_byte(row) / row.median()?) / (per_byte(of) / of.median()?));
+        if let Some(quotients) = self.quotients(row) {
+            return middle(&quotients);
         }
+        let of = self.find(row.of.as_deref()?)?;
+        Some((per_byte(row) / row.median()?) / (per_byte(of) / of.median()?))
+    }
+
+    /// Of each run, the lowest first; `None` where the cases did not run in turns.
+    fn quotients(&self, row: &Row) -> Option<Vec<f64>> {
+        let of = self.find(row.of.as_deref()?)?;
+        let in_turns = row.ratio.is_none() && row.seconds.len() == of.seconds.len();
         let quotient = |(ours, its): (&f64, &f64)| (per_byte(row) / ours) / (per_byte(of) / its);
-        let mut quotients: Vec<f64> = row.seconds.iter().zip(&of.seconds).map(quotient).collect();
-        quotients.sort_by(f64::total_cmp);
-        middle(&quotients)
+        in_turns.then(|| ordered(&row.seconds.iter().zip(&of.seconds).map(quotient).collect::<Vec<_>>()))
     }
 
     fn find(&self, name: &str) -> Option<&Row> {
@@ -213,6 +225,22 @@ impl Row {
     fn bytes_per_second(&self) -> Option<f64> {
         Some(self.bytes? as f64 / self.median()?)
     }
+}
+
+fn per_byte(row: &Row) -> f64 {
+    row.bytes.map_or(1.0, |bytes| bytes as f64)
+}
+
+/// Where the median of what the values were drawn from lies, with 95 % confidence, whatever their distribution: between
+/// two of the values, as many ranks from the ends as the binomial distribution allows (its normal approximation; fewer
+/// than six values tell nothing).
+fn interval(sorted: &[f64]) -> Option<(f64, f64)> {
+    let count = sorted.len();
+    if count < 6 {
+        return None;
+    }
+    let beyond = ((count as f64 - 1.96 * (count as f64).sqrt()) / 2.0).floor().max(1.0) as usize;
+    Some((sorted[beyond - 1], sorted[count - beyond]))
 }
 
 fn ordered(values: &[f64]) -> Vec<f64> {

@@ -7,6 +7,9 @@ use crate::measuring::agents::{Agent, Probes, migrate, order};
 use crate::measuring::report::Report;
 use crate::still::{State, destination, stand_still, still_guest};
 
+/// In a row, each time that the agents were started: that takes longer than a move.
+const MOVES: usize = 4;
+
 /// Measures everything, `runs` times in turns.
 pub(crate) fn run(report: &mut Report, runs: usize) -> Result<()> {
     let guest = still_guest()?;
@@ -19,11 +22,16 @@ pub(crate) fn run(report: &mut Report, runs: usize) -> Result<()> {
                 eprintln!("{name}: run {run} of {runs}");
                 // Started anew: an agent's probes see every process, the other agents' too.
                 let agents = (Agent::start(probes)?, Agent::start(probes)?);
-                let to = destination(&guest, State::Touched)?;
-                let voyage =
-                    migrate((&agents.0, &agents.1), (&guest, &to), order(fabric, "dynamic")?, LOOK_INTERVAL)?;
-                report.add(&name, voyage.transferred_bytes(), voyage.copy_seconds()?);
-                stand_still(&guest)?;
+                let agents = (&agents.0, &agents.1);
+                let (mut bytes, mut seconds) = (0, 0.0);
+                for _ in 0..MOVES {
+                    let to = destination(&guest, State::Touched)?;
+                    let voyage = migrate(agents, (&guest, &to), order(fabric, "dynamic")?, LOOK_INTERVAL)?;
+                    bytes += voyage.transferred_bytes();
+                    seconds += voyage.copy_seconds()?;
+                    stand_still(&guest)?;
+                }
+                report.add(&name, bytes, seconds);
             }
         }
     }
