@@ -2,13 +2,14 @@
 //! says which are absent, why, and what to do.
 
 use std::collections::BTreeSet;
+use std::time::Instant;
 
 use ramferry_lab::{Qemu, RamBlock, Workload};
 use ramferry_probes::Probe;
 use ramferry_proto::v1::FabricKind::Tcp;
 use serde_json::Value;
 
-use crate::harness::{Agent, MIB, Pair, Site, assert_proves_itself, boot, parameters, ramferry};
+use crate::harness::{Agent, MIB, PATIENCE, Pair, Site, assert_proves_itself, boot, parameters, ramferry};
 
 /// What is to be said of some probes.
 pub(crate) struct Absent<'a> {
@@ -77,7 +78,7 @@ impl Traveller {
 /// An agent at `site` starts, and says that these probes are attached and those absent.
 pub(crate) fn says(site: Site, attached: &[&'static str], absent: &[Absent<'_>]) -> Agent {
     let agent = Agent::start_at(site, &["--probes", "auto"]);
-    let check = probes_check(&agent);
+    let check = settled_probes_check(&agent);
     let text = check.to_string();
     let is_sound = attached.len() == Probe::ALL.len();
     assert_eq!(check["status"], if is_sound { "ok" } else { "warn" }, "{text}");
@@ -97,6 +98,18 @@ pub(crate) fn says(site: Site, attached: &[&'static str], absent: &[Absent<'_>])
     let gauge = format!("ramferry_doctor_check_status{{check=\"ebpf_probes\"}} {}\n", u8::from(!is_sound));
     assert!(exposed.contains(&gauge), "{gauge} is not in {exposed}");
     agent
+}
+
+/// What doctor says of an agent's probes once it has tried to attach them.
+fn settled_probes_check(agent: &Agent) -> Value {
+    let deadline = Instant::now() + PATIENCE;
+    loop {
+        let check = probes_check(agent);
+        if check["status"] != "skip" {
+            return check;
+        }
+        assert!(Instant::now() < deadline, "{check}");
+    }
 }
 
 /// What doctor says of an agent's probes.
