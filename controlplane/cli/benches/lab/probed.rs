@@ -6,6 +6,7 @@ use crate::contest::{Contestant, Move};
 use crate::hosts::{Control, Hosts};
 use crate::measuring::agents::Probes;
 use crate::measuring::report::Report;
+use crate::measuring::takes_part;
 use crate::still::{measure, random_file};
 
 /// In a row, each time that the agents were started: that takes longer than a move.
@@ -19,7 +20,7 @@ pub(crate) fn run(report: &mut Report, runs: usize) -> Result<Vec<String>> {
     let contestants = [Contestant::DYNAMIC, Contestant::PIN_ALL];
     let mut failures = Vec::new();
     for run in 1..=runs {
-        for contestant in contestants {
+        for contestant in contestants.into_iter().filter(|contestant| takes_part(&contestant.name())) {
             for probes in Probes::both(run) {
                 let name = name(contestant, probes);
                 eprintln!("{name}: run {run} of {runs}");
