@@ -209,7 +209,7 @@ def data_plane(sheet: Sheet) -> None:
             ),
         ),
         "From posting to completion, p99",
-        "99 of 100 took no longer. Fences wait for all writes before them, and for the peer's answer. Above 16 ms this shows 16 ms.",
+        "99 of 100 took no longer. Fences wait for all writes before them, and for the peer's answer. Above 17 s this shows 17 s.",
         "RamferryRetryExceeded",
     )
 

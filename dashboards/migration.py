@@ -176,7 +176,7 @@ def postcopy(sheet: Sheet) -> None:
         buckets("s", here("le", faults + "_bucket")),
         "How long each waited",
         "From the access to the page. A band near the link's own latency is what can be had; a second one far above it are accesses that "
-        "waited for a lost link. What took longer than 16 ms is in the topmost.",
+        "waited for a lost link. What took longer than 17 s is in the topmost.",
         "RamferryPostcopyStalled",
         width=6,
     )
@@ -184,7 +184,7 @@ def postcopy(sheet: Sheet) -> None:
         lines("s", *(query(f"histogram_quantile({share}, {here('le', faults + '_bucket')})", name) for share, name in SHARES)),
         "Wait for a page, p50 and p99",
         "Half of the accesses, and 99 of 100, waited no longer; a vCPU stood still for that. Buckets double, so that a figure is exact to a factor of two. Above "
-        "16 ms this shows 16 ms.",
+        "17 s this shows 17 s.",
         "RamferryPostcopyStalled",
         width=6,
     )
