@@ -4,13 +4,10 @@ use anyhow::Result;
 
 use crate::contest::{Contestant, Move};
 use crate::hosts::{Control, Hosts};
-use crate::measuring::agents::Probes;
+use crate::measuring::agents::{MOVES, Probes};
 use crate::measuring::report::Report;
 use crate::measuring::takes_part;
 use crate::still::{measure, random_file};
-
-/// In a row, each time that the agents were started: that takes longer than a move.
-const MOVES: usize = 4;
 
 /// Measures everything, `runs` times in turns; what failed.
 pub(crate) fn run(report: &mut Report, runs: usize) -> Result<Vec<String>> {

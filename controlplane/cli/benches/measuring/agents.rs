@@ -33,6 +33,9 @@ pub(crate) enum Probes {
     Off,
 }
 
+/// Moves in a row each time that agents are started with probes or without: starting them takes longer than a move.
+pub(crate) const MOVES: usize = 4;
+
 impl Probes {
     /// In the order of a run: each comes first as often as the other, for whoever comes second finds the host as the first
     /// left it.

@@ -3,12 +3,9 @@
 use anyhow::Result;
 
 use crate::LOOK_INTERVAL;
-use crate::measuring::agents::{Agent, Probes, migrate, order};
+use crate::measuring::agents::{Agent, MOVES, Probes, migrate, order};
 use crate::measuring::report::Report;
 use crate::still::{State, destination, stand_still, still_guest};
-
-/// In a row, each time that the agents were started: that takes longer than a move.
-const MOVES: usize = 4;
 
 /// Measures everything, `runs` times in turns.
 pub(crate) fn run(report: &mut Report, runs: usize) -> Result<()> {

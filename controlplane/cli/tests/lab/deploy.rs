@@ -7,7 +7,7 @@ use std::time::Instant;
 use ramferry_lab::{Fill, Qemu, RamBlock, Workload};
 use serde_json::Value;
 
-use crate::harness::{Agent, MIB, PATIENCE, assert_proves_itself, boot, bound, ramferry};
+use crate::harness::{Agent, MIB, PATIENCE, assert_proves_itself, boot, bound, ramferry, settled_checks};
 
 const UNIT: &str = "ramferry-agent.service";
 /// Where the service is served, for the part of the test that runs beside it.
@@ -109,21 +109,6 @@ fn the_unit_leaves_the_agent_all_that_a_migration_and_probes_need() {
     let ended = beside.status().unwrap();
     let log = std::fs::read_to_string(&systemd.log).unwrap();
     assert!(ended.success(), "{log}");
-}
-
-/// What doctor says of an agent once it has tried to attach its probes.
-fn settled_checks(agent: &str) -> Vec<Value> {
-    let deadline = Instant::now() + PATIENCE;
-    loop {
-        let output = ramferry().args(["doctor", "--output", "json", "--agent", agent]).output().unwrap();
-        let mut answer: Value =
-            serde_json::from_slice(&output.stdout).unwrap_or_else(|error| panic!("{error}: {output:?}"));
-        let Value::Array(checks) = answer["checks"].take() else { panic!("{output:?}") };
-        if checks.iter().any(|check| check["id"] == "ebpf_probes" && check["status"] != "skip") {
-            return checks;
-        }
-        assert!(Instant::now() < deadline, "{checks:?}");
-    }
 }
 
 /// What the agent says of itself under systemd, and that a guest leaves it and comes back.

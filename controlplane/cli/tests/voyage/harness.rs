@@ -10,6 +10,7 @@ use std::time::{Duration, Instant};
 use ramferry_lab::{Fill, Qemu, QemuBuilder, RamBlock, Workload};
 use ramferry_proto::v1;
 use ramferry_proto::v1::migration_service_client::MigrationServiceClient;
+use serde_json::Value;
 use tempfile::TempDir;
 use tonic::transport::{Channel, ClientTlsConfig};
 use tonic::{Code, Status};
@@ -26,6 +27,21 @@ pub(crate) fn ramferry() -> Command {
     let mut command = Command::new(env!("CARGO_BIN_EXE_ramferry"));
     command.env_remove("RAMFERRY_AGENT").stdin(Stdio::null());
     command
+}
+
+/// What doctor says of an agent once that has tried to attach its probes.
+pub(crate) fn settled_checks(agent: &str) -> Vec<Value> {
+    let deadline = Instant::now() + PATIENCE;
+    loop {
+        let output = ramferry().args(["doctor", "--output", "json", "--agent", agent]).output().unwrap();
+        let mut answer: Value =
+            serde_json::from_slice(&output.stdout).unwrap_or_else(|error| panic!("{error}: {output:?}"));
+        let Value::Array(checks) = answer["checks"].take() else { panic!("{output:?}") };
+        if checks.iter().any(|check| check["id"] == "ebpf_probes" && check["status"] != "skip") {
+            return checks;
+        }
+        assert!(Instant::now() < deadline, "{checks:?}");
+    }
 }
 
 /// Where an agent runs.

@@ -2,14 +2,12 @@
 //! says which are absent, why, and what to do.
 
 use std::collections::BTreeSet;
-use std::time::Instant;
 
 use ramferry_lab::{Qemu, RamBlock, Workload};
 use ramferry_probes::Probe;
 use ramferry_proto::v1::FabricKind::Tcp;
-use serde_json::Value;
 
-use crate::harness::{Agent, MIB, PATIENCE, Pair, Site, assert_proves_itself, boot, parameters, ramferry};
+use crate::harness::{Agent, MIB, Pair, Site, assert_proves_itself, boot, parameters, settled_checks};
 
 /// What is to be said of some probes.
 pub(crate) struct Absent<'a> {
@@ -78,7 +76,8 @@ impl Traveller {
 /// An agent at `site` starts, and says that these probes are attached and those absent.
 pub(crate) fn says(site: Site, attached: &[&'static str], absent: &[Absent<'_>]) -> Agent {
     let agent = Agent::start_at(site, &["--probes", "auto"]);
-    let check = settled_probes_check(&agent);
+    let checks = settled_checks(&agent.grpc.to_string());
+    let check = checks.iter().find(|check| check["id"] == "ebpf_probes").unwrap();
     let text = check.to_string();
     let is_sound = attached.len() == Probe::ALL.len();
     assert_eq!(check["status"], if is_sound { "ok" } else { "warn" }, "{text}");
@@ -98,28 +97,6 @@ pub(crate) fn says(site: Site, attached: &[&'static str], absent: &[Absent<'_>])
     let gauge = format!("ramferry_doctor_check_status{{check=\"ebpf_probes\"}} {}\n", u8::from(!is_sound));
     assert!(exposed.contains(&gauge), "{gauge} is not in {exposed}");
     agent
-}
-
-/// What doctor says of an agent's probes once it has tried to attach them.
-fn settled_probes_check(agent: &Agent) -> Value {
-    let deadline = Instant::now() + PATIENCE;
-    loop {
-        let check = probes_check(agent);
-        if check["status"] != "skip" {
-            return check;
-        }
-        assert!(Instant::now() < deadline, "{check}");
-    }
-}
-
-/// What doctor says of an agent's probes.
-fn probes_check(agent: &Agent) -> Value {
-    let asked = agent.grpc.to_string();
-    let output = ramferry().args(["doctor", "--output", "json", "--agent", &asked]).output().unwrap();
-    let answer: Value =
-        serde_json::from_slice(&output.stdout).unwrap_or_else(|error| panic!("{error}: {output:?}"));
-    let checks = answer["checks"].as_array().unwrap();
-    checks.iter().find(|check| check["id"] == "ebpf_probes").unwrap().clone()
 }
 
 fn series(name: &str, is_attached: bool) -> String {
