@@ -96,7 +96,7 @@ pub(crate) fn run(report: &mut Report, hosts: &Hosts, runs: usize) -> Result<Vec
 }
 
 /// Programs are read from the host's files the first time that they run.
-fn warm_up(hosts: &Hosts) -> Result<()> {
+pub(crate) fn warm_up(hosts: &Hosts) -> Result<()> {
     for contestant in [Contestant::QEMU_DYNAMIC, Contestant::DYNAMIC] {
         let empty = machine().paused(true).start()?;
         contest::run(hosts, contestant, &empty, &contestant.destination(machine())?)?;

@@ -33,14 +33,17 @@ pub(crate) enum Probes {
     Off,
 }
 
-/// Moves in a row each time that agents are started with probes or without: starting them takes longer than a move.
-pub(crate) const MOVES: usize = 4;
-
 impl Probes {
     /// In the order of a run: each comes first as often as the other, for whoever comes second finds the host as the first
     /// left it.
     pub(crate) fn both(run: usize) -> [Probes; 2] {
         if run.is_multiple_of(2) { [Probes::Attached, Probes::Off] } else { [Probes::Off, Probes::Attached] }
+    }
+
+    /// An agent that takes no part in what is measured, and whose probes see all of it as long as it lives: a kernel has
+    /// those of one agent on it, also where two hosts share it.
+    pub(crate) fn attach(self) -> Result<Option<Agent>> {
+        (self == Probes::Attached).then(|| Agent::start(self)).transpose()
     }
 
     /// How cases are named.
