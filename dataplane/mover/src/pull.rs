@@ -31,7 +31,8 @@ use crate::{MoverError, Stall};
 
 /// Threads that serve faults, each with a link of its own.
 pub const FAULT_LINKS: usize = 2;
-/// Read around a page that the guest waits for, from it on: what it is likely to want next.
+/// Read for a page that the guest waits for, from it on: what it is likely to want next. The page goes ahead of the rest, for
+/// the guest waits for it alone.
 const AROUND_BYTES: u64 = 64 << 10;
 /// What is not owed is let in together, as far as it lies in one such piece.
 const LET_IN_BYTES: u64 = 2 << 20;
@@ -100,10 +101,9 @@ struct Reading {
     attempt: u64,
 }
 
-/// A read that is under way for a fault.
+/// A page that is read for a fault.
 struct FaultRead {
     block: BlockIndex,
-    /// Where its chunk begins.
     offset: u64,
     /// When the fault was heard of.
     since: Instant,
@@ -400,8 +400,8 @@ impl Shared {
         Ok(may_go_on)
     }
 
-    /// Reads the pages that faults wait for; leaves those that others are reading, or whose windows are not registered yet.
-    /// For one of those it waits a moment: whether it is there then.
+    /// Reads the pages that faults wait for, and behind each what is owed after it; leaves those that others are reading, or
+    /// whose windows are not registered yet. For one of those it waits a moment: whether it is there then.
     fn read_faults(
         &self,
         reader: &mut Reader,
@@ -410,7 +410,8 @@ impl Shared {
         let (mut begun, mut arrived, mut left) = (Vec::<FaultRead>::new(), Vec::new(), Vec::new());
         let mut awaited = None;
         for (fault, since) in faults.drain(..) {
-            match reader.copy().next_at(reader.pass(), fault.block, fault.page, AROUND_BYTES) {
+            let page_bytes = self.page_bytes(fault.block);
+            match reader.copy().next_at(reader.pass(), fault.block, fault.page, page_bytes) {
                 Next::Chunk(chunk) => {
                     begun.push(FaultRead { block: fault.block, offset: chunk.range.offset, since });
                     reader.read(chunk, &mut arrived)?;
@@ -423,13 +424,20 @@ impl Shared {
             }
         }
         *faults = left;
-        loop {
-            reader.reap(&mut arrived)?;
-            for chunk in arrived.drain(..) {
-                let (block, offset) = (chunk.range.block, chunk.range.offset);
-                let asked = begun.iter().find(|read| (read.block, read.offset) == (block, offset));
-                self.arrived(reader.copy(), &chunk, asked.map(|read| read.since))?;
+        // Over shm the pages are here by now.
+        self.reap_faults(reader, &begun, &mut arrived)?;
+        for read in &begun {
+            let page_bytes = self.page_bytes(read.block);
+            let after = read.offset / page_bytes + 1;
+            if page_bytes < AROUND_BYTES
+                && let Next::Chunk(chunk) =
+                    reader.copy().next_at(reader.pass(), read.block, after, AROUND_BYTES - page_bytes)
+            {
+                reader.read(chunk, &mut arrived)?;
             }
+        }
+        loop {
+            self.reap_faults(reader, &begun, &mut arrived)?;
             if reader.in_flight() == 0 {
                 break;
             }
@@ -439,6 +447,22 @@ impl Shared {
             reader.idle()?;
         }
         Ok(awaited.is_some_and(|(block, page)| reader.copy().wait_for_window(block, page, RETRY)))
+    }
+
+    /// Lets in what has come.
+    fn reap_faults(
+        &self,
+        reader: &mut Reader,
+        begun: &[FaultRead],
+        arrived: &mut Vec<Chunk>,
+    ) -> Result<(), MoverError> {
+        reader.reap(arrived)?;
+        for chunk in arrived.drain(..) {
+            let (block, offset) = (chunk.range.block, chunk.range.offset);
+            let asked = begun.iter().find(|read| (read.block, read.offset) == (block, offset));
+            self.arrived(reader.copy(), &chunk, asked.map(|read| read.since))?;
+        }
+        Ok(())
     }
 
     fn stream(&self, mut reader: Reader) -> Result<(), MoverError> {
@@ -499,8 +523,7 @@ impl Shared {
         });
     }
 
-    /// The bytes of a chunk are here: the guest may have them. Where it has waited for the first page, since then, that one
-    /// is let in before the others: it takes a while to enter those, and the guest comes to them later.
+    /// The bytes of a chunk are here: the guest, which may have waited for them since then, may have them.
     fn arrived(
         &self,
         copy: &Arc<Copy>,
@@ -511,14 +534,9 @@ impl Shared {
         let page_bytes = self.page_bytes(chunk.range.block);
         let run = PageRun { first: chunk.range.offset / page_bytes, count: chunk.range.length / page_bytes };
         owed.clear(chunk.range.block, run)?;
-        let mut rest = run;
+        self.faults.let_in(chunk.range.block, run)?;
         if let Some(since) = waited_since {
-            self.faults.let_in(chunk.range.block, PageRun { first: run.first, count: 1 })?;
             self.counters.add_fault(since.elapsed());
-            rest = PageRun { first: run.first + 1, count: run.count - 1 };
-        }
-        if rest.count > 0 {
-            self.faults.let_in(chunk.range.block, rest)?;
         }
         self.counters.add_data(chunk.range.length, run.count);
         copy.give_back(chunk.window);

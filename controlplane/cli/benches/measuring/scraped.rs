@@ -21,26 +21,40 @@ pub(crate) struct Quantile {
     pub(crate) at_most_seconds: f64,
 }
 
+/// How many times `agent` has measured since it started, of one fabric, whatever the other labels are.
+pub(crate) fn count(agent: &Agent, metric: &str, fabric: &str) -> Result<f64> {
+    let text = agent.scrape()?;
+    Ok(series(&text, metric, "count", fabric).filter_map(value).sum())
+}
+
+fn series<'a>(
+    text: &'a str,
+    metric: &str,
+    suffix: &str,
+    fabric: &str,
+) -> impl Iterator<Item = &'a str> + use<'a> {
+    let (start, of_fabric) = (format!("{metric}_{suffix}{{"), format!("fabric=\"{fabric}\""));
+    text.lines()
+        .filter_map(move |line| line.strip_prefix(&start))
+        .filter(move |line| line.contains(&of_fabric))
+}
+
+fn value(line: &str) -> Option<f64> {
+    line.rsplit_once("} ")?.1.trim().parse().ok()
+}
+
 impl Histogram {
     /// What `agent` has measured since it started, of one fabric.
     pub(crate) fn read(agent: &Agent, metric: &str, fabric: &str) -> Result<Histogram> {
         let text = agent.scrape()?;
-        let of_fabric = format!("fabric=\"{fabric}\"");
-        let of_metric = |suffix: &str| {
-            let series = format!("{metric}_{suffix}{{");
-            text.lines()
-                .filter_map(move |line| line.strip_prefix(&series))
-                .filter(|line| line.contains(&of_fabric))
-        };
-        let value = |line: &str| line.rsplit_once("} ")?.1.trim().parse::<f64>().ok();
-        let buckets = of_metric("bucket").map(|line| {
+        let buckets = series(&text, metric, "bucket", fabric).map(|line| {
             let (bound, _) = line.split_once("le=\"")?.1.split_once('"')?;
             Some((bound.parse().ok()?, value(line)?))
         });
         let buckets: Option<Vec<_>> = buckets.collect();
         Ok(Histogram {
             buckets: buckets.with_context(|| format!("{metric} is not shown as a histogram"))?,
-            sum_seconds: of_metric("sum").filter_map(value).sum(),
+            sum_seconds: series(&text, metric, "sum", fabric).filter_map(value).sum(),
         })
     }
 

@@ -11,10 +11,10 @@
 //! Where a move of QEMU's own does not end, or the guest hangs behind it, that is counted (`guests_hung`), and another is
 //! booted.
 //!
-//! Of both, the time is that from the stop at the source to the resume at the destination: ramferry's as its agent measures
-//! it, QEMU's by the events of its two processes (`reported_seconds` is what it says itself, which in post-copy ends when
-//! the source has sent the device state). Beside it is what each of the three clocks says of a whole move:
-//! `events_seconds`, and `seen_seconds` by the guest's own ticks.
+//! Of both, the time is that from the stop at the source to the resume at the destination, by the events of the two QEMUs.
+//! Beside it is what else there is to tell it by: `reported_seconds` is what its mover says (ramferry's agent, until the word
+//! that the guest runs has come back to it; QEMU, in post-copy, until the source has sent the device state), `seen_seconds`
+//! what the guest's own ticks say.
 
 use std::collections::BTreeMap;
 use std::time::Duration;
@@ -149,7 +149,7 @@ fn ours(report: &mut Report, agents: &(Agent, Agent), fabric: &str, debian: &Deb
         here = there;
     }
     let who = format!("over {fabric}");
-    downtimes.publish(report, &who, &downtimes.reported, [("p50", 0.5), ("p99", 0.99)]);
+    downtimes.publish(report, &who, [("p50", 0.5), ("p99", 0.99)]);
     for (part, seconds) in parts {
         for (quantile, share_of_all) in [("p50", 0.5), ("p99", 0.99)] {
             let name = name(&who, &format!("part {part}, {quantile}"));
@@ -200,7 +200,7 @@ fn qemus(report: &mut Report, debian: &DebianGuest) -> Result<Option<Own>> {
     }
     let measured = || taken.iter().filter(|(_, downtimes)| !downtimes.events.is_empty());
     for (own, downtimes) in measured() {
-        downtimes.publish(report, own.as_str(), &downtimes.events, [("p50", 0.5), ("max", 1.0)]);
+        downtimes.publish(report, own.as_str(), [("p50", 0.5), ("max", 1.0)]);
     }
     let median = |(_, downtimes): &&(Own, Downtimes)| share(&downtimes.events, 0.5);
     Ok(measured().min_by(|a, b| median(a).total_cmp(&median(b))).map(|(own, _)| *own))
@@ -217,17 +217,13 @@ impl Downtimes {
         Ok(ticks)
     }
 
-    fn publish(&self, report: &mut Report, who: &str, times: &[f64], shares: [(&str, f64); 2]) {
+    fn publish(&self, report: &mut Report, who: &str, shares: [(&str, f64); 2]) {
         for (called, share_of_all) in shares {
             let name = name(who, called);
-            report.add_time(&name, share(times, share_of_all));
-            report.note(&name, "migrations", json!(times.len()));
+            report.add_time(&name, share(&self.events, share_of_all));
+            report.note(&name, "migrations", json!(self.events.len()));
             report.note(&name, "guests_hung", json!(self.hung));
-            for (key, values) in [
-                ("reported_seconds", &self.reported),
-                ("events_seconds", &self.events),
-                ("seen_seconds", &self.seen),
-            ] {
+            for (key, values) in [("reported_seconds", &self.reported), ("seen_seconds", &self.seen)] {
                 report.sample(&name, key, share(values, share_of_all));
             }
         }
