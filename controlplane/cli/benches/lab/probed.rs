@@ -45,7 +45,8 @@ pub(crate) fn run(report: &mut Report, runs: usize) -> Result<Vec<String>> {
             match turns {
                 Ok(turns) => add(report, contestant, &turns),
                 Err(error) => {
-                    failures.push(hosts.failure(&format!("{}, run {run}", contestant.name()), &error))
+                    let what = format!("{}, run {run}", contestant.name());
+                    failures.push(hosts.failure(&what, &error));
                 }
             }
         }

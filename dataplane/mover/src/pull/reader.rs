@@ -137,7 +137,8 @@ impl Reader {
             return Err(MoverError::Stalled { cause: "reads of the source's memory", limit: STALL_LIMIT });
         }
         if waited < SPIN {
-            std::hint::spin_loop();
+            // To whoever brings the bytes, where there is no processor for it.
+            std::thread::yield_now();
             return Ok(());
         }
         self.link.wait(NAP).map_err(MoverError::Link)
