@@ -18,7 +18,7 @@ mod header;
 
 use std::fs::{self, File, OpenOptions};
 use std::io::{self, Read as _, Write as _};
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::fs::OpenOptionsExt as _;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -112,16 +112,10 @@ impl Owed {
             .open(path)
             .map_err(failed("open"))?;
         lock(path, &file)?;
-        let metadata = file.metadata().map_err(failed("look at"))?;
-        if !metadata.is_file() {
-            return Err(OwedError::NotOwed { path: path.to_owned() });
-        }
-        let mut bytes = vec![0; HEADER_BYTES as usize];
-        let read = read_up_to(&mut file, &mut bytes).map_err(failed("read"))?;
         let (blocks, file_bytes) = place(layout);
-        header::check(path, &bytes[..read], migration, layout, file_bytes)?;
-        if metadata.len() != file_bytes {
-            return Err(OwedError::Damaged { path: path.to_owned(), why: "its length is not what it was" });
+        if let Err(error) = examine(path, &mut file, migration, layout, file_bytes) {
+            unlock(&file);
+            return Err(error);
         }
         Self::of(path, file, layout, blocks, file_bytes)
     }
@@ -314,8 +308,7 @@ impl Owed {
 
 impl Drop for Owed {
     fn drop(&mut self) {
-        // A fork that has not yet closed its copy of the descriptor would hold the lock.
-        let _ = rustix::fs::flock(&self.file, FlockOperation::Unlock);
+        unlock(&self.file);
     }
 }
 
@@ -381,6 +374,33 @@ fn lock(path: &Path, file: &File) -> Result<(), OwedError> {
         Errno::WOULDBLOCK => OwedError::Locked { path: path.to_owned() },
         errno => OwedError::Io { path: path.to_owned(), operation: "lock", source: errno.into() },
     })
+}
+
+/// Closing the file is not enough: a fork that has not yet closed its copy of the descriptor would hold the lock.
+fn unlock(file: impl AsFd) {
+    let _ = rustix::fs::flock(file, FlockOperation::Unlock);
+}
+
+/// Whether a file is what [`Owed::create`] made, but for the bits.
+fn examine(
+    path: &Path,
+    file: &mut File,
+    migration: &str,
+    layout: &Layout,
+    file_bytes: u64,
+) -> Result<(), OwedError> {
+    let failed = |operation| move |source| OwedError::Io { path: path.to_owned(), operation, source };
+    let metadata = file.metadata().map_err(failed("look at"))?;
+    if !metadata.is_file() {
+        return Err(OwedError::NotOwed { path: path.to_owned() });
+    }
+    let mut bytes = vec![0; HEADER_BYTES as usize];
+    let read = read_up_to(file, &mut bytes).map_err(failed("read"))?;
+    header::check(path, &bytes[..read], migration, layout, file_bytes)?;
+    if metadata.len() != file_bytes {
+        return Err(OwedError::Damaged { path: path.to_owned(), why: "its length is not what it was" });
+    }
+    Ok(())
 }
 
 /// Fills `bytes` as far as the file goes; how far that is.
