@@ -22,7 +22,7 @@ use std::os::unix::fs::{DirBuilderExt as _, OpenOptionsExt as _};
 use std::path::{Path, PathBuf};
 use std::sync::Mutex;
 
-use rustix::fs::FlockOperation;
+use ramferry_ram::LockedFile;
 use thiserror::Error;
 use tracing::{info, warn};
 
@@ -50,7 +50,7 @@ pub struct Journal {
     directory_file: File,
     /// Serialises creation and removal.
     naming: Mutex<()>,
-    _lock: Lock,
+    _lock: LockedFile,
 }
 
 /// A migration that an earlier agent left in the journal.
@@ -156,18 +156,7 @@ pub fn is_migration_id(id: &str) -> bool {
 }
 
 /// Keeps a second agent out while it lives.
-#[derive(Debug)]
-struct Lock(File);
-
-impl Drop for Lock {
-    fn drop(&mut self) {
-        // Closing is not enough: a child of this process that has not yet begun
-        // its own program shares the lock. When it fails, closing has to do.
-        let _ = rustix::fs::flock(&self.0, FlockOperation::Unlock);
-    }
-}
-
-fn lock(directory: &Path) -> Result<Lock, JournalError> {
+fn lock(directory: &Path) -> Result<LockedFile, JournalError> {
     let path = directory.join(LOCK);
     let file = fs::OpenOptions::new()
         .read(true)
@@ -177,10 +166,10 @@ fn lock(directory: &Path) -> Result<Lock, JournalError> {
         .mode(0o600)
         .open(&path)
         .map_err(|source| JournalError::Io { path: path.clone(), source })?;
-    match rustix::fs::flock(&file, FlockOperation::NonBlockingLockExclusive) {
-        Ok(()) => Ok(Lock(file)),
-        Err(rustix::io::Errno::WOULDBLOCK) => Err(JournalError::Locked { path: directory.to_owned() }),
-        Err(errno) => Err(JournalError::Io { path, source: errno.into() }),
+    match LockedFile::new(file) {
+        Ok(Some(file)) => Ok(file),
+        Ok(None) => Err(JournalError::Locked { path: directory.to_owned() }),
+        Err(source) => Err(JournalError::Io { path, source }),
     }
 }
 

@@ -10,6 +10,7 @@ mod digest;
 mod error;
 mod file;
 mod huge;
+mod locked;
 mod mapping;
 mod memory;
 mod owed;
@@ -24,6 +25,7 @@ pub use block::{Block, BlockIndex, BlockRange, Layout, LayoutError, LayoutMismat
 pub use digest::Digest;
 pub use error::RamError;
 pub use file::{Access, FileIdentity, RamFile};
+pub use locked::LockedFile;
 pub use mapping::{FAULT_AROUND_BYTES, Mapping, Span};
 pub use memory::Memory;
 pub use owed::{Owed, OwedError};

@@ -18,18 +18,18 @@ mod header;
 
 use std::fs::{self, File, OpenOptions};
 use std::io::{self, Read as _, Write as _};
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::OwnedFd;
 use std::os::unix::fs::OpenOptionsExt as _;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
 
-use rustix::fs::{CWD, FlockOperation, OFlags, RenameFlags};
+use rustix::fs::{CWD, OFlags, RenameFlags};
 use rustix::io::Errno;
 
 pub use error::OwedError;
 
 use crate::file::BASE_PAGE_BYTES;
-use crate::{Access, BlockIndex, Layout, Mapping, PageRun, PageSets, RamFile};
+use crate::{Access, BlockIndex, Layout, LockedFile, Mapping, PageRun, PageSets, RamFile};
 use header::HEADER_BYTES;
 
 const WORD_BITS: u64 = u64::BITS as u64;
@@ -43,7 +43,7 @@ const WORD_BYTES: u64 = size_of::<u64>() as u64;
 pub struct Owed {
     path: PathBuf,
     mapping: Mapping,
-    file: RamFile,
+    _file: LockedFile,
     layout: Layout,
     blocks: Vec<Bits>,
 }
@@ -105,17 +105,23 @@ impl Owed {
     pub fn open(path: &Path, migration: &str, layout: &Layout) -> Result<Self, OwedError> {
         let failed = |operation| move |source| OwedError::Io { path: path.to_owned(), operation, source };
         let flags = (OFlags::NOFOLLOW | OFlags::NONBLOCK | OFlags::NOCTTY).bits() as i32;
-        let mut file = OpenOptions::new()
+        let file = OpenOptions::new()
             .read(true)
             .write(true)
             .custom_flags(flags)
             .open(path)
             .map_err(failed("open"))?;
-        lock(path, &file)?;
+        let file = lock(path, file)?;
+        let metadata = file.file().metadata().map_err(failed("look at"))?;
+        if !metadata.is_file() {
+            return Err(OwedError::NotOwed { path: path.to_owned() });
+        }
+        let mut bytes = vec![0; HEADER_BYTES as usize];
+        let read = read_up_to(file.file(), &mut bytes).map_err(failed("read"))?;
         let (blocks, file_bytes) = place(layout);
-        if let Err(error) = examine(path, &mut file, migration, layout, file_bytes) {
-            unlock(&file);
-            return Err(error);
+        header::check(path, &bytes[..read], migration, layout, file_bytes)?;
+        if metadata.len() != file_bytes {
+            return Err(OwedError::Damaged { path: path.to_owned(), why: "its length is not what it was" });
         }
         Self::of(path, file, layout, blocks, file_bytes)
     }
@@ -233,15 +239,20 @@ impl Owed {
 
     fn of(
         path: &Path,
-        file: File,
+        file: LockedFile,
         layout: &Layout,
         blocks: Vec<Bits>,
         file_bytes: u64,
     ) -> Result<Self, OwedError> {
         let lost = |source| OwedError::Lost { path: path.to_owned(), source };
-        let file = RamFile::from_fd(OwnedFd::from(file), Access::ReadWrite).map_err(lost)?;
-        let mapping = Mapping::new(&file, file_bytes, Access::ReadWrite).map_err(lost)?;
-        let owed = Self { path: path.to_owned(), mapping, file, layout: layout.clone(), blocks };
+        let copy = file.file().try_clone().map_err(|source| OwedError::Io {
+            path: path.to_owned(),
+            operation: "open",
+            source,
+        })?;
+        let ram_file = RamFile::from_fd(OwnedFd::from(copy), Access::ReadWrite).map_err(lost)?;
+        let mapping = Mapping::new(&ram_file, file_bytes, Access::ReadWrite).map_err(lost)?;
+        let owed = Self { path: path.to_owned(), mapping, _file: file, layout: layout.clone(), blocks };
         owed.count()?;
         Ok(owed)
     }
@@ -306,12 +317,6 @@ impl Owed {
     }
 }
 
-impl Drop for Owed {
-    fn drop(&mut self) {
-        unlock(&self.file);
-    }
-}
-
 /// Where the bits of each block are, and the file's length.
 fn place(layout: &Layout) -> (Vec<Bits>, u64) {
     let mut offset = HEADER_BYTES;
@@ -337,7 +342,7 @@ fn masks(run: PageRun) -> impl Iterator<Item = (u64, u64)> {
 }
 
 /// Makes a file of `bytes` that has its name only once it is complete, and locks it before.
-fn write_new(path: &Path, bytes: &[u8]) -> Result<File, OwedError> {
+fn write_new(path: &Path, bytes: &[u8]) -> Result<LockedFile, OwedError> {
     let failed = |operation| move |source| OwedError::Io { path: path.to_owned(), operation, source };
     let mut unfinished = path.as_os_str().to_owned();
     unfinished.push(".new");
@@ -346,65 +351,39 @@ fn write_new(path: &Path, bytes: &[u8]) -> Result<File, OwedError> {
         Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(failed("replace")(error)),
         _ => {}
     }
-    let mut file = OpenOptions::new()
+    let file = OpenOptions::new()
         .read(true)
         .write(true)
         .create_new(true)
         .mode(0o600)
         .open(&unfinished)
         .map_err(failed("create"))?;
-    let named = lock(path, &file).and_then(|()| {
-        file.write_all(bytes).map_err(failed("write"))?;
+    let named = lock(path, file).and_then(|file| {
+        file.file().write_all(bytes).map_err(failed("write"))?;
         rustix::fs::renameat_with(CWD, &unfinished, CWD, path, RenameFlags::NOREPLACE).map_err(|errno| {
             match errno {
                 Errno::EXIST => OwedError::Exists { path: path.to_owned() },
                 errno => failed("name")(errno.into()),
             }
-        })
+        })?;
+        Ok(file)
     });
-    if let Err(error) = named {
+    if named.is_err() {
         let _ = fs::remove_file(&unfinished);
-        return Err(error);
     }
-    Ok(file)
+    named
 }
 
-fn lock(path: &Path, file: &File) -> Result<(), OwedError> {
-    rustix::fs::flock(file, FlockOperation::NonBlockingLockExclusive).map_err(|errno| match errno {
-        Errno::WOULDBLOCK => OwedError::Locked { path: path.to_owned() },
-        errno => OwedError::Io { path: path.to_owned(), operation: "lock", source: errno.into() },
-    })
-}
-
-/// Closing the file is not enough: a fork that has not yet closed its copy of the descriptor would hold the lock.
-fn unlock(file: impl AsFd) {
-    let _ = rustix::fs::flock(file, FlockOperation::Unlock);
-}
-
-/// Whether a file is what [`Owed::create`] made, but for the bits.
-fn examine(
-    path: &Path,
-    file: &mut File,
-    migration: &str,
-    layout: &Layout,
-    file_bytes: u64,
-) -> Result<(), OwedError> {
-    let failed = |operation| move |source| OwedError::Io { path: path.to_owned(), operation, source };
-    let metadata = file.metadata().map_err(failed("look at"))?;
-    if !metadata.is_file() {
-        return Err(OwedError::NotOwed { path: path.to_owned() });
+fn lock(path: &Path, file: File) -> Result<LockedFile, OwedError> {
+    match LockedFile::new(file) {
+        Ok(Some(file)) => Ok(file),
+        Ok(None) => Err(OwedError::Locked { path: path.to_owned() }),
+        Err(source) => Err(OwedError::Io { path: path.to_owned(), operation: "lock", source }),
     }
-    let mut bytes = vec![0; HEADER_BYTES as usize];
-    let read = read_up_to(file, &mut bytes).map_err(failed("read"))?;
-    header::check(path, &bytes[..read], migration, layout, file_bytes)?;
-    if metadata.len() != file_bytes {
-        return Err(OwedError::Damaged { path: path.to_owned(), why: "its length is not what it was" });
-    }
-    Ok(())
 }
 
 /// Fills `bytes` as far as the file goes; how far that is.
-fn read_up_to(file: &mut File, bytes: &mut [u8]) -> io::Result<usize> {
+fn read_up_to(mut file: &File, bytes: &mut [u8]) -> io::Result<usize> {
     let mut read = 0;
     while read < bytes.len() {
         match file.read(&mut bytes[read..])? {

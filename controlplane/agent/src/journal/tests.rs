@@ -181,7 +181,7 @@ fn second_agent_is_refused_until_the_first_is_gone() {
 fn child_of_an_agent_that_ended_does_not_keep_the_lock() {
     let dir = tempfile::tempdir().unwrap();
     let (first, _) = Journal::open(dir.path()).unwrap();
-    let shared = first._lock.0.try_clone().unwrap();
+    let shared = first._lock.file().try_clone().unwrap();
     drop(first);
     assert!(Journal::open(dir.path()).is_ok());
     drop(shared);

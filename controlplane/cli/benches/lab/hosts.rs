@@ -52,14 +52,14 @@ impl Control {
 }
 
 impl Hosts {
-    pub(crate) fn start(probes: Probes, control: Control) -> Result<Hosts> {
+    /// Agents without probes.
+    pub(crate) fn start(control: Control) -> Result<Hosts> {
         let authority = Authority::new()?;
         let caller = authority.issue("127.0.0.1", "orchestrator", &["orchestrator"])?;
         let [source, destination] = [SOURCE, DESTINATION].map(|host| {
             let address = control.address(host);
             let credentials = authority.issue(address, host.name, &["peer"])?;
-            agent(host, address, &credentials, &caller, probes)
-                .with_context(|| format!("at the {}", host.name))
+            agent(host, address, &credentials, &caller).with_context(|| format!("at the {}", host.name))
         });
         Ok(Hosts { source: source?, destination: destination?, _authority: authority })
     }
@@ -75,13 +75,7 @@ impl Hosts {
     }
 }
 
-fn agent(
-    host: Host,
-    called_at: &str,
-    credentials: &Credentials,
-    caller: &Credentials,
-    probes: Probes,
-) -> Result<Agent> {
+fn agent(host: Host, called_at: &str, credentials: &Credentials, caller: &Credentials) -> Result<Agent> {
     let mut options = credentials.options();
     let address = format!("{}:0", host.address);
     let guests = format!("{},/dev/shm", std::env::temp_dir().display());
@@ -93,7 +87,7 @@ fn agent(
     ] {
         options.extend([option.to_owned(), value.to_owned()]);
     }
-    Agent::start_with(called_at, &options, Some(caller), probes)
+    Agent::start_with(called_at, &options, Some(caller), Probes::Off)
 }
 
 /// Runs something, and says when its first bytes had left the source host.

@@ -21,7 +21,6 @@ use std::path::PathBuf;
 use anyhow::{Context as _, Result, ensure};
 
 use crate::hosts::{Control, Hosts};
-use crate::measuring::agents::Probes;
 use crate::measuring::report::Report;
 
 const DEFAULT_RUNS: usize = 3;
@@ -39,8 +38,8 @@ fn main() -> Result<()> {
     let mut failures = Vec::new();
     for part in parts {
         let failed = match part {
-            "still" => still::run(&mut report, &Hosts::start(Probes::Off, Control::Loopback)?, runs),
-            "running" => running::run(&mut report, &Hosts::start(Probes::Off, Control::Loopback)?, runs),
+            "still" => still::run(&mut report, &Hosts::start(Control::Loopback)?, runs),
+            "running" => running::run(&mut report, &Hosts::start(Control::Loopback)?, runs),
             "probes" => probed::run(&mut report, runs),
             _ => rates::run(&mut report, runs),
         };

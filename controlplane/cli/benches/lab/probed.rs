@@ -31,7 +31,7 @@ struct Turn {
 
 /// Measures everything, `runs` times in turns; what failed.
 pub(crate) fn run(report: &mut Report, runs: usize) -> Result<Vec<String>> {
-    let hosts = Hosts::start(Probes::Off, Control::Loopback)?;
+    let hosts = Hosts::start(Control::Loopback)?;
     let fill = random_file()?;
     warm_up(&hosts)?;
     let mut failures = Vec::new();
@@ -69,6 +69,7 @@ fn turn(hosts: &Hosts, contestant: Contestant, fill: &NamedTempFile, probes: Pro
     let before = registrations()?;
     let moved = measure(hosts, contestant, fill, false)?;
     let registrations = registrations()? - before;
+    ensure!(registrations > 0.0, "the agents tell of no registration");
     Ok(Turn { moved, registrations, registration_seconds: registration_seconds()? })
 }
 

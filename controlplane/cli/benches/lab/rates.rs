@@ -16,7 +16,6 @@ use ramferry_lab::{Accel, Fill, Qemu, RamBlock, Workload};
 use crate::contest::listen;
 use crate::hosts::{Control, Hosts};
 use crate::link::{measure_perftest, measure_sockets, perftest_name, sockets_name};
-use crate::measuring::agents::Probes;
 use crate::measuring::ram::fresh_file;
 use crate::measuring::rates::{self, Contestant, Course, Mover, QemuHelp, Rate};
 use crate::measuring::report::Report;
@@ -49,7 +48,7 @@ const PROBE_BYTES: u64 = 12 * MIB;
 /// Measures everything, `runs` times in turns; what failed of ours.
 pub(crate) fn run(report: &mut Report, runs: usize) -> Result<Vec<String>> {
     keep_a_quota()?;
-    let hosts = Hosts::start(Probes::Off, Control::Link)?;
+    let hosts = Hosts::start(Control::Link)?;
     let link = Shaped::to(LINK_MIB_PER_SECOND)?;
     let course = Course {
         agents: (&hosts.source, &hosts.destination),

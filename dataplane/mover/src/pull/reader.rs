@@ -137,7 +137,7 @@ impl Reader {
             return Err(MoverError::Stalled { cause: "reads of the source's memory", limit: STALL_LIMIT });
         }
         if waited < SPIN {
-            // To whoever brings the bytes, where there is no processor for it.
+            // Whoever brings the bytes may have no other processor.
             std::thread::yield_now();
             return Ok(());
         }
