@@ -13,7 +13,7 @@ use tokio::sync::mpsc;
 
 /// Most device state that one message carries; a longer one is not our peer's.
 pub(crate) const MESSAGE_BYTES: usize = 256 * 1024;
-/// Messages from the other agent that wait for the VMM.
+/// Messages that wait for the VMM, or for the other agent.
 const QUEUE: usize = 64;
 
 /// Where device state that the other agent sends is put.
@@ -63,20 +63,27 @@ where
     F: Future<Output = bool>,
 {
     let (mut from_vmm, mut to_vmm) = vmm.into_split();
-    let outward = async {
+    // A VMM that cannot write holds its own lock, and hears nothing: it is read from while `send` waits.
+    let (taken, mut outgoing) = mpsc::channel(QUEUE);
+    let taking = async move {
         let mut buffer = BytesMut::new();
         loop {
             buffer.reserve(MESSAGE_BYTES);
             // A buffer may have room for more than was reserved.
             let read = (&mut from_vmm).take(MESSAGE_BYTES as u64).read_buf(&mut buffer).await?;
             let message = DeviceState { data: buffer.split().freeze(), end: read == 0 };
-            if !send(message).await {
-                return Err(RelayError::Peer);
-            }
-            if read == 0 {
+            if taken.send(message).await.is_err() || read == 0 {
                 return Ok(());
             }
         }
+    };
+    let outward = async {
+        while let Some(message) = outgoing.recv().await {
+            if !send(message).await {
+                return Err(RelayError::Peer);
+            }
+        }
+        Ok(())
     };
     let inward = async {
         while let Some(DeviceState { data, end }) = incoming.recv().await {
@@ -94,7 +101,7 @@ where
             .await
             .or_else(|error: io::Error| if is_closed(&error) { Ok(()) } else { Err(RelayError::Vmm(error)) })
     };
-    tokio::try_join!(outward, inward).map(|((), ())| ())
+    tokio::try_join!(taking, outward, inward).map(|((), (), ())| ())
 }
 
 /// Whether the other end of `stream` is process `vmm`: whoever else reaches the
@@ -118,6 +125,7 @@ fn is_closed(error: &io::Error) -> bool {
 #[cfg(test)]
 mod tests {
     use bytes::Bytes;
+    use tokio::sync::watch;
 
     use super::*;
 
@@ -155,6 +163,38 @@ mod tests {
         check_vmm(&ours, std::process::id()).unwrap();
         let error = check_vmm(&ours, 1).unwrap_err().to_string();
         assert!(error.contains("process 1"), "{error}");
+    }
+
+    #[tokio::test]
+    async fn vmm_is_read_from_while_what_it_wrote_waits() {
+        let (vmm, ours) = UnixStream::pair().unwrap();
+        let (_incoming, mut queue) = queue();
+        let (sent, mut carried) = mpsc::unbounded_channel();
+        let held = watch::Sender::new(true);
+        let gate = held.subscribe();
+        let relaying = tokio::spawn(async move {
+            relay(ours, &mut queue, async |message| {
+                gate.clone().wait_for(|held| !held).await.unwrap();
+                sent.send(message).is_ok()
+            })
+            .await
+        });
+        let (_read, mut write) = vmm.into_split();
+        // More than a socket takes.
+        let state: Vec<u8> = (0..4 * MESSAGE_BYTES).map(|at| (at / 1000) as u8).collect();
+        write.write_all(&state).await.unwrap();
+        drop(write);
+        assert!(carried.try_recv().is_err(), "it was let go");
+        held.send_replace(false);
+        let mut data = Vec::new();
+        while let Some(message) = carried.recv().await {
+            data.extend_from_slice(&message.data);
+            if message.end {
+                break;
+            }
+        }
+        assert_eq!(data, state);
+        relaying.abort();
     }
 
     #[tokio::test]

@@ -20,7 +20,7 @@ use ramferry_proto::v1;
 use ramferry_proto::v1::exchange_control_request::Order;
 use ramferry_ram::{Access, Memory, RamFile};
 use tokio::net::UnixListener;
-use tokio::sync::mpsc;
+use tokio::sync::{mpsc, watch};
 use tokio::task::{AbortHandle, JoinHandle};
 use tonic::{Code, Status};
 
@@ -71,6 +71,8 @@ pub(crate) struct Session {
     /// Steps that order something of the guest: preparing, draining, pausing, moving its device state.
     ordering: Mutex<Vec<JoinHandle<()>>>,
     incoming: tokio::sync::Mutex<mpsc::Receiver<v1::DeviceState>>,
+    /// Whether what the VMM saves must not reach the destination yet.
+    device_state_held: watch::Sender<bool>,
     plan: Mutex<Option<Plan>>,
     reads: Mutex<Reads>,
     /// Held while the destination is being connected to again.
@@ -215,6 +217,7 @@ fn start(agent: &Arc<Agent>, entry: &Arc<Entry>, start: Start) {
             tasks: Mutex::default(),
             ordering: Mutex::default(),
             incoming: tokio::sync::Mutex::new(incoming),
+            device_state_held: watch::Sender::default(),
             plan: Mutex::new(plan),
             reads: Mutex::default(),
             reconnecting: tokio::sync::Mutex::default(),
@@ -447,20 +450,30 @@ impl Session {
         };
         drop(listener);
         let mut incoming = self.incoming.lock().await;
-        let send = |state| self.peer.send(Order::DeviceState(state));
+        let send = async |state| {
+            self.device_state_let_go().await;
+            self.peer.send(Order::DeviceState(state)).await
+        };
         device_stream::relay(stream, &mut incoming, send).await
     }
 
+    /// Has the device state saved, and waits until it was let go and has arrived.
     async fn move_device_state(&self) -> Result<SourceEvent, Failure> {
-        let sent = async {
-            self.guest.get().await?.continue_device_state().await.map_err(|error| guest_failure(&error))
-        };
+        let guest = self.guest.get().await?;
+        guest.save_device_state().await.map_err(|error| guest_failure(&error))?;
+        self.device_state_let_go().await;
+        let sent = async { guest.wait_moved().await.map_err(|error| guest_failure(&error)) };
         let loaded = async {
             let lost = |status: Status| Failure::new(Reason::PeerLost, status.message());
             self.peer.wait(|said| said.device_state_loaded).await.map_err(lost)
         };
         tokio::try_join!(sent, loaded)?;
         Ok(SourceEvent::DeviceStateMoved)
+    }
+
+    async fn device_state_let_go(&self) {
+        // Its sender is the session's.
+        let _ = self.device_state_held.subscribe().wait_for(|held| !held).await;
     }
 
     async fn resume(&self) -> Result<SourceEvent, Failure> {

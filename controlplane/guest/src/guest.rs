@@ -25,7 +25,8 @@ pub struct Timeouts {
     pub drain: Duration,
     /// From the order to pause for the switchover until the guest stands still.
     pub pause: Duration,
-    /// From then until the device state has left the source.
+    /// From the call of [`Guest::wait_moved`] until the device state is at the
+    /// destination.
     pub device_state: Duration,
     /// From the call of [`Guest::wait_loaded`] until the device state is there,
     /// the source's last round included.
@@ -122,9 +123,9 @@ pub type GuestFuture<'a, T> = Pin<Box<dyn Future<Output = T> + Send + 'a>>;
 /// A guest as a migration uses it, through its VMM.
 ///
 /// ```text
-/// source       prepare_source [-> drain_io] -> pause_for_switchover -> continue_device_state
-///                    \_____________________ | _____________________/
-///                             resume_source (from anywhere)
+/// source       prepare_source [-> drain_io] -> pause_for_switchover -> save_device_state -> wait_moved
+///                    \____________________________ | __________________________/
+///                                 resume_source (from anywhere)
 ///
 /// destination  prepare_destination -> start_incoming -> wait_loaded -> resume_destination
 ///                    \_________________ | ____________/
@@ -170,18 +171,24 @@ pub trait Guest: Send + Sync {
     /// may be paused or on its way there: `resume_source` must follow.
     fn pause_for_switchover<'a>(&'a self, stream: &'a Path) -> GuestFuture<'a, Result<Paused, GuestError>>;
 
-    /// Sends the device state. Returns when all of it was sent and the
-    /// destination's VMM has said that it loaded it.
+    /// Orders that the device state be saved and written to the stream. Returns
+    /// when the VMM has taken the order.
+    ///
+    /// # Errors
+    /// When it refuses: `resume_source` must follow.
+    fn save_device_state(&self) -> GuestFuture<'_, Result<(), GuestError>>;
+
+    /// Returns when all of the device state was sent and the destination's VMM has
+    /// said that it loaded it. The time limit counts from the call.
     ///
     /// # Errors
     /// When that fails or takes too long: `resume_source` must follow.
-    fn continue_device_state(&self) -> GuestFuture<'_, Result<(), GuestError>>;
+    fn wait_moved(&self) -> GuestFuture<'_, Result<(), GuestError>>;
 
     /// Ends whatever migration there is, makes the guest run if it ran before,
     /// and undoes `prepare_source`. Idempotent.
     ///
-    /// The caller must have dropped its calls of `pause_for_switchover` and
-    /// `continue_device_state`, and must be sure that the guest does not and
+    /// The caller must have dropped its calls of the steps above, and must be sure that the guest does not and
     /// will not run at the destination.
     ///
     /// # Errors

@@ -272,8 +272,12 @@ impl Guest for Qemu {
         Box::pin(Qemu::pause_for_switchover(self, stream))
     }
 
-    fn continue_device_state(&self) -> GuestFuture<'_, Result<(), GuestError>> {
-        Box::pin(Qemu::continue_device_state(self))
+    fn save_device_state(&self) -> GuestFuture<'_, Result<(), GuestError>> {
+        Box::pin(Qemu::save_device_state(self))
+    }
+
+    fn wait_moved(&self) -> GuestFuture<'_, Result<(), GuestError>> {
+        Box::pin(Qemu::wait_moved(self))
     }
 
     fn resume_source(&self) -> GuestFuture<'_, Result<Resumed, GuestError>> {

@@ -93,7 +93,7 @@ pub struct DowntimeParts {
     pub verify: Duration,
     /// Until the destination held the list of pages that it is owed, where the switchover led into post-copy.
     pub owed: Duration,
-    /// Until the destination had loaded the device state.
+    /// From when the device state, which was saved meanwhile, could go until the destination had loaded it.
     pub device_state: Duration,
     /// HANDED_OVER to the source's journal.
     pub journal: Duration,

@@ -37,7 +37,7 @@ const PUBLISH_INTERVAL: Duration = Duration::from_millis(100);
 /// What a source's driver leaves to others. Everything is called on the
 /// driver's thread.
 pub trait SourceOutside: Send {
-    /// Carries out one of `Prepare`, `EndRound`, `DrainGuest`, `PauseGuest`, `Verify`,
+    /// Carries out one of `Prepare`, `EndRound`, `DrainGuest`, `PauseGuest`, `SaveDeviceState`, `Verify`,
     /// `MoveDeviceState`, `WriteHandedOver`, `SendCommit`, `AskOutcome`,
     /// `AbortPeer`, `ResumeGuest`, `Finish`. Must not block for long; must see
     /// to it that the action's event reaches the driver later. For `Prepare`

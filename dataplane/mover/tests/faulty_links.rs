@@ -97,6 +97,7 @@ impl SourceOutside for Outside {
             SourceAction::EndRound { round } => SourceEvent::RoundEnded { round }.into(),
             SourceAction::PauseGuest { .. } => SourceInput::GuestPaused(Duration::ZERO),
             SourceAction::Verify => SourceInput::PeerDigests(self.peer.memory.memory.digests().unwrap()),
+            SourceAction::SaveDeviceState => return,
             SourceAction::MoveDeviceState => SourceEvent::DeviceStateMoved.into(),
             SourceAction::WriteHandedOver => SourceEvent::HandedOverSynced.into(),
             SourceAction::SendCommit => SourceEvent::DestinationRunning { memory_owed: false }.into(),

@@ -238,9 +238,13 @@ impl SourceOutside for Outside {
                 self.in_postcopy(async move { session.tell_memory_lost(&failure).await });
             }
             SourceAction::Verify => self.order(Order::Verify(v1::Verify {})),
-            SourceAction::MoveDeviceState => {
+            SourceAction::SaveDeviceState => {
+                session.device_state_held.send_replace(true);
                 let moving = self.spawn(async move { session.move_device_state().await.map(Into::into) });
                 self.session.keep_ordering(moving);
+            }
+            SourceAction::MoveDeviceState => {
+                session.device_state_held.send_replace(false);
             }
             SourceAction::WriteHandedOver => self.hand_over(),
             SourceAction::SendCommit => self.order(Order::Commit(v1::Commit {})),

@@ -44,7 +44,11 @@ impl Guest for Noting {
         unreachable!()
     }
 
-    fn continue_device_state(&self) -> GuestFuture<'_, Result<()>> {
+    fn save_device_state(&self) -> GuestFuture<'_, Result<()>> {
+        unreachable!()
+    }
+
+    fn wait_moved(&self) -> GuestFuture<'_, Result<()>> {
         unreachable!()
     }
 
@@ -129,6 +133,7 @@ async fn after_a_panic_nothing_is_ordered_of_a_guest_that_was_resumed() {
         tasks: Mutex::default(),
         ordering: Mutex::default(),
         incoming: tokio::sync::Mutex::new(incoming),
+        device_state_held: watch::Sender::default(),
         plan: Mutex::new(None),
         reads: Mutex::default(),
         reconnecting: tokio::sync::Mutex::default(),

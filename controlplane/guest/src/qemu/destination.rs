@@ -61,19 +61,14 @@ impl Qemu {
     pub async fn wait_loaded(&self) -> Result<(), GuestError> {
         self.explained(async {
             let client = self.client();
-            let events = client.events();
-            let ran = match loaded_by(&self.status_by(&client).await?.0) {
-                Verdict::Done(ran) => ran,
-                _ => {
-                    self.watch(&client, events, Step::Load, self.timeouts.load, |seen| match seen {
-                        // Its word for the guest is in its status only.
-                        Seen::Migration("completed" | "failed" | "cancelled") => Verdict::Ask,
-                        Seen::Migration(_) | Seen::Stopped(_) => Verdict::Wait,
-                        Seen::Status(status) => loaded_by(status),
-                    })
-                    .await?
-                }
-            };
+            let ran = self
+                .watch(&client, client.events(), Step::Load, self.timeouts.load, |seen| match seen {
+                    // Its word for the guest is in its status only.
+                    Seen::Migration("completed" | "failed" | "cancelled") => Verdict::Ask,
+                    Seen::Migration(_) | Seen::Stopped(_) => Verdict::Wait,
+                    Seen::Status(status) => loaded_by(status),
+                })
+                .await?;
             if !ran {
                 self.course().loaded = true;
                 return Ok(());

@@ -42,8 +42,8 @@ pub(super) enum Verdict<T> {
 }
 
 impl Qemu {
-    /// Shows `judge` what happens, until it has seen enough or `limit` is over.
-    /// `events` must date from before the command whose effect is waited for.
+    /// Shows `judge` how things stand and what happens, until it has seen enough or
+    /// `limit` is over.
     pub(super) async fn watch<T>(
         &self,
         client: &QmpClient,
@@ -54,7 +54,7 @@ impl Qemu {
     ) -> Result<T, GuestError> {
         let deadline = Instant::now() + limit;
         let mut last: Option<GuestStatus> = None;
-        let mut next_poll = Instant::now() + POLL_INTERVAL;
+        let mut next_poll = Instant::now();
         loop {
             if Instant::now() >= deadline {
                 return Err(step_timeout(step, limit, last));

@@ -5,7 +5,7 @@ use serde_json::json;
 use tokio::io::AsyncWriteExt;
 use tokio::net::UnixStream;
 
-use crate::harness::{Vm, carry, cut_qmp, qemus};
+use crate::harness::{Vm, carry, cut_qmp, moves, qemus};
 
 /// Moves `source`'s guest to `destination` up to where it is loaded there, and
 /// returns the destination.
@@ -21,7 +21,7 @@ pub(crate) async fn arrive(source_vm: &Vm, source: &Qemu, destination_vm: &Vm) -
     let paused = Instant::now();
     std::fs::copy(source_vm.path("ram"), destination_vm.path("ram.copy")).unwrap();
     let copied = Instant::now();
-    let (sent, loaded) = tokio::join!(source.continue_device_state(), destination.wait_loaded());
+    let (sent, loaded) = tokio::join!(moves(source), destination.wait_loaded());
     let moved = Instant::now();
     sent.unwrap();
     loaded.unwrap_or_else(|error| panic!("{error}: {}", destination_vm.log()));

@@ -4,7 +4,7 @@ use std::time::{Duration, Instant, SystemTime};
 use ramferry_guest::{GuestError, Qemu, Resumed, Timeouts};
 use serde_json::json;
 
-use crate::harness::{FarEnd, Stream, Vm, carry, cut_qmp, large_devices, qemus};
+use crate::harness::{FarEnd, Stream, Vm, carry, cut_qmp, large_devices, moves, qemus};
 
 /// From the call to a guest that runs: the aim, for most of many times.
 const RESUME_AIM: Duration = Duration::from_millis(100);
@@ -168,7 +168,7 @@ async fn device_state_that_nobody_reads_is_cut_off_and_the_guest_runs_on() {
         let stream = Stream::accept(listener, FarEnd::Gate);
         qemu.pause_for_switchover(&path).await.unwrap();
         stream.shut();
-        let error = qemu.continue_device_state().await.unwrap_err();
+        let error = moves(&qemu).await.unwrap_err();
         assert_eq!(error.reason(), "GUEST_STEP_TIMEOUT", "{error}");
         resumes(&vm, &qemu, "device, stuck").await;
         leaves_again(&vm, &qemu, "device, stuck").await;
@@ -184,7 +184,7 @@ async fn device_state_that_nobody_acknowledges_does_not_keep_the_guest() {
         let (path, listener) = vm.listen();
         let _stream = Stream::accept(listener, FarEnd::Reads);
         qemu.pause_for_switchover(&path).await.unwrap();
-        assert_eq!(qemu.continue_device_state().await.unwrap_err().reason(), "GUEST_STEP_TIMEOUT");
+        assert_eq!(moves(&qemu).await.unwrap_err().reason(), "GUEST_STEP_TIMEOUT");
         vm.migration_reaches("device").await;
         resumes(&vm, &qemu, "device, silent").await;
         leaves_again(&vm, &qemu, "device, silent").await;
@@ -200,7 +200,7 @@ async fn device_state_whose_stream_closes_fails_and_the_guest_runs_on() {
         let stream = Stream::accept(listener, FarEnd::Reads);
         qemu.pause_for_switchover(&path).await.unwrap();
         stream.close().await;
-        let error = qemu.continue_device_state().await.unwrap_err();
+        let error = moves(&qemu).await.unwrap_err();
         assert!(matches!(error, GuestError::Failed { .. }), "{error}");
         resumes(&vm, &qemu, "failed").await;
         leaves_again(&vm, &qemu, "failed").await;
@@ -279,7 +279,7 @@ async fn device_state_is_taken_back_from_every_instant_of_it() {
             let carrier = carry(listener, arriving.path("arriving"));
             qemu.pause_for_switchover(&path).await.unwrap();
             let after = Duration::from_micros(step * 700);
-            let _ = tokio::time::timeout(after, qemu.continue_device_state()).await;
+            let _ = tokio::time::timeout(after, moves(&qemu)).await;
             times.push(resumes(&vm, &qemu, &format!("device state dropped after {after:?}")).await);
             other.discard().await.unwrap();
             carrier.abort();
@@ -299,7 +299,7 @@ async fn a_migration_that_somebody_else_cancels_fails_the_pause() {
         qemu.pause_for_switchover(&path).await.unwrap();
         vm.ask("migrate_cancel", json!({})).await;
         vm.migration_reaches("cancelled").await;
-        assert!(qemu.continue_device_state().await.is_err());
+        assert!(moves(&qemu).await.is_err());
         resumes(&vm, &qemu, "cancelled").await;
     }
 }
@@ -342,7 +342,7 @@ async fn a_later_process_of_ours_resumes_what_an_earlier_one_left() {
                     qemu.pause_for_switchover(&path).await.unwrap();
                     if state == "device" {
                         let sent =
-                            tokio::time::timeout(Duration::from_millis(50), qemu.continue_device_state());
+                            tokio::time::timeout(Duration::from_millis(50), moves(&qemu));
                         assert!(sent.await.is_err());
                     }
                 }

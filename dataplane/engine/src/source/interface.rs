@@ -170,7 +170,11 @@ pub enum SourceAction {
     },
     /// Compare all of RAM with the destination's (`Verified`).
     Verify,
-    /// Let the VMM send its device state, behind what was sent to the destination before, and wait until the destination has loaded it (`DeviceStateMoved`).
+    /// Have the VMM save its device state, while the last harvest and the last round are made. Nothing of it reaches the
+    /// destination before `MoveDeviceState`.
+    SaveDeviceState,
+    /// Let the device state go to the destination, behind what was sent there before, and wait until the destination has
+    /// loaded it (`DeviceStateMoved`).
     MoveDeviceState,
     /// Append HANDED_OVER to the journal, durably (`HandedOverSynced`).
     WriteHandedOver,
@@ -233,6 +237,7 @@ impl SourceAction {
             Self::PauseGuest { .. } => "pause_guest",
             Self::SendOwed { .. } => "send_owed",
             Self::Verify => "verify",
+            Self::SaveDeviceState => "save_device_state",
             Self::MoveDeviceState => "move_device_state",
             Self::WriteHandedOver => "write_handed_over",
             Self::SendCommit => "send_commit",

@@ -6,6 +6,8 @@
 //!
 //! Into post-copy there is no last round: the last fence was the last round's while the guest ran, and nothing is sent
 //! since. The destination must hold what it is owed before its VMM loads device state, for that reads RAM.
+//!
+//! The VMM saves its device state from the pause on, beside the harvest and the last round: that takes as long as either.
 
 use std::time::Duration;
 
@@ -29,6 +31,7 @@ impl Source {
                 let postcopy = *postcopy;
                 self.paused_at = Some(now);
                 self.progress.downtime_parts.pause = took;
+                actions.push(SourceAction::SaveDeviceState);
                 self.next(now, Phase::LastHarvest { postcopy }, SourceAction::Harvest, actions);
                 // Not before: what it then wrote until its pause would be more than was expected.
                 self.lift_throttle(now, actions);

@@ -62,6 +62,7 @@ fn a_migration_that_goes_well_takes_its_steps_in_order() {
         SourceAction::EndRound { round: 1 },
         SourceAction::Harvest,
         SourceAction::PauseGuest { postcopy: false },
+        SourceAction::SaveDeviceState,
         SourceAction::Harvest,
         SourceAction::Copy { round: 2, pages: pages(2) },
         SourceAction::Fence,

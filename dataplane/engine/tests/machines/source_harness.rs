@@ -368,10 +368,18 @@ impl Checked {
             }
             SourceAction::SendOwed { pages } => {
                 assert!(!pages.is_empty());
-                let asked = [SourceAction::PauseGuest { postcopy: true }, SourceAction::Harvest];
+                let asked = [
+                    SourceAction::PauseGuest { postcopy: true },
+                    SourceAction::SaveDeviceState,
+                    SourceAction::Harvest,
+                ];
                 assert!(before.ends_with(&asked), "what the guest wrote last is not among it");
             }
+            SourceAction::SaveDeviceState => {
+                assert!(matches!(before.last(), Some(SourceAction::PauseGuest { .. })), "saved while it may run");
+            }
             SourceAction::MoveDeviceState => {
+                assert_eq!(self.times(&SourceAction::SaveDeviceState), 1, "not saved");
                 let last = before.last();
                 assert!(self.owed_accepted || !matches!(last, Some(SourceAction::SendOwed { .. })));
             }

@@ -60,6 +60,7 @@ fn a_migration_into_postcopy_takes_its_steps_in_order() {
         SourceAction::EndRound { round: 1 },
         SourceAction::Harvest,
         PAUSE,
+        SourceAction::SaveDeviceState,
         SourceAction::Harvest,
         SourceAction::SendOwed { pages: pages(2) },
         SourceAction::MoveDeviceState,

@@ -95,7 +95,8 @@ fn a_guest_that_calms_down_keeps_its_throttle_until_its_pause() {
     let mut checked = throttled();
     end_round(&mut checked);
     assert_eq!(checked.handle(harvested(0)), [SourceAction::PauseGuest { postcopy: false }]);
-    assert_eq!(checked.handle(SourceEvent::GuestPaused), [SourceAction::Harvest, LIFT]);
+    let last = [SourceAction::SaveDeviceState, SourceAction::Harvest, LIFT];
+    assert_eq!(checked.handle(SourceEvent::GuestPaused), last);
     checked.handle(in_force(0));
     checked.handle(SourceEvent::Cancel);
     assert_eq!(checked.times(&LIFT), 1, "it is lifted");

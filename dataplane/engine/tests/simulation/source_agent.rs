@@ -51,6 +51,8 @@ pub(crate) struct SourceAgent {
     sent: [Option<Page>; PAGES],
     pausing: Option<Fate>,
     verifying: Option<Fate>,
+    /// Its VMM's device state.
+    saved: Option<u64>,
 }
 
 impl SourceAgent {
@@ -73,6 +75,7 @@ impl SourceAgent {
             sent: [None; PAGES],
             pausing: None,
             verifying: None,
+            saved: None,
         }
     }
 
@@ -180,9 +183,10 @@ fn perform(world: &mut World, action: SourceAction, fate: Fate) {
             world.source.verifying = Some(fate);
             world.send(Side::Source, Message::Verify, fate);
         }
+        SourceAction::SaveDeviceState => world.source.saved = Some(world.device_state()),
         SourceAction::MoveDeviceState => {
-            let state = Message::DeviceState(world.device_state());
-            world.send(Side::Source, state, fate);
+            let saved = world.source.saved.expect("it is saved at the pause");
+            world.send(Side::Source, Message::DeviceState(saved), fate);
         }
         SourceAction::WriteHandedOver if sabotage == Sabotage::CommitWithoutHandedOver => {
             act(1000, Effect::Nothing, SourceEvent::HandedOverSynced);

@@ -144,6 +144,7 @@ impl SourceOutside for Outside {
                 self.at(Moment::Pause);
                 return self.handle.send(SourceInput::GuestPaused(Duration::ZERO));
             }
+            SourceAction::SaveDeviceState => return,
             SourceAction::MoveDeviceState => SourceEvent::DeviceStateMoved,
             SourceAction::WriteHandedOver => SourceEvent::HandedOverSynced,
             SourceAction::SendCommit => SourceEvent::DestinationRunning { memory_owed: false },

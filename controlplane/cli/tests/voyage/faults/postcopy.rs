@@ -18,6 +18,7 @@ const BEFORE: &[&str] = &[
 /// Those from there on, of one that goes well.
 const STRAIGHT: &[&str] = &[
     "source pause_guest 1",
+    "source save_device_state last 1",
     "source harvest last 1",
     "source send_owed 1",
     "source move_device_state 1",

@@ -19,6 +19,7 @@ pub(crate) const STRAIGHT: &[&str] = &[
     "source end_round 2",
     "source harvest 2",
     "source pause_guest 2",
+    "source save_device_state last 2",
     "source harvest last 2",
     "source copy last 3",
     "source fence last 3",
