@@ -61,10 +61,17 @@ impl Qemu {
     pub async fn wait_loaded(&self) -> Result<(), GuestError> {
         self.explained(async {
             let client = self.client();
+            let mut resumed = false;
             let ran = self
                 .watch(&client, client.events(), Step::Load, self.timeouts.load, |seen| match seen {
-                    // Its word for the guest is in its status only.
-                    Seen::Migration("completed" | "failed" | "cancelled") => Verdict::Ask,
+                    Seen::Resumed => {
+                        resumed = true;
+                        Verdict::Wait
+                    }
+                    // The last that QEMU does (process_incoming_migration_bh): a guest that was to run does by then. To
+                    // ask it takes until it has tidied up.
+                    Seen::Migration("completed") => Verdict::Done(resumed),
+                    Seen::Migration("failed" | "cancelled") => Verdict::Ask,
                     Seen::Migration(_) | Seen::Stopped(_) => Verdict::Wait,
                     Seen::Status(status) => loaded_by(status),
                 })

@@ -101,6 +101,7 @@ impl Qemu {
                     stopped = Some(at);
                     Verdict::Wait
                 }
+                Seen::Resumed => Verdict::Wait,
                 Seen::Migration(state) => paused_by(state),
                 Seen::Status(status) => paused_by(status.migration.as_deref().unwrap_or("none")),
             })
@@ -131,7 +132,7 @@ impl Qemu {
             let client = self.client();
             self.watch(&client, client.events(), Step::DeviceState, self.timeouts.device_state, |seen| {
                 match seen {
-                    Seen::Stopped(_) => Verdict::Wait,
+                    Seen::Stopped(_) | Seen::Resumed => Verdict::Wait,
                     Seen::Migration(state) => sent_by(state),
                     Seen::Status(status) => sent_by(status.migration.as_deref().unwrap_or("none")),
                 }

@@ -25,6 +25,8 @@ pub(super) enum Seen<'a> {
     Migration(&'a str),
     /// The vCPUs stopped.
     Stopped(SystemTime),
+    /// The vCPUs run.
+    Resumed,
     /// What QEMU answered when asked.
     Status(&'a GuestStatus),
 }
@@ -119,6 +121,7 @@ fn seen(event: &QmpEvent) -> Option<Seen<'_>> {
     match event.name.as_str() {
         "MIGRATION" => event.data.get("status")?.as_str().map(Seen::Migration),
         "STOP" => Some(Seen::Stopped(event.timestamp)),
+        "RESUME" => Some(Seen::Resumed),
         _ => None,
     }
 }
