@@ -246,3 +246,27 @@ async fn a_destination_that_somebody_else_starts_is_stopped() {
         assert_eq!(arrived.run_state().await, "paused");
     }
 }
+
+#[tokio::test]
+async fn a_destination_that_somebody_else_lets_run_once_it_is_loaded_is_stopped() {
+    for binary in qemus() {
+        let vm = Vm::guest(&binary, "").await;
+        let source = vm.source().await;
+        let arrived = vm.destination("").await;
+        let (destination, _, _) = arrived.inspect(Side::Destination).await.unwrap();
+        destination.prepare_destination().await.unwrap();
+        let arriving = arrived.path("arriving");
+        destination.start_incoming(&arriving).await.unwrap();
+        arrived.ask("cont", json!({})).await;
+        let (path, listener) = vm.listen();
+        let _carrier = carry(listener, arriving);
+        let leaves = async {
+            source.pause_for_switchover(&path).await.unwrap();
+            std::fs::copy(vm.path("ram"), arrived.path("ram.copy")).unwrap();
+            moves(&source).await
+        };
+        let (loaded, _) = tokio::join!(destination.wait_loaded(), leaves);
+        assert_eq!(loaded.unwrap_err().reason(), "GUEST_RAN_TOO_EARLY");
+        assert_eq!(arrived.run_state().await, "paused");
+    }
+}
