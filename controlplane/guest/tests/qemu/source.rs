@@ -341,8 +341,7 @@ async fn a_later_process_of_ours_resumes_what_an_earlier_one_left() {
                     let _stream = Stream::accept(listener, FarEnd::Reads);
                     qemu.pause_for_switchover(&path).await.unwrap();
                     if state == "device" {
-                        let sent =
-                            tokio::time::timeout(Duration::from_millis(50), moves(&qemu));
+                        let sent = tokio::time::timeout(Duration::from_millis(50), moves(&qemu));
                         assert!(sent.await.is_err());
                     }
                 }

@@ -376,7 +376,10 @@ impl Checked {
                 assert!(before.ends_with(&asked), "what the guest wrote last is not among it");
             }
             SourceAction::SaveDeviceState => {
-                assert!(matches!(before.last(), Some(SourceAction::PauseGuest { .. })), "saved while it may run");
+                assert!(
+                    matches!(before.last(), Some(SourceAction::PauseGuest { .. })),
+                    "saved while it may run"
+                );
             }
             SourceAction::MoveDeviceState => {
                 assert_eq!(self.times(&SourceAction::SaveDeviceState), 1, "not saved");
