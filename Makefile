@@ -37,7 +37,7 @@ bench: ## Speed and cost beside this host's limits, into target/bench/native.jso
 	scripts/setup test
 	cargo bench --locked --package ramferry --bench native
 
-lab-bench: ## Speed over RDMA beside QEMU's own, in the lab VM, into target/bench/lab.json (PARTS="still running probes rates")
+lab-bench: ## Speed over RDMA beside QEMU's own, in the lab VM, into target/bench/lab.json (PARTS="still running rates probes")
 	scripts/setup test
 	scripts/lab-bench $(PARTS)
 

@@ -42,6 +42,9 @@ pub struct Vm {
     pub binary: PathBuf,
     /// Virtual processors.
     pub processors: u32,
+    /// Its clock counts instructions, a nanosecond each, whatever the host does: the same work always takes the same time. Processors
+    /// take turns then.
+    pub steady_clock: bool,
     /// Its memory; what is written to files takes some of it.
     pub memory_mib: u64,
     /// For all of it, from the boot to the end of the command.

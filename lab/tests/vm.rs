@@ -166,6 +166,29 @@ fn a_kernel_that_panics_says_so_in_its_own_words() {
     lab.assert_nothing_is_left();
 }
 
+/// Whatever else the host does: other VMs boot beside this one.
+#[test]
+fn by_a_steady_clock_the_same_work_takes_the_same_time() {
+    let Some(lab) = Lab::new() else { return };
+    // No other program is started meanwhile: its file would be waited for in the host's time.
+    let script = "for run in 1 2 3; do read begun rest </proc/uptime; i=0; while [ $i -lt 100000 ]; do i=$((i + 1)); done; \
+                  read ended rest </proc/uptime; echo $begun $ended; done";
+    let output = lab.run(&["--steady-clock", "--processors", "1", "--", "sh", "-c", script]);
+    let told = String::from_utf8_lossy(&output.stdout).into_owned();
+    let times: Vec<f64> = told
+        .lines()
+        .map(|line| {
+            let (begun, ended) = line.split_once(' ').unwrap();
+            ended.parse::<f64>().unwrap() - begun.parse::<f64>().unwrap()
+        })
+        .collect();
+    assert_eq!(times.len(), 3, "{told}{}", said(&output));
+    let (least, most) =
+        times.iter().fold((f64::MAX, 0.0_f64), |(least, most), time| (least.min(*time), most.max(*time)));
+    assert!(most < least * 1.05, "{times:?}");
+    lab.assert_nothing_is_left();
+}
+
 #[test]
 fn a_run_that_is_not_done_in_time_is_ended() {
     let Some(lab) = Lab::new() else { return };

@@ -124,8 +124,11 @@ fn is_closed(error: &io::Error) -> bool {
 
 #[cfg(test)]
 mod tests {
+    use std::time::Duration;
+
     use bytes::Bytes;
     use tokio::sync::watch;
+    use tokio::time::timeout;
 
     use super::*;
 
@@ -182,7 +185,7 @@ mod tests {
         let (_read, mut write) = vmm.into_split();
         // More than a socket takes.
         let state: Vec<u8> = (0..4 * MESSAGE_BYTES).map(|at| (at / 1000) as u8).collect();
-        write.write_all(&state).await.unwrap();
+        timeout(Duration::from_secs(60), write.write_all(&state)).await.expect("it is read from").unwrap();
         drop(write);
         assert!(carried.try_recv().is_err(), "it was let go");
         held.send_replace(false);

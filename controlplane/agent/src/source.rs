@@ -451,29 +451,23 @@ impl Session {
         drop(listener);
         let mut incoming = self.incoming.lock().await;
         let send = async |state| {
-            self.device_state_let_go().await;
+            // Its sender is the session's.
+            let _ = self.device_state_held.subscribe().wait_for(|held| !held).await;
             self.peer.send(Order::DeviceState(state)).await
         };
         device_stream::relay(stream, &mut incoming, send).await
     }
 
-    /// Has the device state saved, and waits until it was let go and has arrived.
+    /// Has the device state saved, and waits until it was let go and has arrived. A VMM that fails to save it is heard at once.
     async fn move_device_state(&self) -> Result<SourceEvent, Failure> {
         let guest = self.guest.get().await?;
-        guest.save_device_state().await.map_err(|error| guest_failure(&error))?;
-        self.device_state_let_go().await;
-        let sent = async { guest.wait_moved().await.map_err(|error| guest_failure(&error)) };
+        let sent = async { guest.move_device_state().await.map_err(|error| guest_failure(&error)) };
         let loaded = async {
             let lost = |status: Status| Failure::new(Reason::PeerLost, status.message());
             self.peer.wait(|said| said.device_state_loaded).await.map_err(lost)
         };
         tokio::try_join!(sent, loaded)?;
         Ok(SourceEvent::DeviceStateMoved)
-    }
-
-    async fn device_state_let_go(&self) {
-        // Its sender is the session's.
-        let _ = self.device_state_held.subscribe().wait_for(|held| !held).await;
     }
 
     async fn resume(&self) -> Result<SourceEvent, Failure> {

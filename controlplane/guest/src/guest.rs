@@ -25,8 +25,8 @@ pub struct Timeouts {
     pub drain: Duration,
     /// From the order to pause for the switchover until the guest stands still.
     pub pause: Duration,
-    /// From the call of [`Guest::wait_moved`] until the device state is at the
-    /// destination.
+    /// From the call of [`Guest::move_device_state`] until the device state is at the
+    /// destination, the last round included.
     pub device_state: Duration,
     /// From the call of [`Guest::wait_loaded`] until the device state is there,
     /// the source's last round included.
@@ -43,7 +43,7 @@ impl Default for Timeouts {
             command: Duration::from_secs(5),
             drain: Duration::from_secs(20),
             pause: Duration::from_secs(30),
-            device_state: Duration::from_secs(60),
+            device_state: Duration::from_secs(300),
             load: Duration::from_secs(300),
             resume: Duration::from_secs(10),
             quit: Duration::from_secs(10),
@@ -123,8 +123,8 @@ pub type GuestFuture<'a, T> = Pin<Box<dyn Future<Output = T> + Send + 'a>>;
 /// A guest as a migration uses it, through its VMM.
 ///
 /// ```text
-/// source       prepare_source [-> drain_io] -> pause_for_switchover -> save_device_state -> wait_moved
-///                    \____________________________ | __________________________/
+/// source       prepare_source [-> drain_io] -> pause_for_switchover -> move_device_state
+///                    \____________________________ | ___________________/
 ///                                 resume_source (from anywhere)
 ///
 /// destination  prepare_destination -> start_incoming -> wait_loaded -> resume_destination
@@ -171,19 +171,12 @@ pub trait Guest: Send + Sync {
     /// may be paused or on its way there: `resume_source` must follow.
     fn pause_for_switchover<'a>(&'a self, stream: &'a Path) -> GuestFuture<'a, Result<Paused, GuestError>>;
 
-    /// Orders that the device state be saved and written to the stream. Returns
-    /// when the VMM has taken the order.
-    ///
-    /// # Errors
-    /// When it refuses: `resume_source` must follow.
-    fn save_device_state(&self) -> GuestFuture<'_, Result<(), GuestError>>;
-
-    /// Returns when all of the device state was sent and the destination's VMM has
-    /// said that it loaded it. The time limit counts from the call.
+    /// Has the device state saved and written to the stream. Returns when all of it was
+    /// sent and the destination's VMM has said that it loaded it.
     ///
     /// # Errors
     /// When that fails or takes too long: `resume_source` must follow.
-    fn wait_moved(&self) -> GuestFuture<'_, Result<(), GuestError>>;
+    fn move_device_state(&self) -> GuestFuture<'_, Result<(), GuestError>>;
 
     /// Ends whatever migration there is, makes the guest run if it ran before,
     /// and undoes `prepare_source`. Idempotent.

@@ -272,12 +272,8 @@ impl Guest for Qemu {
         Box::pin(Qemu::pause_for_switchover(self, stream))
     }
 
-    fn save_device_state(&self) -> GuestFuture<'_, Result<(), GuestError>> {
-        Box::pin(Qemu::save_device_state(self))
-    }
-
-    fn wait_moved(&self) -> GuestFuture<'_, Result<(), GuestError>> {
-        Box::pin(Qemu::wait_moved(self))
+    fn move_device_state(&self) -> GuestFuture<'_, Result<(), GuestError>> {
+        Box::pin(Qemu::move_device_state(self))
     }
 
     fn resume_source(&self) -> GuestFuture<'_, Result<Resumed, GuestError>> {

@@ -94,6 +94,7 @@ pub struct Source {
     started_at: Duration,
     last_harvest_at: Duration,
     paused_at: Option<Duration>,
+    device_state_saved: bool,
     commit_at: Option<Duration>,
     /// When the destination said that the guest runs there.
     resumed_at: Option<Duration>,
@@ -227,6 +228,7 @@ impl Source {
             started_at: Duration::ZERO,
             last_harvest_at: Duration::ZERO,
             paused_at: None,
+            device_state_saved: false,
             commit_at: None,
             resumed_at: None,
             forced: false,

@@ -40,7 +40,7 @@ pub trait SourceOutside: Send {
     /// Carries out one of `Prepare`, `EndRound`, `DrainGuest`, `PauseGuest`, `SaveDeviceState`, `Verify`,
     /// `MoveDeviceState`, `WriteHandedOver`, `SendCommit`, `AskOutcome`,
     /// `AbortPeer`, `ResumeGuest`, `Finish`. Must not block for long; must see
-    /// to it that the action's event reaches the driver later. For `Prepare`
+    /// to it that the action's event, if it has one, reaches the driver later. For `Prepare`
     /// that is [`SourceInput::Ready`].
     fn act(&mut self, action: SourceAction);
     /// Told of every action before it is carried out, those on memory too.

@@ -41,6 +41,10 @@ pub(crate) struct RunArgs {
     /// Virtual processors
     #[arg(long, value_name = "COUNT", default_value_t = 2, value_parser = clap::value_parser!(u32).range(1..=64))]
     processors: u32,
+    /// Time in the VM is counted in instructions, a nanosecond each, so that the same work always takes the same time, whatever else
+    /// this machine does: for measuring small differences. Processors take turns, and all of it takes some four times as long
+    #[arg(long)]
+    steady_clock: bool,
     /// A directory that the VM may write to; made if it is not there
     #[arg(long, value_name = "DIR")]
     out: Option<PathBuf>,
@@ -63,6 +67,7 @@ or ended this. Which of them, it says on stderr.
 Examples:
   ramferry-lab run -- ibv_devinfo
   ramferry-lab run --kernel 6.1 -- target/debug/deps/tracking-0123 --test-threads=1
+  ramferry-lab run --steady-clock --processors 1 -- ramferry bench registration --fabric verbs
   ramferry-lab run --out /tmp/found --timeout 2m -- sh -c 'dmesg >$RAMFERRY_LAB_OUT/dmesg'
   ramferry-lab run -- sh -c 'ib_write_bw -R >/dev/null & sleep 1; ib_write_bw -R 10.77.0.2'";
 
@@ -72,6 +77,7 @@ impl RunArgs {
             kernel: self.kernel,
             binary: std::env::current_exe().context("this program's own file cannot be told")?,
             processors: self.processors,
+            steady_clock: self.steady_clock,
             memory_mib: self.memory,
             timeout: self.timeout,
             out: self.out,

@@ -18,7 +18,8 @@ pub(super) fn command(vm: &Vm, kernel: &KernelFiles, session: &Session, ends: En
     let mut command = keeper::command(Path::new(PROGRAM));
     // TCG carries out `rep stosb` byte by byte: with it, the kernel takes 60 us to clear a page, eight times what it
     // takes with `rep stosq`.
-    command.args(["-machine", "q35", "-accel", "tcg,thread=multi", "-cpu", "max,-erms"]);
+    command.args(["-machine", "q35", "-cpu", "max,-erms"]);
+    command.args(clock(vm));
     command.args(["-smp", &vm.processors.to_string(), "-m", &format!("{}M", vm.memory_mib)]);
     command.args(["-nodefaults", "-no-user-config", "-display", "none", "-no-reboot"]);
     command.arg("-kernel").arg(&kernel.image).arg("-initrd").arg(&kernel.initramfs);
@@ -33,6 +34,16 @@ pub(super) fn command(vm: &Vm, kernel: &KernelFiles, session: &Session, ends: En
     }
     command.stdin(ends.line).stdout(ends.console).stderr(Stdio::piped());
     command
+}
+
+/// QEMU counts instructions only where one thread emulates all processors. `shift` is the binary logarithm of an instruction's
+/// nanoseconds; with `sleep`, a VM that waits does so in the host's time, as what it waits for (its files, its command line) comes
+/// from there.
+fn clock(vm: &Vm) -> &'static [&'static str] {
+    match vm.steady_clock {
+        true => &["-accel", "tcg,thread=single", "-icount", "shift=0,sleep=on"],
+        false => &["-accel", "tcg,thread=multi"],
+    }
 }
 
 /// A kernel that reports an error in its own code is not to be trusted with the rest of a test: it ends at once.

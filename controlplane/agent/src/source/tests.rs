@@ -44,11 +44,7 @@ impl Guest for Noting {
         unreachable!()
     }
 
-    fn save_device_state(&self) -> GuestFuture<'_, Result<()>> {
-        unreachable!()
-    }
-
-    fn wait_moved(&self) -> GuestFuture<'_, Result<()>> {
+    fn move_device_state(&self) -> GuestFuture<'_, Result<()>> {
         unreachable!()
     }
 

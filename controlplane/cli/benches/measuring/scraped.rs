@@ -21,12 +21,6 @@ pub(crate) struct Quantile {
     pub(crate) at_most_seconds: f64,
 }
 
-/// How many times `agent` has measured since it started, of one fabric, whatever the other labels are.
-pub(crate) fn count(agent: &Agent, metric: &str, fabric: &str) -> Result<f64> {
-    let text = agent.scrape()?;
-    Ok(series(&text, metric, "count", fabric).filter_map(value).sum())
-}
-
 fn series<'a>(
     text: &'a str,
     metric: &str,

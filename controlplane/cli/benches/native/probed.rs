@@ -1,4 +1,7 @@
 //! What eBPF probes cost a migration: the same still guest, with them and without, in pairs.
+//!
+//! This host's memory is not always as fast, for what else uses it. So a pair is many short moves soon after one another: of a small
+//! guest, as many with probes as without, by every fabric.
 
 use anyhow::Result;
 
@@ -7,27 +10,37 @@ use crate::measuring::agents::{Agent, Probes, migrate, order};
 use crate::measuring::report::Report;
 use crate::still::{State, destination, stand_still, still_guest};
 
+const GUEST_BYTES: u64 = 256 << 20;
+/// Each way, of a pair: agents that attach probes, and detach them, take longer than a move.
+const MOVES: usize = 4;
+const FABRICS: [&str; 2] = ["shm", "tcp"];
+
 /// Measures everything, `runs` times in turns.
 pub(crate) fn run(report: &mut Report, runs: usize) -> Result<()> {
     let agents = (Agent::start(Probes::Off)?, Agent::start(Probes::Off)?);
-    let guest = still_guest()?;
-    let name = |fabric: &str, probes: Probes| format!("{fabric} dynamic, copy, {}", probes.as_str());
-    let fabrics = ["shm", "tcp"];
+    let guest = still_guest(GUEST_BYTES)?;
+    let name = |fabric: &str, probes: Probes| {
+        format!("{fabric} dynamic, {MOVES} copies of {} MiB, {}", GUEST_BYTES >> 20, probes.as_str())
+    };
     for run in 1..=runs {
-        for fabric in fabrics {
-            for probes in Probes::both(run) {
-                let name = name(fabric, probes);
-                eprintln!("{name}: run {run} of {runs}");
-                let _attached = probes.attach()?;
-                let to = destination(&guest, State::Touched)?;
-                let agents = (&agents.0, &agents.1);
-                let voyage = migrate(agents, (&guest, &to), order(fabric, "dynamic")?, LOOK_INTERVAL)?;
-                report.add(&name, voyage.transferred_bytes(), voyage.copy_seconds()?);
-                stand_still(&guest)?;
+        for probes in Probes::both(run) {
+            eprintln!("{}: run {run} of {runs}", probes.as_str());
+            let _attached = probes.attach()?;
+            for fabric in FABRICS {
+                let (mut bytes, mut seconds) = (0, 0.0);
+                for _ in 0..MOVES {
+                    let to = destination(&guest, State::Fresh)?;
+                    let parameters = order(fabric, "dynamic")?;
+                    let voyage = migrate((&agents.0, &agents.1), (&guest, &to), parameters, LOOK_INTERVAL)?;
+                    bytes += voyage.transferred_bytes();
+                    seconds += voyage.copy_seconds()?;
+                    stand_still(&guest)?;
+                }
+                report.add(&name(fabric, probes), bytes, seconds);
             }
         }
     }
-    for fabric in fabrics {
+    for fabric in FABRICS {
         report.compare(&name(fabric, Probes::Attached), &name(fabric, Probes::Off));
     }
     Ok(())

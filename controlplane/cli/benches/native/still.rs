@@ -21,8 +21,8 @@ use crate::{LOOK_INTERVAL, OWN_INTERVAL};
 
 const MIB: u64 = 1 << 20;
 const GUEST_BYTES: u64 = 1 << 30;
-/// Written by the guest, with words that have no pattern.
-const TOUCHED_MIB: u64 = 960;
+/// What a guest's firmware and program have of its memory: the rest it writes, with words that have no pattern.
+const UNTOUCHED_BYTES: u64 = 64 * MIB;
 const PIECE_BYTES: u64 = MIB;
 const STREAMS: usize = 2;
 const PATIENCE: Duration = Duration::from_secs(120);
@@ -47,7 +47,7 @@ impl State {
 
 /// Measures everything, `runs` times in turns.
 pub(crate) fn run(report: &mut Report, runs: usize) -> Result<()> {
-    let guest = still_guest()?;
+    let guest = still_guest(GUEST_BYTES)?;
     let agents = (Agent::start(Probes::Off)?, Agent::start(Probes::Off)?);
     for run in 1..=runs {
         for state in [State::Fresh, State::Touched] {
@@ -68,11 +68,10 @@ pub(crate) fn run(report: &mut Report, runs: usize) -> Result<()> {
 }
 
 /// A guest that has written its memory, and stands still.
-pub(crate) fn still_guest() -> Result<Qemu> {
-    let workload =
-        Workload { mib: 16, touch_mib: TOUCHED_MIB, rate_mib: 16, fill: Fill::Random, ..Workload::default() };
-    let guest =
-        Qemu::builder().block(RamBlock::node(GUEST_BYTES)).accel(Accel::best()).proof(workload).start()?;
+pub(crate) fn still_guest(bytes: u64) -> Result<Qemu> {
+    let touch_mib = (bytes - UNTOUCHED_BYTES) / MIB;
+    let workload = Workload { mib: 16, touch_mib, rate_mib: 16, fill: Fill::Random, ..Workload::default() };
+    let guest = Qemu::builder().block(RamBlock::node(bytes)).accel(Accel::best()).proof(workload).start()?;
     guest.wait_ready(PATIENCE)?;
     guest.stop()?;
     Ok(guest)

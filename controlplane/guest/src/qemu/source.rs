@@ -111,31 +111,20 @@ impl Qemu {
         .await
     }
 
-    /// Lets QEMU save the device state and write it to its stream.
-    ///
-    /// # Errors
-    /// When QEMU refuses. [`Qemu::resume_source`] must follow.
-    pub async fn save_device_state(&self) -> Result<(), GuestError> {
-        self.explained(async {
-            Ok(self.client().run("migrate-continue", json!({ "state": "pre-switchover" })).await?)
-        })
-        .await
-    }
-
-    /// Returns when the device state was sent, and the destination's QEMU has said
-    /// that it loaded it. The time limit counts from the call.
+    /// Lets QEMU save the device state and write it to its stream. Returns when all of it
+    /// was sent, and the destination's QEMU has said that it loaded it.
     ///
     /// # Errors
     /// When that fails or takes too long. [`Qemu::resume_source`] must follow.
-    pub async fn wait_moved(&self) -> Result<(), GuestError> {
+    pub async fn move_device_state(&self) -> Result<(), GuestError> {
         self.explained(async {
             let client = self.client();
-            self.watch(&client, client.events(), Step::DeviceState, self.timeouts.device_state, |seen| {
-                match seen {
-                    Seen::Stopped(_) | Seen::Resumed => Verdict::Wait,
-                    Seen::Migration(state) => sent_by(state),
-                    Seen::Status(status) => sent_by(status.migration.as_deref().unwrap_or("none")),
-                }
+            let events = client.events();
+            client.run("migrate-continue", json!({ "state": "pre-switchover" })).await?;
+            self.watch(&client, events, Step::DeviceState, self.timeouts.device_state, |seen| match seen {
+                Seen::Stopped(_) | Seen::Resumed => Verdict::Wait,
+                Seen::Migration(state) => sent_by(state),
+                Seen::Status(status) => sent_by(status.migration.as_deref().unwrap_or("none")),
             })
             .await
         })

@@ -1,3 +1,4 @@
+use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
 use ramferry_guest::{Qemu, Side, Timeouts};
@@ -5,15 +6,21 @@ use serde_json::json;
 use tokio::io::AsyncWriteExt;
 use tokio::net::UnixStream;
 
-use crate::harness::{Vm, carry, cut_qmp, moves, qemus};
+use crate::harness::{Vm, carry, cut_qmp, qemus};
+
+/// `vm` as a destination that waits for device state, and where it does.
+async fn listening(vm: &Vm) -> (Qemu, PathBuf) {
+    let (destination, _, _) = vm.inspect(Side::Destination).await.unwrap();
+    destination.prepare_destination().await.unwrap();
+    let arriving = vm.path("arriving");
+    destination.start_incoming(&arriving).await.unwrap();
+    (destination, arriving)
+}
 
 /// Moves `source`'s guest to `destination` up to where it is loaded there, and
 /// returns the destination.
 pub(crate) async fn arrive(source_vm: &Vm, source: &Qemu, destination_vm: &Vm) -> Qemu {
-    let (destination, _, _) = destination_vm.inspect(Side::Destination).await.unwrap();
-    destination.prepare_destination().await.unwrap();
-    let arriving = destination_vm.path("arriving");
-    destination.start_incoming(&arriving).await.unwrap();
+    let (destination, arriving) = listening(destination_vm).await;
     let (path, listener) = source_vm.listen();
     let carrier = carry(listener, arriving);
     let ordered = Instant::now();
@@ -21,7 +28,7 @@ pub(crate) async fn arrive(source_vm: &Vm, source: &Qemu, destination_vm: &Vm) -
     let paused = Instant::now();
     std::fs::copy(source_vm.path("ram"), destination_vm.path("ram.copy")).unwrap();
     let copied = Instant::now();
-    let (sent, loaded) = tokio::join!(moves(source), destination.wait_loaded());
+    let (sent, loaded) = tokio::join!(source.move_device_state(), destination.wait_loaded());
     let moved = Instant::now();
     sent.unwrap();
     loaded.unwrap_or_else(|error| panic!("{error}: {}", destination_vm.log()));
@@ -115,10 +122,7 @@ async fn a_destination_that_listens_is_ended_when_it_is_given_up() {
     for binary in qemus() {
         for connected in [false, true] {
             let mut waiting = Vm::guest(&binary, "-incoming defer").await;
-            let (qemu, _, _) = waiting.inspect(Side::Destination).await.unwrap();
-            qemu.prepare_destination().await.unwrap();
-            let arriving = waiting.path("arriving");
-            qemu.start_incoming(&arriving).await.unwrap();
+            let (qemu, arriving) = listening(&waiting).await;
             assert_eq!(qemu.start_incoming(&arriving).await.unwrap_err().reason(), "INCOMING_STARTED");
             let stream = if connected { Some(UnixStream::connect(&arriving).await.unwrap()) } else { None };
             let error = qemu.resume_destination().await.unwrap_err();
@@ -136,10 +140,8 @@ async fn a_stream_that_is_none_ends_the_load_and_can_be_given_up() {
     for binary in qemus() {
         for bytes in [&b""[..], b"this is no migration stream, not at all", b"QEVM\0\0\0\x03\x07"] {
             let waiting = Vm::guest(&binary, "-incoming defer").await;
-            let (qemu, _, _) = waiting.inspect(Side::Destination).await.unwrap();
-            qemu.prepare_destination().await.unwrap();
-            qemu.start_incoming(&waiting.path("arriving")).await.unwrap();
-            let mut stream = UnixStream::connect(waiting.path("arriving")).await.unwrap();
+            let (qemu, arriving) = listening(&waiting).await;
+            let mut stream = UnixStream::connect(arriving).await.unwrap();
             let _ = stream.write_all(bytes).await;
             drop(stream);
             let error = qemu.wait_loaded().await.unwrap_err();
@@ -154,11 +156,9 @@ async fn a_stream_that_is_none_ends_the_load_and_can_be_given_up() {
 async fn a_load_that_never_ends_is_given_up_in_time() {
     for binary in qemus() {
         let mut waiting = Vm::guest(&binary, "-incoming defer").await;
-        let (qemu, _, _) = waiting.inspect(Side::Destination).await.unwrap();
+        let (qemu, arriving) = listening(&waiting).await;
         let qemu = qemu.with_timeouts(Timeouts { load: Duration::from_millis(100), ..Timeouts::default() });
-        qemu.prepare_destination().await.unwrap();
-        qemu.start_incoming(&waiting.path("arriving")).await.unwrap();
-        let _stream = UnixStream::connect(waiting.path("arriving")).await.unwrap();
+        let _stream = UnixStream::connect(arriving).await.unwrap();
         assert_eq!(qemu.wait_loaded().await.unwrap_err().reason(), "GUEST_STEP_TIMEOUT");
         qemu.discard().await.unwrap();
         assert!(waiting.has_ended().await);
@@ -177,15 +177,13 @@ async fn a_later_process_of_ours_takes_up_a_destination() {
         assert_eq!(arrived.run_state().await, "running");
         assert_eq!(later.discard().await.unwrap_err().reason(), "DESTINATION_RUNS");
 
-        let mut listening = vm.destination("").await;
-        let (qemu, _, _) = listening.inspect(Side::Destination).await.unwrap();
-        qemu.prepare_destination().await.unwrap();
-        qemu.start_incoming(&listening.path("arriving")).await.unwrap();
+        let mut waiting = vm.destination("").await;
+        let (qemu, _) = listening(&waiting).await;
         drop(qemu);
-        let later = Qemu::attach(&listening.path("qmp"), true).await.unwrap();
+        let later = Qemu::attach(&waiting.path("qmp"), true).await.unwrap();
         assert_eq!(later.resume_source().await.unwrap_err().reason(), "GUEST_STATE");
         later.discard().await.unwrap();
-        assert!(listening.has_ended().await);
+        assert!(waiting.has_ended().await);
 
         let mut prepared = vm.destination("").await;
         let before = prepared.settings().await;
@@ -212,9 +210,7 @@ async fn a_destination_whose_connection_broke_is_resumed_and_given_up_all_the_sa
         assert_eq!(arrived.run_state().await, "running");
 
         let mut given_up = vm.destination("").await;
-        let (qemu, _, _) = given_up.inspect(Side::Destination).await.unwrap();
-        qemu.prepare_destination().await.unwrap();
-        qemu.start_incoming(&given_up.path("arriving")).await.unwrap();
+        let (qemu, _) = listening(&given_up).await;
         cut_qmp(&given_up);
         assert_eq!(qemu.lost().await.reason(), "QMP_LOST");
         qemu.discard().await.unwrap();
@@ -253,17 +249,14 @@ async fn a_destination_that_somebody_else_lets_run_once_it_is_loaded_is_stopped(
         let vm = Vm::guest(&binary, "").await;
         let source = vm.source().await;
         let arrived = vm.destination("").await;
-        let (destination, _, _) = arrived.inspect(Side::Destination).await.unwrap();
-        destination.prepare_destination().await.unwrap();
-        let arriving = arrived.path("arriving");
-        destination.start_incoming(&arriving).await.unwrap();
+        let (destination, arriving) = listening(&arrived).await;
         arrived.ask("cont", json!({})).await;
         let (path, listener) = vm.listen();
         let _carrier = carry(listener, arriving);
         let leaves = async {
             source.pause_for_switchover(&path).await.unwrap();
             std::fs::copy(vm.path("ram"), arrived.path("ram.copy")).unwrap();
-            moves(&source).await
+            source.move_device_state().await
         };
         let (loaded, _) = tokio::join!(destination.wait_loaded(), leaves);
         assert_eq!(loaded.unwrap_err().reason(), "GUEST_RAN_TOO_EARLY");

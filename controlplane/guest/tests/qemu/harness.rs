@@ -302,12 +302,6 @@ impl Drop for Stream {
     }
 }
 
-/// Has `guest`'s device state saved, and waits until it has arrived.
-pub(crate) async fn moves(guest: &Qemu) -> Result<(), GuestError> {
-    guest.save_device_state().await?;
-    guest.wait_moved().await
-}
-
 /// Carries device state from the one who connects to `listener` to the one who
 /// listens at `destination`, and answers back. Counts what went forward.
 pub(crate) fn carry(listener: UnixListener, destination: PathBuf) -> JoinHandle<u64> {

@@ -3,8 +3,9 @@ use std::time::{Duration, Instant, SystemTime};
 
 use ramferry_guest::{GuestError, Qemu, Resumed, Timeouts};
 use serde_json::json;
+use tempfile::TempDir;
 
-use crate::harness::{FarEnd, Stream, Vm, carry, cut_qmp, large_devices, moves, qemus};
+use crate::harness::{FarEnd, Stream, Vm, carry, cut_qmp, large_devices, qemus};
 
 /// From the call to a guest that runs: the aim, for most of many times.
 const RESUME_AIM: Duration = Duration::from_millis(100);
@@ -44,6 +45,15 @@ async fn leaves_again(vm: &Vm, qemu: &Qemu, what: &str) {
         .unwrap_or_else(|error| panic!("{what}: {error}: {}", vm.log()));
     assert!(paused.was_running);
     resumes(vm, qemu, &format!("{what}, a second time")).await;
+}
+
+/// A disk that a guest may write, and the option that gives it to one.
+fn drive() -> (TempDir, String) {
+    let disk = TempDir::new_in("/dev/shm").unwrap();
+    let image = disk.path().join("disk");
+    std::fs::File::create(&image).unwrap().set_len(1 << 20).unwrap();
+    let drive = format!("-drive if=virtio,format=raw,file={}", image.display());
+    (disk, drive)
 }
 
 /// `RAMFERRY_TEST_INSTANTS` is how many to try.
@@ -168,7 +178,7 @@ async fn device_state_that_nobody_reads_is_cut_off_and_the_guest_runs_on() {
         let stream = Stream::accept(listener, FarEnd::Gate);
         qemu.pause_for_switchover(&path).await.unwrap();
         stream.shut();
-        let error = moves(&qemu).await.unwrap_err();
+        let error = qemu.move_device_state().await.unwrap_err();
         assert_eq!(error.reason(), "GUEST_STEP_TIMEOUT", "{error}");
         resumes(&vm, &qemu, "device, stuck").await;
         leaves_again(&vm, &qemu, "device, stuck").await;
@@ -178,16 +188,36 @@ async fn device_state_that_nobody_reads_is_cut_off_and_the_guest_runs_on() {
 #[tokio::test]
 async fn device_state_that_nobody_acknowledges_does_not_keep_the_guest() {
     for binary in qemus() {
-        let vm = Vm::guest(&binary, "").await;
+        let (_disk, drive) = drive();
+        let vm = Vm::guest(&binary, &drive).await;
         let timeouts = Timeouts { device_state: Duration::from_millis(300), ..Timeouts::default() };
         let qemu = vm.source().await.with_timeouts(timeouts);
         let (path, listener) = vm.listen();
         let _stream = Stream::accept(listener, FarEnd::Reads);
         qemu.pause_for_switchover(&path).await.unwrap();
-        assert_eq!(moves(&qemu).await.unwrap_err().reason(), "GUEST_STEP_TIMEOUT");
+        assert_eq!(qemu.move_device_state().await.unwrap_err().reason(), "GUEST_STEP_TIMEOUT");
         vm.migration_reaches("device").await;
         resumes(&vm, &qemu, "device, silent").await;
         leaves_again(&vm, &qemu, "device, silent").await;
+    }
+}
+
+#[tokio::test]
+async fn a_guest_that_stood_still_does_so_when_its_device_state_is_taken_back() {
+    for binary in qemus() {
+        let (_disk, drive) = drive();
+        let vm = Vm::guest(&binary, &drive).await;
+        vm.ask("stop", json!({})).await;
+        let timeouts = Timeouts { device_state: Duration::from_millis(300), ..Timeouts::default() };
+        let qemu = vm.source().await.with_timeouts(timeouts);
+        let (path, listener) = vm.listen();
+        let _stream = Stream::accept(listener, FarEnd::Reads);
+        assert!(!qemu.pause_for_switchover(&path).await.unwrap().was_running);
+        assert_eq!(qemu.move_device_state().await.unwrap_err().reason(), "GUEST_STEP_TIMEOUT");
+        assert_eq!(qemu.resume_source().await.unwrap(), Resumed::LeftPaused);
+        vm.ask("cont", json!({})).await;
+        assert_eq!(vm.run_state().await, "running");
+        leaves_again(&vm, &qemu, "device, stood still").await;
     }
 }
 
@@ -200,7 +230,7 @@ async fn device_state_whose_stream_closes_fails_and_the_guest_runs_on() {
         let stream = Stream::accept(listener, FarEnd::Reads);
         qemu.pause_for_switchover(&path).await.unwrap();
         stream.close().await;
-        let error = moves(&qemu).await.unwrap_err();
+        let error = qemu.move_device_state().await.unwrap_err();
         assert!(matches!(error, GuestError::Failed { .. }), "{error}");
         resumes(&vm, &qemu, "failed").await;
         leaves_again(&vm, &qemu, "failed").await;
@@ -225,10 +255,7 @@ async fn a_guest_whose_device_state_has_left_can_still_be_taken_back() {
 #[tokio::test]
 async fn a_disk_is_free_for_the_source_until_the_destination_runs() {
     for binary in qemus() {
-        let disk = tempfile::TempDir::new_in("/dev/shm").unwrap();
-        let image = disk.path().join("disk");
-        std::fs::File::create(&image).unwrap().set_len(1 << 20).unwrap();
-        let drive = format!("-drive if=virtio,format=raw,file={}", image.display());
+        let (_disk, drive) = drive();
         let vm = Vm::guest(&binary, &drive).await;
         let qemu = vm.source().await;
         let arrived = vm.destination(&drive).await;
@@ -279,7 +306,7 @@ async fn device_state_is_taken_back_from_every_instant_of_it() {
             let carrier = carry(listener, arriving.path("arriving"));
             qemu.pause_for_switchover(&path).await.unwrap();
             let after = Duration::from_micros(step * 700);
-            let _ = tokio::time::timeout(after, moves(&qemu)).await;
+            let _ = tokio::time::timeout(after, qemu.move_device_state()).await;
             times.push(resumes(&vm, &qemu, &format!("device state dropped after {after:?}")).await);
             other.discard().await.unwrap();
             carrier.abort();
@@ -299,7 +326,7 @@ async fn a_migration_that_somebody_else_cancels_fails_the_pause() {
         qemu.pause_for_switchover(&path).await.unwrap();
         vm.ask("migrate_cancel", json!({})).await;
         vm.migration_reaches("cancelled").await;
-        assert!(moves(&qemu).await.is_err());
+        assert!(qemu.move_device_state().await.is_err());
         resumes(&vm, &qemu, "cancelled").await;
     }
 }
@@ -341,7 +368,7 @@ async fn a_later_process_of_ours_resumes_what_an_earlier_one_left() {
                     let _stream = Stream::accept(listener, FarEnd::Reads);
                     qemu.pause_for_switchover(&path).await.unwrap();
                     if state == "device" {
-                        let sent = tokio::time::timeout(Duration::from_millis(50), moves(&qemu));
+                        let sent = tokio::time::timeout(Duration::from_millis(50), qemu.move_device_state());
                         assert!(sent.await.is_err());
                     }
                 }

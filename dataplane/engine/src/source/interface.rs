@@ -170,8 +170,8 @@ pub enum SourceAction {
     },
     /// Compare all of RAM with the destination's (`Verified`).
     Verify,
-    /// Have the VMM save its device state, while the last harvest and the last round are made. Nothing of it reaches the
-    /// destination before `MoveDeviceState`.
+    /// Have the VMM save its device state, beside the last harvest and the last round where RAM is not compared. Nothing of it
+    /// reaches the destination before `MoveDeviceState`.
     SaveDeviceState,
     /// Let the device state go to the destination, behind what was sent there before, and wait until the destination has
     /// loaded it (`DeviceStateMoved`).

@@ -7,7 +7,8 @@
 //! Into post-copy there is no last round: the last fence was the last round's while the guest ran, and nothing is sent
 //! since. The destination must hold what it is owed before its VMM loads device state, for that reads RAM.
 //!
-//! The VMM saves its device state from the pause on, beside the harvest and the last round: that takes as long as either.
+//! The VMM saves its device state from the pause on, beside the harvest and the last round: that takes as long as either. Where
+//! RAM is compared it saves behind that, for a VMM that fails to save lets its guest run.
 
 use std::time::Duration;
 
@@ -31,7 +32,9 @@ impl Source {
                 let postcopy = *postcopy;
                 self.paused_at = Some(now);
                 self.progress.downtime_parts.pause = took;
-                actions.push(SourceAction::SaveDeviceState);
+                if !self.parameters.verify {
+                    self.save_device_state(actions);
+                }
                 self.next(now, Phase::LastHarvest { postcopy }, SourceAction::Harvest, actions);
                 // Not before: what it then wrote until its pause would be more than was expected.
                 self.lift_throttle(now, actions);
@@ -144,8 +147,16 @@ impl Source {
     }
 
     fn move_device_state(&mut self, now: Duration, acknowledged: bool, actions: &mut Vec<SourceAction>) {
-        let phase = Phase::DeviceState { acknowledged };
-        self.next(now, phase, SourceAction::MoveDeviceState, actions);
+        self.enter(now, Phase::DeviceState { acknowledged });
+        if !self.device_state_saved {
+            self.save_device_state(actions);
+        }
+        actions.push(SourceAction::MoveDeviceState);
+    }
+
+    fn save_device_state(&mut self, actions: &mut Vec<SourceAction>) {
+        self.device_state_saved = true;
+        actions.push(SourceAction::SaveDeviceState);
     }
 
     fn next(&mut self, now: Duration, phase: Phase, action: SourceAction, actions: &mut Vec<SourceAction>) {

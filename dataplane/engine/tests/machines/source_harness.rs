@@ -186,6 +186,7 @@ pub(crate) struct Checked {
     peer_has_everything: bool,
     peer_lost_memory: bool,
     owed_accepted: bool,
+    verify: bool,
     /// As the last parameters had it.
     postcopy: Postcopy,
     throttle: Option<Percent>,
@@ -195,8 +196,8 @@ pub(crate) struct Checked {
 
 impl Checked {
     pub(crate) fn new(parameters: Parameters) -> Self {
-        let (postcopy, throttle) = (parameters.postcopy, parameters.throttle);
-        Self { postcopy, throttle, ..Self::over(Source::new(parameters).unwrap()) }
+        let Parameters { verify, postcopy, throttle, .. } = parameters;
+        Self { verify, postcopy, throttle, ..Self::over(Source::new(parameters).unwrap()) }
     }
 
     pub(crate) fn restarted_before_handover() -> Self {
@@ -255,6 +256,7 @@ impl Checked {
             peer_has_everything: false,
             peer_lost_memory: false,
             owed_accepted: false,
+            verify: false,
             postcopy: Postcopy::default(),
             throttle: None,
             throttled: Percent(0),
@@ -288,7 +290,8 @@ impl Checked {
                 self.owed_accepted |= matches!(self.actions.last(), Some(SourceAction::SendOwed { .. }));
             }
             SourceEvent::SetParameters(parameters) if parameters.check().is_ok() => {
-                (self.postcopy, self.throttle) = (parameters.postcopy, parameters.throttle);
+                let Parameters { verify, postcopy, throttle, .. } = *parameters;
+                (self.verify, self.postcopy, self.throttle) = (verify, postcopy, throttle);
             }
             SourceEvent::DeviceStateMoved => {
                 self.device_state_moved = self.times(&SourceAction::MoveDeviceState) > 0;
@@ -368,22 +371,20 @@ impl Checked {
             }
             SourceAction::SendOwed { pages } => {
                 assert!(!pages.is_empty());
-                let asked = [
-                    SourceAction::PauseGuest { postcopy: true },
-                    SourceAction::SaveDeviceState,
-                    SourceAction::Harvest,
-                ];
-                assert!(before.ends_with(&asked), "what the guest wrote last is not among it");
+                let asked: Vec<_> =
+                    before.iter().filter(|action| **action != SourceAction::SaveDeviceState).collect();
+                let wanted = [&SourceAction::PauseGuest { postcopy: true }, &SourceAction::Harvest];
+                assert!(asked.ends_with(&wanted), "what the guest wrote last is not among it");
             }
             SourceAction::SaveDeviceState => {
-                assert!(
-                    matches!(before.last(), Some(SourceAction::PauseGuest { .. })),
-                    "saved while it may run"
-                );
+                let is_early = matches!(before.last(), Some(SourceAction::PauseGuest { .. }));
+                assert!(!(is_early && self.verify), "saved before RAM was compared");
+                assert!(is_early || self.source.phase() == "device_state", "saved while it may run");
+                assert_eq!(self.times(action), 0, "saved twice");
             }
             SourceAction::MoveDeviceState => {
                 assert_eq!(self.times(&SourceAction::SaveDeviceState), 1, "not saved");
-                let last = before.last();
+                let last = before.iter().rfind(|action| **action != SourceAction::SaveDeviceState);
                 assert!(self.owed_accepted || !matches!(last, Some(SourceAction::SendOwed { .. })));
             }
             SourceAction::Release => {

@@ -183,10 +183,14 @@ fn perform(world: &mut World, action: SourceAction, fate: Fate) {
             world.source.verifying = Some(fate);
             world.send(Side::Source, Message::Verify, fate);
         }
+        SourceAction::SaveDeviceState if matches!(fate, Fate::Fail { .. }) => {
+            world.fail(Side::Source, microseconds(500), Reason::GuestFailed);
+        }
         SourceAction::SaveDeviceState => world.source.saved = Some(world.device_state()),
         SourceAction::MoveDeviceState => {
-            let saved = world.source.saved.expect("it is saved at the pause");
-            world.send(Side::Source, Message::DeviceState(saved), fate);
+            if let Some(saved) = world.source.saved {
+                world.send(Side::Source, Message::DeviceState(saved), fate);
+            }
         }
         SourceAction::WriteHandedOver if sabotage == Sabotage::CommitWithoutHandedOver => {
             act(1000, Effect::Nothing, SourceEvent::HandedOverSynced);
