@@ -46,7 +46,7 @@ pub(crate) fn run(report: &mut Report, runs: usize) -> Result<Vec<String>> {
 }
 
 fn turn(hosts: &Hosts, contestant: Contestant, fill: &NamedTempFile, probes: Probes) -> Result<Move> {
-    let _attached = probes.attach()?;
+    let _bystander = probes.bystander()?;
     measure(hosts, contestant, fill, false)
 }
 

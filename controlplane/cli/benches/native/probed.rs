@@ -25,7 +25,7 @@ pub(crate) fn run(report: &mut Report, runs: usize) -> Result<()> {
     for run in 1..=runs {
         for probes in Probes::both(run) {
             eprintln!("{}: run {run} of {runs}", probes.as_str());
-            let _attached = probes.attach()?;
+            let _bystander = probes.bystander()?;
             for fabric in FABRICS {
                 let (mut bytes, mut seconds) = (0, 0.0);
                 for _ in 0..MOVES {
