@@ -50,6 +50,7 @@ impl Contestant {
     pub(crate) const PIN_ALL: Contestant = Contestant::ours("verbs", "pin-all", QUEUE_PAIRS, false);
     pub(crate) const POSTCOPY: Contestant = Contestant::ours("verbs", "dynamic", QUEUE_PAIRS, true);
     pub(crate) const TCP: Contestant = Contestant::ours("tcp", "dynamic", STREAMS, false);
+    pub(crate) const SHM: Contestant = Contestant::ours("shm", "dynamic", STREAMS, false);
 
     const fn ours(
         fabric: &'static str,

@@ -1,4 +1,4 @@
-//! What eBPF probes on registration cost a migration over RDMA: the same still guest, with them and without, in pairs.
+//! What eBPF probes on registration cost a migration, over RDMA and where nothing is registered with a device: the same still guest, with them and without, in pairs.
 //!
 //! Under a clock that counts instructions (`ramferry-lab run --steady-clock`): by the host's, copies over soft-RoCE differ by 8 %
 //! from one to the next, which is more than the probes cost.
@@ -13,7 +13,8 @@ use crate::measuring::report::Report;
 use crate::measuring::takes_part;
 use crate::still::{measure, random_file, warm_up};
 
-const CONTESTANTS: [Contestant; 2] = [Contestant::DYNAMIC, Contestant::PIN_ALL];
+const CONTESTANTS: [Contestant; 4] =
+    [Contestant::DYNAMIC, Contestant::PIN_ALL, Contestant::TCP, Contestant::SHM];
 
 /// Measures everything, `runs` times in turns; what failed.
 pub(crate) fn run(report: &mut Report, runs: usize) -> Result<Vec<String>> {
