@@ -190,6 +190,25 @@ fn by_a_steady_clock_the_same_work_takes_the_same_time() {
 }
 
 #[test]
+fn a_vm_whose_kernel_panics_as_it_boots_is_booted_once_more() {
+    let Some(lab) = Lab::new() else { return };
+    // In the VM this directory begins empty: its first process is not there.
+    let directory = tempfile::tempdir_in("/dev/shm").unwrap();
+    let program = directory.path().join("ramferry-lab");
+    // By a program of its own: where this process had the file open for writing, a child of another test might hold it.
+    let copied = Command::new("cp").arg(env!("CARGO_BIN_EXE_ramferry-lab")).arg(&program).status().unwrap();
+    assert!(copied.success());
+    let mut command = Command::new(&program);
+    command.args(["run", "--", "true"]).env("TMPDIR", lab.temporary.path()).stdin(Stdio::null());
+    let output = command.output().unwrap();
+    let said = said(&output);
+    assert_eq!(output.status.code(), Some(125), "{said}");
+    assert_eq!(said.matches("kernel panicked before the command was started").count(), 2, "{said}");
+    assert!(said.contains("it is booted once more"), "{said}");
+    lab.assert_nothing_is_left();
+}
+
+#[test]
 fn a_run_that_is_not_done_in_time_is_ended() {
     let Some(lab) = Lab::new() else { return };
     let output = lab.run(&["--timeout", "200ms", "--", "true"]);
